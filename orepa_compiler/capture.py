@@ -1,0 +1,295 @@
+"""What a model does, module by module: one fx graph for each forward, with the children as leaves.
+
+Capturing works on a copy without values (the meta device), so it runs no arithmetic, costs little
+memory, and cannot change the user's model. Paths are those of the model's named_modules; a node is
+found again by its name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import parametrize
+
+from orepa_compiler.errors import ReparamError
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_WRAPPERS = {
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "FullyShardedDataParallel": "the model before wrapping it",
+    "OptimizedModule": "the model before torch.compile",
+}
+LAZY = (UninitializedParameter, UninitializedBuffer)
+_HARMLESS_READS = {"dtype", "device", "shape", "ndim", "size", "dim"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: the path of the module whose forward makes it, and the node there."""
+
+    owner: str
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The graphs of a model, who calls whom, and what stands in the way of a rewrite.
+
+    skeleton: the model on the meta device. graphs: owner path -> graph of its own forward.
+    untraced: owner path -> why its forward has no graph. calls: module path -> its calls.
+    aliases: path -> all the paths under which the same module is registered.
+    reads: module path -> owners that use its parameters directly.
+    """
+
+    skeleton: nn.Module
+    graphs: dict[str, fx.Graph]
+    untraced: dict[str, str]
+    calls: dict[str, list[Call]]
+    aliases: dict[str, tuple[str, ...]]
+    reads: dict[str, list[str]]
+    tied: dict[str, str]
+
+    def module(self, path: str) -> nn.Module:
+        return self.skeleton.get_submodule(path)
+
+    def path_of(self, call: Call) -> str:
+        """The module that a call_module node calls, by its first path."""
+        return self.aliases[join(call.owner, str(call.node.target))][0]
+
+    def refusal(self, path: str) -> str | None:
+        """Why the module at this path must stay as it is, or None."""
+        module, names = self.module(path), self.aliases[path]
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return "it has a hook, which a rewrite would no longer call; remove the hook first"
+        if parametrize.is_parametrized(module):
+            return (
+                "its weight is parametrized; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        if len(names) > 1:
+            return f"it is registered as {' and as '.join(names)}"
+        if path in self.tied:
+            return f"its weight is shared with {self.tied[path]}"
+        if path in self.reads:
+            owner = self.reads[path][0]
+            return f"the forward of {owner or 'the model'} reads its weight directly"
+        return self._call_refusal(path)
+
+    def _call_refusal(self, path: str) -> str | None:
+        calls = self.calls.get(path, [])
+        if len(calls) > 1:
+            return f"it is called {len(calls)} times, so what follows it is not one thing"
+        for owner in ancestors(path):
+            if owner in self.untraced:
+                name = f"the forward of {owner or 'the model'}"
+                return f"{name} cannot be traced ({self.untraced[owner]})"
+        if not calls:
+            return "no forward calls it"
+        return None
+
+    def consumers(self, call: Call) -> Iterator[Call | None]:
+        """Who reads the value of a node, also across module borders; None for the model's output.
+
+        A tuple or dict that holds the value counts as its consumer.
+        """
+        for user in call.node.users:
+            if user.op == "output":
+                yield from self._returned(call.owner, user.args[0] is call.node, user)
+            elif user.op == "call_module" and (inside := self._entry(Call(call.owner, user), call)):
+                yield from self.consumers(inside)
+            else:
+                yield Call(call.owner, user)
+
+    def _returned(self, owner: str, is_whole: bool, output: fx.Node) -> Iterator[Call | None]:
+        if not owner:
+            yield None
+            return
+        for outside in self.calls.get(self.aliases[owner][0], []):
+            if is_whole:
+                yield from self.consumers(outside)
+            else:
+                yield Call(owner, output)
+
+    def _entry(self, user: Call, value: Call) -> Call | None:
+        """The placeholder through which a value enters the module that a node calls.
+
+        A value inside a list enters with the list.
+        """
+        path = self.path_of(user)
+        graph = self.graphs.get(path)
+        if graph is None or user.node.kwargs:
+            return None
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        holds = [arg is value.node or (isinstance(arg, (list, tuple)) and value.node in arg)
+                 for arg in user.node.args]  # fmt: skip
+        index = holds.index(True) if True in holds else len(inputs)
+        return Call(path, inputs[index]) if index < len(inputs) else None
+
+    def producer(self, call: Call) -> Call | None:
+        """The node that gives the first input of this one, also across module borders."""
+        value = call.node.args[0] if call.node.args else None
+        if not isinstance(value, fx.Node):
+            return None
+        return self._origin(Call(call.owner, value))
+
+    def _origin(self, call: Call) -> Call | None:
+        if call.node.op == "placeholder":
+            outside = self.calls.get(call.owner, []) if call.owner else []
+            if len(outside) != 1:
+                return None
+            inputs = [node for node in call.node.graph.nodes if node.op == "placeholder"]
+            args = outside[0].node.args
+            index = inputs.index(call.node)
+            value = args[index] if index < len(args) else None
+            if not isinstance(value, fx.Node):
+                return None
+            return self._origin(Call(outside[0].owner, value))
+        if call.node.op == "call_module":
+            path = self.path_of(call)
+            if path in self.graphs:
+                output = next(iter(reversed(self.graphs[path].nodes))).args[0]
+                return self._origin(Call(path, output)) if isinstance(output, fx.Node) else None
+        return call
+
+
+def capture(model: nn.Module, *, training: bool, is_leaf: Callable[[nn.Module], bool]) -> Capture:
+    """The capture of a model as it runs in train or in eval mode.
+
+    is_leaf: modules whose inside is of no interest, though they have children.
+    Raises ReparamError for a model that is wrapped, scripted, or cannot be copied.
+    """
+    _check_wrapper(model)
+    skeleton = meta_copy(model)
+    skeleton.train(training)
+    aliases = _aliases(skeleton)
+    graphs: dict[str, fx.Graph] = {}
+    untraced: dict[str, str] = {}
+    for path, module in skeleton.named_modules():
+        if not has_own_forward(module) or is_leaf(module):
+            continue
+        graph = trace(module)
+        if isinstance(graph, str):
+            untraced[path] = graph
+        else:
+            graphs[path] = graph
+    calls: dict[str, list[Call]] = defaultdict(list)
+    reads: dict[str, list[str]] = defaultdict(list)
+    for owner, graph in graphs.items():
+        for node in graph.nodes:
+            if node.op == "call_module":
+                calls[aliases[join(owner, node.target)][0]].append(Call(owner, node))
+            elif node.op == "get_attr" and (holder := _read_module(node)):
+                reads[aliases[join(owner, holder)][0]].append(owner)
+    return Capture(
+        skeleton, graphs, untraced, dict(calls), aliases, dict(reads), _tied(skeleton, aliases)
+    )
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model without values: every tensor is on the meta device, sharing is kept."""
+    memo: dict[int, object] = {}
+    keep_alive = []
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        for tensor in tensors:
+            if tensor is None or isinstance(tensor, LAZY):
+                continue
+            empty = torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            keep_alive.append(tensor)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ReparamError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "remove what copy.deepcopy cannot copy"
+        ) from error
+
+
+def join(owner: str, path: str) -> str:
+    """The path of a child seen from the root."""
+    return f"{owner}.{path}" if owner and path else owner or path
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """The paths of the modules around this one, the root ("") last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module is more than a container: it has children and a forward."""
+    return bool(module._modules) and type(module).forward is not nn.Module.forward
+
+
+class _ChildrenAreLeaves(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace(module: nn.Module) -> fx.Graph | str:
+    """The graph of the module's own forward, or why there is none."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript"
+    try:
+        return _ChildrenAreLeaves().trace(module)
+    except Exception as error:  # a forward is the user's code: anything may come out of it
+        message = str(error).strip().split("\n")[0]
+        return f"{type(error).__name__}: {message[:120]}"
+
+
+def _read_module(node: fx.Node) -> str | None:
+    """The child whose parameter a get_attr node uses for more than its dtype or shape."""
+    holder = str(node.target).rpartition(".")[0]
+    uses = [
+        user for user in node.users
+        if not (user.op == "call_function" and user.target is getattr
+                and user.args[1] in _HARMLESS_READS)
+        and not (user.op == "call_method" and user.target in _HARMLESS_READS)
+    ]  # fmt: skip
+    return holder if holder and uses else None
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path)
+    return {path: tuple(group) for group in paths.values() for path in group}
+
+
+def _tied(model: nn.Module, aliases: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """Modules that share a parameter with another module: path -> the other's path."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[id(parameter)].append(path)
+    tied: dict[str, str] = {}
+    for paths in holders.values():
+        others = list(dict.fromkeys(paths))
+        if len(others) > 1:
+            tied |= {path: next(o for o in others if o != path) for path in others}
+    return tied
+
+
+def _check_wrapper(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReparamError("the model is TorchScript; pass the nn.Module it was scripted from")
+    name = type(model).__name__
+    if name in _WRAPPERS:
+        raise ReparamError(f"the model is wrapped in {name}; pass {_WRAPPERS[name]}")

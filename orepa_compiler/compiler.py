@@ -1,0 +1,154 @@
+"""The verbs: plan, expand, collapse."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.capture import meta_copy
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.layers import is_conv_like
+from orepa_compiler.passes import Collapse, Expand, Pipeline, Squeeze
+from orepa_compiler.passes.expand import Init, PostNorm
+from orepa_compiler.planning import Plan, record_plan
+from orepa_compiler.selection import Where
+
+Inputs = Any
+
+
+def plan(
+    model: nn.Module,
+    *,
+    block: Block | Literal["auto"] = "auto",
+    where: Where = None,
+    inputs: Inputs = None,
+) -> Plan:
+    """What expand would do, as a table: a dry run on a copy without values.
+
+    Every conv is either expanded or listed with the reason why it is left alone.
+    Raises ReparamError as expand does.
+    """
+    _check_model(model)
+    pipeline = _expansion(block=block, init="preserve", where=where, post_norm="auto")
+    return pipeline.run(meta_copy(model))[1]
+
+
+def expand(
+    model: nn.Module,
+    *,
+    block: Block | Literal["auto"] = "auto",
+    init: Init = "preserve",
+    where: Where = None,
+    post_norm: PostNorm = "auto",
+    plan: Plan | None = None,
+    inputs: Inputs = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """The model in training form: every eligible conv becomes a block, squeezed into one conv.
+
+    W_e = sum_m diag(v_m) W_m, made anew at each step     (Hu et al. 2022, Eq. 3 and 4, Fig. 6)
+
+    block: which block; "auto" chooses by kernel size. init: "preserve" starts at the present
+    kernels, so outputs do not change; "paper" is the published from-scratch recipe and discards
+    them. where: a glob on paths, several, or a predicate (path, module). post_norm: "auto" inserts
+    a BatchNorm behind an expanded conv that no norm follows, "none" does not. plan: apply this
+    plan again. inputs: a batch, to calibrate inserted norms. inplace: rewrite the model itself.
+
+    Raises ReparamError for a model without convs, with weights that are not floating point or have
+    no values, that is wrapped (DDP, compile), or that cannot be copied. The model is then untouched.
+    """
+    _check_model(model)
+    if init not in ("preserve", "paper"):
+        raise ReparamError(f"init={init!r} is neither 'preserve' nor 'paper'")
+    if post_norm not in ("auto", "none"):
+        raise ReparamError(f"post_norm={post_norm!r} is neither 'auto' nor 'none'")
+    if init == "preserve":
+        _check_values(
+            model, "there is no kernel to preserve; load the weights, or use init='paper'"
+        )
+    pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
+    return _run(pipeline, model, plan=plan, inplace=inplace)
+
+
+def collapse(
+    model: nn.Module,
+    *,
+    fold_norm: bool = True,
+    plan: Plan | None = None,
+    inputs: Inputs = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """The model in deploy form: blocks, branches and BatchNorms folded into plain convs.
+
+    W' = diag(g / sqrt(var + eps)) W_e, b' = g (b - mean) / sqrt(var + eps) + beta, in float64, cast
+    once. The running statistics are used whatever mode the model is in; the result is in eval mode.
+    Two convs are joined only where that costs no more MACs.
+
+    fold_norm: False gives back the architecture that was passed to expand, norms kept.
+    Raises ReparamError for a model without convs or without values. The model is then untouched.
+    """
+    _check_model(model)
+    _check_values(model, "there is nothing to fold; load the weights first")
+    return _run(Pipeline((Collapse(fold_norm=fold_norm),)), model, plan=plan, inplace=inplace)
+
+
+def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "auto") -> nn.Module:
+    """The model after a plan that was recorded before, in place; weights are to be loaded next.
+
+    Raises ReparamError where the plan does not fit the model.
+    """
+    names = {edit.done_by for edit in plan.edits}
+    passes = [step for step in (Expand(block=block), Squeeze(), Collapse()) if step.name in names]
+    with torch.no_grad():
+        model, applied = Pipeline(tuple(passes)).run(model, plan=plan)
+    record_plan(model, applied)
+    return model
+
+
+def _expansion(
+    *, block: Block | Literal["auto"], init: Init, where: Where, post_norm: PostNorm
+) -> Pipeline:
+    if block != "auto" and not isinstance(block, Block):
+        raise ReparamError(f"block={block!r} is neither 'auto' nor a Block such as orepa.OREPA")
+    return Pipeline((Expand(block=block, init=init, where=where, post_norm=post_norm), Squeeze()))
+
+
+def _run(pipeline: Pipeline, model: nn.Module, *, plan: Plan | None, inplace: bool) -> nn.Module:
+    target = model if inplace else _copy(model)
+    with torch.no_grad():
+        target, applied = pipeline.run(target, plan=plan)
+    record_plan(target, applied)
+    return target
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    meta_copy(model)  # names what cannot be copied before anything large is
+    return copy.deepcopy(model)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ReparamError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+    convs = [(p, m) for p, m in model.named_modules() if is_conv_like(m)]
+    if not convs and not any(isinstance(m, LinearBlock) for m in model.modules()):
+        raise ReparamError(
+            f"{type(model).__name__} has no conv, so there is nothing to re-parameterize"
+        )
+    for path, conv in convs:
+        assert isinstance(conv, _ConvNd)
+        if not conv.weight.is_floating_point():
+            raise ReparamError(
+                f"its weight is {conv.weight.dtype}; only floating-point convs can be rewritten",
+                path=path,
+            )
+
+
+def _check_values(model: nn.Module, why: str) -> None:
+    for path, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ReparamError(f"the weights are on the meta device: {why}", path=path)

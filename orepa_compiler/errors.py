@@ -1,0 +1,31 @@
+"""The errors a user can meet: one base class, and one line that says where, what and what to do."""
+
+from __future__ import annotations
+
+
+class ReparamError(Exception):
+    """The base of every error that this package raises on a user's input.
+
+    path: the module path the error speaks of; the public function that knows it adds it once, in
+    front of the message.
+    """
+
+    def __init__(self, message: str, *, path: str | None = None) -> None:
+        super().__init__(message if path is None else f"{path or '(the model itself)'}: {message}")
+        self.reason = message
+
+
+class NotLinear(ReparamError):
+    """Layers that are not one convolution, with the reason (often what happens at the border)."""
+
+
+class MissingPackage(ReparamError, ImportError):
+    """An optional package is not installed; the message names the extra that installs it."""
+
+
+class CheckpointError(ReparamError):
+    """A checkpoint that cannot be read, or that belongs to another model."""
+
+
+class ExportError(ReparamError):
+    """An artifact that could not be written, or that would not be what was asked for."""

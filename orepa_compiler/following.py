@@ -1,0 +1,121 @@
+"""What stands before and behind a conv: the dataflow that decides whether a block fits there.
+
+It only chooses defaults. Whether a rewrite is exact never depends on what is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from orepa_compiler.capture import Call, Capture
+from orepa_compiler.layers import is_activation, is_conv_like, is_norm
+
+NORM, ACTIVATION = "norm", "activation"
+
+# A gate closes a side path; an activation on the main path is any other.
+_GATES = ("Sigmoid", "Hardsigmoid", "HardSigmoid", "Softmax", "Tanh", "LogSigmoid")
+_NORM_NAMES = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+_ACTIVATION_NAMES = (
+    "relu", "relu_", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "hardswish",
+    "mish", "prelu", "rrelu", "softplus", "threshold", "hardtanh",
+)  # fmt: skip
+# Layers that keep channels apart: a norm behind them still normalizes the conv's channels.
+_PASSED_MODULES = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d,
+    nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.ZeroPad2d,
+)  # fmt: skip
+_PASSED_NAMES = (
+    "permute", "transpose", "contiguous", "cat", "concat", "dropout", "max_pool2d", "avg_pool2d",
+    "max_pool1d", "avg_pool1d", "max_pool3d", "avg_pool3d", "pad", "getitem",
+)  # fmt: skip
+_SHAPE_READS = ("getattr", "size", "dim", "numel")
+_POOLS = ("AdaptiveAvgPool", "AdaptiveMaxPool", "SelectAdaptivePool", "GlobalAvgPool")
+
+
+def followed_by(capture: Capture, path: str) -> str:
+    """What reads a conv's output: NORM, ACTIVATION, or in words what does."""
+    calls = capture.calls.get(path, [])
+    kinds = {kind for call in calls for kind in _kinds(capture, call, depth=0)}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if not kinds:
+        return "nothing reads its output"
+    return f"several consumers: {', '.join(sorted(kinds))}"
+
+
+def reads_pooled(capture: Capture, path: str) -> bool:
+    """Whether the conv works on maps that were pooled to one pixel (squeeze-and-excitation)."""
+    calls = capture.calls.get(path, [])
+    return bool(calls) and all(_is_pooled(capture, call) for call in calls)
+
+
+def _kinds(capture: Capture, call: Call, depth: int) -> Iterator[str]:
+    for consumer in capture.consumers(call):
+        if consumer is None:
+            yield "its output is the model's"
+            continue
+        kind = _kind(capture, consumer)
+        if kind == "passed" and depth < 16:
+            yield from _kinds(capture, consumer, depth + 1)
+        elif kind:
+            yield kind
+
+
+def _kind(capture: Capture, consumer: Call) -> str | None:
+    """NORM, ACTIVATION, "passed" to look behind it, None to ignore it, or a description."""
+    node = consumer.node
+    if node.op == "call_module":
+        return _module_kind(capture.module(capture.path_of(consumer)))
+    if node.op == "output":
+        return "it is returned as one of several values"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in _SHAPE_READS:
+        return None
+    for kind, names in ((NORM, _NORM_NAMES), (ACTIVATION, _ACTIVATION_NAMES)):
+        if name in names:
+            return kind
+    return "passed" if name in _PASSED_NAMES else f"followed by {name.strip('_')}"
+
+
+def _module_kind(module: nn.Module) -> str:
+    name = type(module).__name__
+    if is_norm(module):
+        return NORM
+    if isinstance(module, _PASSED_MODULES) or name == "Permute":
+        return "passed"
+    if name in _GATES:
+        return f"followed by the gate {name}"
+    if is_activation(module):
+        return ACTIVATION
+    return f"followed by {'a conv' if is_conv_like(module) else name}"
+
+
+def _is_pooled(capture: Capture, call: Call) -> bool:
+    producer = capture.producer(call)
+    while producer is not None:
+        node = producer.node
+        if node.op == "call_module":
+            module = capture.module(capture.path_of(producer))
+            if type(module).__name__.startswith(_POOLS):
+                size = getattr(module, "output_size", 1)
+                return size in (1, (1, 1), (1, 1, 1), None, "")
+            if not (_keeps_one_pixel(module) or is_norm(module) or is_activation(module)):
+                return False
+        elif node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
+            return node.args[1] in (1, (1, 1), [1, 1])
+        elif node.target in ("mean", torch.mean):
+            return bool(node.kwargs.get("keepdim") or (len(node.args) > 2 and node.args[2]))
+        elif _kind(capture, producer) not in (NORM, ACTIVATION, "passed"):
+            return False
+        producer = capture.producer(producer)
+    return False
+
+
+def _keeps_one_pixel(module: nn.Module) -> bool:
+    kernel = getattr(module, "kernel_size", None)
+    pointwise = is_conv_like(module) and isinstance(kernel, tuple) and set(kernel) == {1}
+    return pointwise or isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d))

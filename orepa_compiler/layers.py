@@ -1,0 +1,214 @@
+"""From a layer to its operator: what conv_operator knows, and how anyone adds to it.
+
+A handler speaks only for the exact forward it was written for. A subclass with another forward (a
+weight-standardized conv, say) is refused by name and never read as if it were its base class.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from orepa_compiler.errors import NotLinear
+from orepa_compiler.operators import ConvOperator, Padding, identity
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# Layers of libraries that are never imported here, known by where their class is defined.
+_FROZEN_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d"}
+_NORMS_WITH_ACTIVATION = {
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+}
+_ACTIVATION_MODULES = ("torch.nn.modules.activation", "timm.layers.activations")
+
+
+@singledispatch
+def conv_operator(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
+    """The operator that a layer computes in eval mode.
+
+    in_channels: the width of the input, for layers that do not know it (identity, average pooling).
+    Add a layer with `@conv_operator.register(MyLayer)`.
+    Raises NotLinear where the layer is not one convolution, or is not known.
+    """
+    name = qualified_name(layer)
+    if name in _FROZEN_NORMS:
+        return _norm_operator(layer, rank=2)
+    if name in _NORMS_WITH_ACTIVATION:
+        operator, rest = linear_part(layer)
+        if rest is None:
+            return operator
+        raise NotLinear(f"{type(layer).__name__} is followed by its activation {rest}")
+    raise NotLinear(
+        f"{type(layer).__name__} is not a known linear layer; if it is one, add it with "
+        f"conv_operator.register({type(layer).__name__})"
+    )
+
+
+def linear_part(
+    layer: nn.Module, in_channels: int | None = None
+) -> tuple[ConvOperator, nn.Module | None]:
+    """A layer as (operator, what is left to do after it); None where nothing is left.
+
+    A norm with an activation inside is linear and then not: its norm can be folded, its activation
+    stays. Raises NotLinear as conv_operator does.
+    """
+    if qualified_name(layer) not in _NORMS_WITH_ACTIVATION:
+        return conv_operator(layer, in_channels), None
+    operator = _norm_operator(layer, rank=2)
+    parts = [getattr(layer, name, None) for name in ("drop", "act")]
+    rest = [part for part in parts if part is not None and not isinstance(part, nn.Identity)]
+    if not rest:
+        return operator, None
+    return operator, rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+
+
+def own_forward_reason(layer: nn.Module) -> str | None:
+    """Why this conv cannot be read as a plain one, or None where it is plain."""
+    for base in CONVS:
+        if isinstance(layer, base):
+            cls = type(layer)
+            plain = (
+                cls.forward is base.forward
+                and cls._conv_forward is base._conv_forward
+                and not {"forward", "_conv_forward"} & vars(layer).keys()
+            )
+            return None if plain else f"{cls.__name__} has a forward of its own"
+    return f"{type(layer).__name__} is not a conv"
+
+
+def is_plain_conv(layer: nn.Module) -> bool:
+    return own_forward_reason(layer) is None
+
+
+def is_conv_like(layer: nn.Module) -> bool:
+    """Whether the plan must say something about this layer: any torch conv, transposed too."""
+    return isinstance(layer, _ConvNd)
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether the layer normalizes: torch norms and layers named for it, not blocks of layers."""
+    if isinstance(layer, (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)):
+        return True
+    if "Norm" not in type(layer).__name__:
+        return False
+    has_tensors = any(True for _ in (*layer.parameters(False), *layer.buffers(False)))
+    return has_tensors or not layer._modules
+
+
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Whether the layer is a norm that is affine in eval mode, so that a conv can absorb it."""
+    name = qualified_name(layer)
+    return name in _FROZEN_NORMS | _NORMS_WITH_ACTIVATION or isinstance(layer, _BatchNorm)
+
+
+def is_activation(layer: nn.Module) -> bool:
+    module = type(layer).__module__
+    return module.startswith(_ACTIVATION_MODULES) and not isinstance(layer, nn.MultiheadAttention)
+
+
+def qualified_name(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def conv_padding(conv: _ConvNd) -> Padding:
+    """The conv's padding as (before, after) per axis; strings spelled out as torch does it."""
+    if conv.padding == "valid":
+        return ((0, 0),) * len(conv.kernel_size)
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((int(p), int(p)) for p in conv.padding)
+
+
+@conv_operator.register(nn.Conv1d)
+@conv_operator.register(nn.Conv2d)
+@conv_operator.register(nn.Conv3d)
+def _(layer: _ConvNd, in_channels: int | None = None) -> ConvOperator:
+    reason = own_forward_reason(layer)
+    if reason:
+        raise NotLinear(reason)
+    return ConvOperator(
+        layer.weight,
+        layer.bias,
+        tuple(layer.stride),
+        conv_padding(layer),
+        tuple(layer.dilation),
+        layer.groups,
+        layer.padding_mode,
+    )
+
+
+@conv_operator.register(nn.BatchNorm1d)
+@conv_operator.register(nn.BatchNorm2d)
+@conv_operator.register(nn.BatchNorm3d)
+@conv_operator.register(nn.SyncBatchNorm)
+def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
+    if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return conv_operator.dispatch(object)(layer, in_channels)
+    ranks = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+    rank = next((r for base, r in ranks.items() if isinstance(layer, base)), 2)
+    return _norm_operator(layer, rank=rank)
+
+
+@conv_operator.register(nn.Identity)
+@conv_operator.register(nn.Dropout)
+@conv_operator.register(nn.Dropout1d)
+@conv_operator.register(nn.Dropout2d)
+@conv_operator.register(nn.Dropout3d)
+def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
+    return identity(_known(in_channels, layer), 0, like=torch.empty((), dtype=torch.float64))
+
+
+@conv_operator.register(nn.AvgPool1d)
+@conv_operator.register(nn.AvgPool2d)
+@conv_operator.register(nn.AvgPool3d)
+def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
+    channels = _known(in_channels, layer)
+    rank = next(r for r, c in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), 1)
+                if isinstance(layer, c))  # fmt: skip
+    kernel, stride, padding = (
+        _per_axis(getattr(layer, name), rank) for name in ("kernel_size", "stride", "padding")
+    )
+    if getattr(layer, "divisor_override", None) or layer.ceil_mode:
+        raise NotLinear("average pooling with ceil_mode or divisor_override is not one conv")
+    if any(padding) and not layer.count_include_pad:
+        raise NotLinear(
+            "border: average pooling with count_include_pad=False divides by another number there"
+        )
+    weight = torch.full((channels, 1, *kernel), 1 / prod(kernel), dtype=torch.float64)
+    return ConvOperator(weight, None, stride, tuple((p, p) for p in padding), groups=channels)
+
+
+def _norm_operator(layer: nn.Module, *, rank: int) -> ConvOperator:
+    """y = weight (x - mean) / sqrt(var + eps) + bias, with the running statistics."""
+    mean, var = layer.running_mean, layer.running_var
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        raise NotLinear(
+            f"{type(layer).__name__} keeps no running statistics (track_running_stats=False), "
+            "so it is not affine in eval mode"
+        )
+    factor = torch.rsqrt(var + float(layer.eps))  # type: ignore[arg-type]
+    if isinstance(layer.weight, Tensor):
+        factor = factor * layer.weight
+    bias = -mean * factor
+    if isinstance(layer.bias, Tensor):
+        bias = bias + layer.bias
+    weight = factor.reshape(-1, 1, *(1,) * rank)
+    return ConvOperator(weight, bias, groups=weight.shape[0])
+
+
+def _known(in_channels: int | None, layer: nn.Module) -> int:
+    if in_channels is None:
+        raise NotLinear(f"the number of channels that {type(layer).__name__} sees is not known")
+    return in_channels
+
+
+def _per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value)

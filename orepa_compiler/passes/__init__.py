@@ -1,0 +1,83 @@
+"""The passes, and the two pipelines they make.
+
+A pass first plans, touching nothing, and then applies its plan. Any object with these members is one;
+add yours with Pipeline((MyPass(), *COLLAPSE.passes)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture import Capture, capture
+from orepa_compiler.layers import is_norm
+from orepa_compiler.passes.collapse import Collapse
+from orepa_compiler.passes.expand import Expand
+from orepa_compiler.passes.squeeze import Squeeze
+from orepa_compiler.planning import Plan
+
+__all__ = ["COLLAPSE", "EXPAND", "Collapse", "Expand", "Pass", "Pipeline", "Squeeze"]
+
+
+class Pass(Protocol):
+    """One rewrite of a model.
+
+    preserves: the modes ("train", "eval") in which outputs stay the same. training: the mode whose
+    graphs it plans on.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def training(self) -> bool: ...
+    @property
+    def preserves(self) -> frozenset[str]: ...
+    def plan(self, capture: Capture) -> Plan:
+        """What would be done; touches nothing."""
+        ...
+
+    def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
+        """The rewritten model, and the plan with what was learned while applying it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes, one after the other, each on a fresh capture of what the one before left."""
+
+    passes: tuple[Pass, ...]
+
+    def run(
+        self,
+        model: nn.Module,
+        *,
+        plan: Plan | None = None,
+        progress: Callable[[str], None] = lambda name: None,
+    ) -> tuple[nn.Module, Plan]:
+        """The rewritten model (in place) and the plan that was applied.
+
+        plan: an earlier plan to apply again; None lets each pass make its own.
+        """
+        applied = Plan()
+        for step in self.passes:
+            progress(step.name)
+            captured = capture(model, training=step.training, is_leaf=is_leaf)
+            wanted = step.plan(captured) if plan is None else plan.of(step.name)
+            model, done = step.apply(model, captured, wanted)
+            applied += done
+        return model, applied
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Modules whose own forward is of no interest: norms, blocks, and torch's own layers."""
+    torch_layer = type(module).__module__.startswith("torch.nn.modules.")
+    container = type(module).__module__ == "torch.nn.modules.container"
+    return isinstance(module, LinearBlock) or is_norm(module) or (torch_layer and not container)
+
+
+EXPAND = Pipeline((Expand(), Squeeze()))
+COLLAPSE = Pipeline((Collapse(),))

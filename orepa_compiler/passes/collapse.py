@@ -1,0 +1,223 @@
+"""Collapse: blocks, branches and norms become plain convs.
+
+Operators are read and composed in float64 and cast once. Norms are always folded; two convs are
+joined only where that costs no more MACs. The running statistics are used, whatever mode the model
+is in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture import Call, Capture, ancestors, join, trace
+from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.layers import conv_operator, is_batch_norm, is_norm, linear_part
+from orepa_compiler.operators import ConvOperator
+from orepa_compiler.planning import Edit, Plan, Refusal
+from orepa_compiler.regions import Interpreter, Linear, Region
+from orepa_compiler.rewrite import free_name, replace_regions, set_module
+
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Folds every linear region into one conv; with fold_norm=False only blocks, norms stay."""
+
+    fold_norm: bool = True
+    name: str = "collapse"
+    training: bool = False
+    preserves: frozenset[str] = frozenset({"eval"})
+
+    def plan(self, capture: Capture) -> Plan:
+        interpreter = Interpreter(capture, capture.module)
+        regions = interpreter.regions() if self.fold_norm else []
+        edits = [_region_edit(self.name, capture, region) for region in regions]
+        taken = {path for edit in edits for path in edit.options["modules"]}
+        for path, module in capture.skeleton.named_modules():
+            if isinstance(module, LinearBlock) and not _is_inside(path, taken):
+                edits.append(_block_edit(self.name, path, module, fold_norm=self.fold_norm))
+        refusals = tuple(self._left_norms(capture, interpreter, taken)) if self.fold_norm else ()
+        return Plan(tuple(edits), refusals)
+
+    def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
+        by_owner = groupby(
+            plan.edits, key=lambda edit: (edit.options["kind"] == "block", edit.path)
+        )
+        for (is_block, path), edits in by_owner:
+            if is_block:
+                model = set_module(model, path, _plain_conv(model.get_submodule(path), path))
+            else:
+                model = _apply_regions(model, capture, path, list(edits))
+        return model.eval(), plan
+
+    def _left_norms(
+        self, capture: Capture, interpreter: Interpreter, taken: set[str]
+    ) -> Iterator[Refusal]:
+        """The norms that a conv could have absorbed and that stay, each with its reason."""
+        for path, module in capture.skeleton.named_modules():
+            if not is_batch_norm(module) or _is_inside(path, taken):
+                continue
+            if isinstance(capture.skeleton.get_submodule(path.rpartition(".")[0]), LinearBlock):
+                continue
+            reason = capture.refusal(path)
+            for call in capture.calls.get(path, []):
+                reason = reason or interpreter.reasons.get((call.owner, call.node.name))
+            reason = reason or interpreter.reasons.get((path, "")) or "no conv alone feeds it"
+            yield Refusal(self.name, path, type(module).__name__, reason)
+
+
+def _region_edit(name: str, capture: Capture, region: Region) -> Edit:
+    """The edit for a region: which modules go, and where the one conv stands."""
+    calls = [
+        (join(region.owner, str(node.target)), capture.path_of(Call(region.owner, node)))
+        for node in region.value.nodes
+        if node.op == "call_module"
+    ]
+    paths = [path for _, path in calls]
+    modules = [capture.module(path) for path in paths]
+    operator = region.value.operator
+    assert operator is not None
+    before = sum(p.numel() for module in modules for p in module.parameters())
+    after = operator.weight.numel() + operator.out_channels
+    options: dict[str, Any] = {
+        "kind": "path" if region.is_path else "graph",
+        "nodes": region.node_names,
+        "source": region.value.source.name,
+        "modules": paths,
+    }
+    if region.is_path:
+        options["at"] = next(p for p, m in zip(paths, modules, strict=True) if _holds_conv(m))
+        options["rest"] = paths[-1] if region.value.rest is not None else None
+    what = " + ".join(type(module).__name__ for module in modules)
+    kernel = "x".join(map(str, operator.kernel_size))
+    target = f"Conv{operator.rank}d {operator.in_channels} -> {operator.out_channels} {kernel}"
+    return Edit(name, region.owner, what, target, (before, after), None,
+                ", ".join(str(n.target) for n in region.value.nodes if n.op == "call_module"),
+                options)  # fmt: skip
+
+
+def _block_edit(name: str, path: str, block: LinearBlock, *, fold_norm: bool) -> Edit:
+    if block.norm is not None and not block.replaces_bias and not fold_norm:
+        raise ReparamError(
+            "its inserted norm needs a bias to go to, and the original conv has none; "
+            "use fold_norm=True",
+            path=path,
+        )
+    before = sum(p.numel() for p in block.parameters())
+    has_bias = block.replaces_bias or block.norm is not None
+    after = block.weight.numel() + (block.out_channels if has_bias else 0)
+    kernel = "x".join(map(str, block.kernel_size))
+    target = f"Conv{len(block.kernel_size)}d {block.in_channels} -> {block.out_channels} {kernel}"
+    options = {"kind": "block", "modules": [path]}
+    return Edit(name, path, f"block {block.block_name}", target, (before, after), options=options)
+
+
+def _is_inside(path: str, taken: set[str]) -> bool:
+    return not taken.isdisjoint([path, *ancestors(path)])
+
+
+def _holds_conv(module: nn.Module) -> bool:
+    return not is_norm(module) and any(True for _ in module.parameters())
+
+
+def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[Edit]) -> nn.Module:
+    """All regions of one owner: first the paths, whose children are swapped, then its graph."""
+    read = _in_float64(model)
+    replacements = []
+    for edit in edits:
+        interpreter = Interpreter(capture, read)
+        value = interpreter.value_of(owner, edit.options["nodes"])
+        conv = _conv_for(value, [model.get_submodule(path) for path in edit.options["modules"]])
+        if edit.options["kind"] == "path":
+            model = _apply_path(model, edit, conv, value)
+        else:
+            replacements.append((edit, conv, value))
+    if not replacements:
+        return model
+    module = model.get_submodule(owner)
+    graph = trace(module)
+    if isinstance(graph, str):
+        raise ReparamError(f"its forward cannot be traced any more ({graph})", path=owner)
+    name = free_name(module, "reparam_conv")
+    parts = []
+    for number, (edit, conv, value) in enumerate(replacements, 1):
+        child = nn.Sequential(conv, value.rest) if value.rest is not None else conv
+        label = name if number == 1 else f"{name}_{number}"
+        parts.append((edit.options["nodes"], edit.options["source"], label, child))
+    return set_module(model, owner, replace_regions(module, graph, parts))
+
+
+def _apply_path(model: nn.Module, edit: Edit, conv: nn.Module, value: Linear) -> nn.Module:
+    for path in edit.options["modules"]:
+        new = conv if path == edit.options["at"] else nn.Identity()
+        if path == edit.options["rest"]:
+            _, rest = linear_part(model.get_submodule(path))  # the user's own activation module
+            new = rest if rest is not None else new
+        model = set_module(model, path, new)
+    return model
+
+
+def _in_float64(model: nn.Module) -> Callable[[str], nn.Module]:
+    return lambda path: copy.deepcopy(model.get_submodule(path)).double()
+
+
+def _conv_for(value: Linear, modules: list[nn.Module]) -> nn.Module:
+    """The plain conv of a region, in the precision and layout of the modules it replaces."""
+    assert value.operator is not None
+    parameters = [p for module in modules for p in module.parameters()]
+    return _like(value.operator.to_module(), parameters)
+
+
+def _plain_conv(block: nn.Module, path: str) -> nn.Module:
+    """The conv that a block stands for, with its own geometry, kernel collapsed."""
+    assert isinstance(block, LinearBlock)
+    try:
+        operator: ConvOperator = conv_operator(copy.deepcopy(block).double())
+    except NotLinear as error:
+        raise ReparamError(error.reason, path=path) from error
+    conv = _CONVS[operator.rank](
+        block.in_channels,
+        block.out_channels,
+        block.kernel_size,  # type: ignore[arg-type]
+        block.stride,  # type: ignore[arg-type]
+        block.padding,  # type: ignore[arg-type]
+        block.dilation,  # type: ignore[arg-type]
+        block.groups,
+        operator.bias is not None,
+        block.padding_mode,  # type: ignore[arg-type]
+        device="meta",
+    )
+    conv.weight = nn.Parameter(operator.weight.detach())
+    if operator.bias is not None:
+        conv.bias = nn.Parameter(operator.bias.detach())
+    return _like(conv, list(block.parameters()))
+
+
+def _like(conv: nn.Module, parameters: list[nn.Parameter]) -> nn.Module:
+    """The conv in the dtype, memory format and requires_grad of what it replaces."""
+    kernels = [p for p in parameters if p.dim() > 2] or parameters
+    channels_last = any(_is_channels_last(p) for p in kernels)
+    for name, parameter in list(conv.named_parameters(recurse=False)):
+        value: Tensor = parameter.detach().to(kernels[0].dtype)
+        if channels_last and value.dim() == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        wanted = any(p.requires_grad for p in parameters)
+        setattr(conv, name, nn.Parameter(value, requires_grad=wanted))
+    return conv
+
+
+def _is_channels_last(p: Tensor) -> bool:
+    return (
+        p.dim() == 4
+        and not p.is_contiguous()
+        and p.is_contiguous(memory_format=torch.channels_last)
+    )

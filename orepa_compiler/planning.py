@@ -1,0 +1,171 @@
+"""Plans: what a pass will do and what it leaves alone, with every reason, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from orepa_compiler.errors import CheckpointError
+
+_FORMAT = 1
+_ATTRIBUTE = "_orepa_plans"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One rewrite. parameters, macs: before and after; macs per image, None where unknown.
+
+    options: what the pass needs to apply it, JSON only.
+    """
+
+    done_by: str
+    path: str
+    before: str
+    after: str
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None = None
+    note: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layer that a pass leaves alone, with the reason."""
+
+    done_by: str
+    path: str
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The edits and refusals of one or several passes; prints as a table, saves as JSON."""
+
+    edits: tuple[Edit, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+    def __add__(self, other: Plan) -> Plan:
+        return Plan(self.edits + other.edits, self.refusals + other.refusals)
+
+    def of(self, done_by: str) -> Plan:
+        """The part of the plan that one pass made."""
+        return Plan(
+            tuple(edit for edit in self.edits if edit.done_by == done_by),
+            tuple(refusal for refusal in self.refusals if refusal.done_by == done_by),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps({"format": _FORMAT, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that to_json wrote. Raises CheckpointError for anything else."""
+        try:
+            data = json.loads(text)
+            if data["format"] != _FORMAT:
+                raise CheckpointError(
+                    f"the plan has format {data['format']}, this version reads {_FORMAT}; "
+                    "use the version of orepa-compiler that wrote it"
+                )
+            edits = [
+                Edit(
+                    **{
+                        **edit,
+                        "parameters": tuple(edit["parameters"]),
+                        "macs": edit["macs"] and tuple(edit["macs"]),
+                    }
+                )
+                for edit in data["edits"]
+            ]
+            return cls(tuple(edits), tuple(Refusal(**refusal) for refusal in data["refusals"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"this is not a plan: {error!r}") from error
+
+    def __rich__(self) -> Group:
+        parts: list[Any] = [Text(self.summary(), style="bold")]
+        shown = [edit for edit in self.edits if edit.done_by != "squeeze"]
+        if shown:
+            parts.append(_edit_table(shown))
+        if self.refusals:
+            parts.append(_refusal_table(self.refusals))
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=120, color_system=None)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def summary(self) -> str:
+        """One line: how many edits of each pass, how many layers left alone."""
+        if not self.edits and not self.refusals:
+            return "Nothing to do: no conv, no norm behind a conv, no block."
+        counts = Counter(edit.done_by for edit in self.edits)
+        parts = [f"{name} {count}" for name, count in counts.items()]
+        before, after = (
+            sum(edit.parameters[i] for edit in self.edits if edit.done_by != "squeeze")
+            for i in (0, 1)
+        )
+        parts.append(f"left alone {len(self.refusals)}")
+        return f"Plan: {', '.join(parts)}; their parameters {before:,} -> {after:,}"
+
+
+def record_plan(model: nn.Module, plan: Plan) -> None:
+    """Keep the plan with the model, so that a checkpoint can tell how to rebuild it."""
+    plans = (*recorded_plans(model), plan)
+    vars(model)[_ATTRIBUTE] = plans
+    if isinstance(vars(model).get("meta"), dict):  # a GraphModule copies its meta, not attributes
+        model.meta = {**model.meta, _ATTRIBUTE: plans}  # type: ignore[assignment, dict-item]
+
+
+def recorded_plans(model: nn.Module) -> tuple[Plan, ...]:
+    """The plans that made this model, in order; empty for a model as its class built it."""
+    meta = vars(model).get("meta")
+    inside = meta.get(_ATTRIBUTE, ()) if isinstance(meta, dict) else ()
+    return vars(model).get(_ATTRIBUTE, inside)
+
+
+def _edit_table(edits: list[Edit]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("pass", "path", "before", "after"):
+        table.add_column(column, overflow="fold")
+    for column in ("parameters", "MACs"):
+        table.add_column(column, justify="right")
+    table.add_column("note", overflow="fold")
+    for edit in edits:
+        macs = f"{edit.macs[0]:,} -> {edit.macs[1]:,}" if edit.macs else "-"
+        table.add_row(
+            edit.done_by,
+            edit.path or "(root)",
+            edit.before,
+            edit.after,
+            f"{edit.parameters[0]:,} -> {edit.parameters[1]:,}",
+            macs,
+            edit.note,
+        )
+    return table
+
+
+def _refusal_table(refusals: tuple[Refusal, ...]) -> Table:
+    """Left alone, one row for each reason."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.add_column("left alone", justify="right")
+    for column in ("why", "where"):
+        table.add_column(column, overflow="fold")
+    groups: dict[str, list[Refusal]] = {}
+    for refusal in refusals:
+        groups.setdefault(refusal.reason, []).append(refusal)
+    for reason, group in groups.items():
+        names = [refusal.path or "(root)" for refusal in group]
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        table.add_row(str(len(group)), reason, shown)
+    return table

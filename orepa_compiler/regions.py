@@ -1,0 +1,290 @@
+"""Linear regions: parts of a forward that compute one convolution.
+
+A forward is interpreted over the algebra (abstract interpretation of its fx graph): the value of a
+node is an operator applied to some earlier node, its source. A region is a maximal set of nodes
+with one source and one output.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import fx, nn
+
+from orepa_compiler.capture import Call, Capture, ancestors
+from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.layers import is_norm, linear_part
+from orepa_compiler.operators import ConvOperator, identity
+
+# Gives the module at a path, to be read: without values when planning, in float64 when applying.
+Read = Callable[[str], nn.Module]
+
+_ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
+_ADD_METHODS = {"add", "add_"}
+_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The value of a node: `operator` applied to the value of `source`, then `rest`.
+
+    operator: None stands for the identity, whose width no neighbour has told yet.
+    nodes: those that compute it from the source, in order. macs: what they cost for one output
+    position of the last. layers: how many of them do something. convs: how many are convs.
+    """
+
+    source: fx.Node
+    operator: ConvOperator | None
+    nodes: tuple[fx.Node, ...] = ()
+    macs: int = 0
+    layers: int = 0
+    convs: int = 0
+    rest: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Region:
+    """A maximal linear region in the forward of the module at path `owner`."""
+
+    owner: str
+    value: Linear
+    is_path: bool
+
+    @property
+    def node_names(self) -> list[str]:
+        return [node.name for node in self.value.nodes]
+
+
+@dataclass
+class Interpreter:
+    """Interprets the graphs of a capture, each module once.
+
+    reasons: call node -> why it was not joined with what comes before it.
+    """
+
+    capture: Capture
+    read: Read
+    reasons: dict[tuple[str, str], str] = field(default_factory=dict)
+    _whole: dict[str, Linear | None] = field(default_factory=dict)
+    _values: dict[str, dict[fx.Node, Linear]] = field(default_factory=dict)
+
+    def values(self, owner: str) -> dict[fx.Node, Linear]:
+        """The linear value of each node of the owner's forward that has one."""
+        if owner not in self._values:
+            values: dict[fx.Node, Linear] = {}
+            for node in self.capture.graphs[owner].nodes:
+                value = self._value(owner, node, values)
+                if value is not None:
+                    values[node] = value
+            self._values[owner] = values
+        return self._values[owner]
+
+    def value_of(self, owner: str, nodes: Sequence[str]) -> Linear:
+        """The value of a region that a plan found, by the names of its nodes."""
+        values: dict[fx.Node, Linear] = {}
+        for node in self.capture.graphs[owner].nodes:
+            if node.name in nodes and (value := self._value(owner, node, values)):
+                values[node] = value
+        last = next(reversed(values.values()), None)
+        if last is None or [node.name for node in last.nodes] != list(nodes):
+            raise ReparamError(f"the plan does not fit: no region {', '.join(nodes)}", path=owner)
+        return last
+
+    def regions(self) -> list[Region]:
+        """All maximal regions with more than one layer, outermost first; none inside another."""
+        found: list[Region] = []
+        consumed: set[str] = set()
+        for owner in self.capture.graphs:
+            if consumed.intersection([owner, *ancestors(owner)]):
+                continue
+            for value in _maximal(self.values(owner)):
+                if value.convs and value.layers > 1:
+                    calls = [n for n in value.nodes if n.op == "call_module"]
+                    found.append(Region(owner, value, _is_path(value)))
+                    consumed |= {self.capture.path_of(Call(owner, node)) for node in calls}
+        return found
+
+    def whole(self, path: str) -> Linear | None:
+        """A module's forward as one linear value from its only input to its output, if it is."""
+        if path not in self._whole:
+            self._whole[path] = self._whole_value(path)
+        return self._whole[path]
+
+    def _whole_value(self, path: str) -> Linear | None:
+        graph = self.capture.graphs[path]
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        output = next(iter(reversed(graph.nodes))).args[0]
+        if len(placeholders) != 1 or not isinstance(output, fx.Node):
+            return None
+        value = self.values(path).get(output)
+        whole = value is not None and value.source is placeholders[0] and value.rest is None
+        return value if whole else None
+
+    def _value(self, owner: str, node: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if node.op == "call_module" and len(operands) == len(node.args) == 1 and not node.kwargs:
+            return self._call_value(owner, node, operands[0], values)
+        if _is_add(node):
+            if len(operands) == 1 and 0 in node.args:  # 0 + x, as sum() begins
+                return self._extend(owner, node, operands[0], values, Linear(node, None))
+            if len(operands) == 2 and operands[0] is not operands[1]:
+                return self._sum(owner, node, operands, values)
+        return None
+
+    def _call_value(
+        self, owner: str, node: fx.Node, operand: fx.Node, values: dict[fx.Node, Linear]
+    ) -> Linear | None:
+        path = self.capture.path_of(Call(owner, node))
+        reason = self.capture.refusal(path)
+        if reason:
+            self.reasons[owner, node.name] = reason
+            return None
+        layer = self._layer(path, operand, values)
+        return None if layer is None else self._extend(owner, node, operand, values, layer)
+
+    def _layer(self, path: str, operand: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:
+        """What the called module is by itself; its source is a stand-in."""
+        module = self.read(path)
+        if isinstance(module, _TRANSPARENT):
+            return Linear(operand, None)
+        before = values.get(operand)
+        width = before.operator.out_channels if before and before.operator else None
+        try:
+            op, rest = linear_part(module, width)
+        except NotLinear as error:
+            if path in self.capture.graphs:
+                whole = self.whole(path)  # seen from here it is one layer
+                return whole and replace(whole, layers=min(whole.layers, 1))
+            self.reasons[path, ""] = error.reason
+            return None
+        has_values = any(True for _ in (*module.parameters(), *module.buffers()))
+        place = op if has_values or not (before and before.operator) else before.operator
+        op = op.to(torch.float64, place.weight.device)
+        convs = int(not is_norm(module) and any(True for _ in module.parameters()))
+        return Linear(operand, op, (), op.macs, 1, convs, rest)
+
+    def _extend(
+        self,
+        owner: str,
+        node: fx.Node,
+        operand: fx.Node,
+        values: dict[fx.Node, Linear],
+        layer: Linear,
+    ) -> Linear:
+        """The layer after what its operand is, or from its operand on where that is not exact."""
+        alone = replace(layer, source=operand, nodes=(node,))
+        before = _absorbable(values.get(operand), operand, node)
+        if before is None:
+            return alone
+        try:
+            op, macs = _after(layer, before)
+        except NotLinear as error:
+            self.reasons[owner, node.name] = error.reason
+            return alone
+        return Linear(
+            before.source,
+            op,
+            (*before.nodes, node),
+            macs,
+            before.layers + layer.layers,
+            before.convs + layer.convs,
+            layer.rest,
+        )
+
+    def _sum(
+        self,
+        owner: str,
+        node: fx.Node,
+        operands: list[fx.Node],
+        values: dict[fx.Node, Linear],
+    ) -> Linear | None:
+        """Two values of one source side by side; an operand may be the source itself."""
+        options = [
+            [v for v in (_absorbable(values.get(x), x, node), Linear(x, None)) if v]
+            for x in operands
+        ]
+        for left in options[0]:
+            for right in options[1]:
+                if left.source is not right.source or left.operator is right.operator is None:
+                    continue
+                try:
+                    op, macs = _beside(left, right)
+                except NotLinear as error:
+                    self.reasons[owner, node.name] = error.reason
+                    continue
+                order = {n: i for i, n in enumerate(node.graph.nodes)}
+                nodes = sorted({*left.nodes, *right.nodes}, key=order.__getitem__)
+                return Linear(
+                    left.source,
+                    op,
+                    (*nodes, node),
+                    macs,
+                    left.layers + right.layers + 1,
+                    left.convs + right.convs,
+                )
+        return None
+
+
+def _after(layer: Linear, before: Linear) -> tuple[ConvOperator | None, int]:
+    """layer @ before, where that costs no more than the two apart."""
+    if layer.operator is None or before.operator is None:
+        known = layer.operator or before.operator
+        return known, layer.macs + before.macs
+    joined = layer.operator @ before.operator
+    apart = layer.macs + before.macs * prod(layer.operator.stride)
+    _check_cost(joined, apart)
+    return joined, joined.macs
+
+
+def _beside(left: Linear, right: Linear) -> tuple[ConvOperator, int]:
+    """left + right, where that costs no more than the two apart."""
+    ops = [
+        value.operator or _identity_beside(other.operator)
+        for value, other in ((left, right), (right, left))
+    ]
+    joined = ops[0] + ops[1]
+    _check_cost(joined, left.macs + right.macs)
+    return joined, joined.macs
+
+
+def _identity_beside(other: ConvOperator | None) -> ConvOperator:
+    assert other is not None
+    return identity(other.in_channels, other.rank, like=other.weight)
+
+
+def _check_cost(joined: ConvOperator, apart: int) -> None:
+    if joined.macs > apart:
+        raise NotLinear(
+            f"as one conv it would cost {joined.macs} MACs for each output position, "
+            f"apart it costs {apart}; kept apart"
+        )
+
+
+def _absorbable(value: Linear | None, operand: fx.Node, user: fx.Node) -> Linear | None:
+    """The operand's value, if nobody but `user` needs it."""
+    alone = value is not None and value.rest is None and list(operand.users) == [user]
+    return value if alone else None
+
+
+def _is_add(node: fx.Node) -> bool:
+    named = node.op == "call_function" and node.target in _ADD_FUNCTIONS
+    return (named or (node.op == "call_method" and node.target in _ADD_METHODS)) and not node.kwargs
+
+
+def _maximal(values: dict[fx.Node, Linear]) -> list[Linear]:
+    """The values that are part of no larger one, in the order of the graph."""
+    covered: set[fx.Node] = set()
+    found = []
+    for node, value in reversed(values.items()):
+        if node not in covered:
+            covered |= set(value.nodes)
+            found.append(value)
+    return found[::-1]
+
+
+def _is_path(value: Linear) -> bool:
+    return all(node.op == "call_module" for node in value.nodes)

@@ -1,0 +1,90 @@
+"""Changing the module tree: swap a child, or give one owner a new graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+from torch import fx, nn
+
+# (names of the nodes that go, name of the node they read, name of the new child, the new child);
+# the last node of the part gives its value.
+Part = tuple[Sequence[str], str, str, nn.Module]
+
+_OWNER_STATE = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The root with `module` at `path`; the new root is the module itself where the path is ""."""
+    if not path:
+        return module
+    owner, _, name = path.rpartition(".")
+    root.get_submodule(owner)._modules[name] = module
+    return root
+
+
+def replace_regions(owner: nn.Module, graph: fx.Graph, parts: Sequence[Part]) -> fx.GraphModule:
+    """The owner with parts of its graph replaced by one module each, as a GraphModule.
+
+    The class name and the hooks of the owner survive; children that no node calls any more are
+    dropped. graph: a trace of the owner's own forward, with its children as leaves.
+    """
+
+    def edit(copied: fx.Graph) -> None:
+        new_names: dict[str, str] = {}
+        for nodes, source, target, _ in parts:
+            _splice(copied, nodes, new_names.get(source, source), target, new_names)
+
+    return edit_graph(owner, graph, edit, {target: module for _, _, target, module in parts})
+
+
+def edit_graph(
+    owner: nn.Module,
+    graph: fx.Graph,
+    edit: Callable[[fx.Graph], None],
+    modules: dict[str, nn.Module],
+) -> fx.GraphModule:
+    """The owner as a GraphModule that runs an edited copy of its graph."""
+    edited = copy.deepcopy(graph)
+    edit(edited)
+    for name, module in modules.items():
+        owner.add_module(name, module)
+    rewritten = fx.GraphModule(owner, edited, class_name=type(owner).__name__)
+    for name in modules:
+        owner._modules.pop(name)
+    for state in _OWNER_STATE:
+        setattr(rewritten, state, copy.copy(getattr(owner, state)))
+    rewritten.train(owner.training)
+    return rewritten
+
+
+def free_name(owner: nn.Module, name: str) -> str:
+    """`name`, or with a number behind it where the owner has such an attribute already."""
+    taken, number = name, 1
+    while hasattr(owner, taken):
+        number += 1
+        taken = f"{name}{number}"
+    return taken
+
+
+def _splice(
+    graph: fx.Graph, nodes: Sequence[str], source: str, target: str, new_names: dict[str, str]
+) -> None:
+    """Replace the nodes by one call; remembers under which name the last one's value lives on."""
+    by_name = {node.name: node for node in graph.nodes}
+    last = by_name[nodes[-1]]
+    with graph.inserting_after(last):
+        new = graph.create_node("call_module", target, (by_name[source],))
+    last.replace_all_uses_with(new)
+    new_names[last.name] = new.name
+    for name in reversed(nodes):
+        graph.erase_node(by_name[name])
+    graph.lint()
