@@ -1,23 +1,34 @@
 """Re-parameterization of conv nets: expand before training, collapse after it.
 
-model = orepa_compiler.expand(model)       # every eligible conv becomes a block
-...                                        # your own training loop
-deploy = orepa_compiler.collapse(model)    # plain convs again, norms folded in
-assert orepa_compiler.verify(model, deploy, inputs)
+    model = orepa_compiler.expand(model)       # every eligible conv becomes a block
+    ...                                        # your own training loop
+    deploy = orepa_compiler.collapse(model)    # plain convs again, norms folded in
+    assert orepa_compiler.verify(model, deploy, inputs)
+    orepa_compiler.export_onnx(deploy, inputs, "model.onnx")
 """
 
-from orepa_compiler.blocks import DEEP_STEM, OREPA, OREPA_1X1, Block
-from orepa_compiler.compiler import collapse, expand, plan
-from orepa_compiler.errors import (
-    CheckpointError,
-    ExportError,
-    MissingPackage,
-    NotLinear,
-    ReparamError,
-)
-from orepa_compiler.layers import conv_operator
-from orepa_compiler.operators import ConvOperator
-from orepa_compiler.passes import COLLAPSE, EXPAND, Pipeline
-from orepa_compiler.planning import Plan
+from orepa_compiler.blocks import DEEP_STEM as DEEP_STEM
+from orepa_compiler.blocks import OREPA as OREPA
+from orepa_compiler.blocks import OREPA_1X1 as OREPA_1X1
+from orepa_compiler.blocks import Block as Block
+from orepa_compiler.checkpoints import load as load
+from orepa_compiler.checkpoints import save as save
+from orepa_compiler.compiler import collapse as collapse
+from orepa_compiler.compiler import expand as expand
+from orepa_compiler.compiler import plan as plan
+from orepa_compiler.errors import CheckpointError as CheckpointError
+from orepa_compiler.errors import ExportError as ExportError
+from orepa_compiler.errors import MissingPackage as MissingPackage
+from orepa_compiler.errors import NotLinear as NotLinear
+from orepa_compiler.errors import ReparamError as ReparamError
+from orepa_compiler.export.onnx import export_onnx as export_onnx
+from orepa_compiler.export.tensorrt import build_engine as build_engine
+from orepa_compiler.layers import conv_operator as conv_operator
+from orepa_compiler.operators import ConvOperator as ConvOperator
+from orepa_compiler.passes import COLLAPSE as COLLAPSE
+from orepa_compiler.passes import EXPAND as EXPAND
+from orepa_compiler.passes import Pipeline as Pipeline
+from orepa_compiler.planning import Plan as Plan
+from orepa_compiler.verification import verify as verify
 
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.branches import (
@@ -37,6 +38,10 @@ Scaling = Literal["vector", "scalar", "none"]
 
 # The kernel that is a large stem (Hu et al. 2022, Sec. 3.5) is at least this wide.
 LARGE_KERNEL = 7
+# The block name of what linearize makes: the branches that were there, in linear form.
+LINEARIZED = "LINEARIZED"
+
+_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,7 @@ class LinearBlock(BranchSum):
         self.norm = norm
         self.replaces_bias = conv.bias is not None
         # behind a norm a bias has no effect in train mode: the norm's own bias takes it over
-        keeps_bias = conv.bias is not None and norm is None
-        bias = conv.bias.detach().clone() if keeps_bias else None
+        bias = None if conv.bias is None or norm is not None else conv.bias.detach().clone()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.train(conv.training)
 
@@ -223,6 +227,16 @@ def is_large_stem(conv: ConvOperator) -> bool:
     return (
         conv.groups == 1 and len(sizes) == 1 and (k := sizes.pop()) >= LARGE_KERNEL and k % 2 == 1
     )
+
+
+def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:
+    """A BatchNorm for the output of a conv: the identity in eval mode at first.
+
+    like: gives dtype and device.
+    """
+    norm = _NORMS[operator.rank](operator.out_channels, device=like.device, dtype=like.dtype)
+    nn.init.constant_(norm.weight, (1 + norm.eps) ** 0.5)
+    return norm
 
 
 # Initial scaling factors: Hu et al. 2022, supplement Sec. 2.1.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.calibration import calibrate
 from orepa_compiler.capture import meta_copy
+from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.layers import is_conv_like
-from orepa_compiler.passes import Collapse, Expand, Pipeline, Squeeze
+from orepa_compiler.passes import Collapse, Expand, Linearize, Pipeline, Squeeze
 from orepa_compiler.passes.expand import Init, PostNorm
 from orepa_compiler.planning import Plan, record_plan
 from orepa_compiler.selection import Where
@@ -31,11 +34,12 @@ def plan(
     """What expand would do, as a table: a dry run on a copy without values.
 
     Every conv is either expanded or listed with the reason why it is left alone.
-    Raises ReparamError as expand does.
+    inputs: a batch, to count each conv's MACs for one image. Raises ReparamError as expand does.
     """
     _check_model(model)
     pipeline = _expansion(block=block, init="preserve", where=where, post_norm="auto")
-    return pipeline.run(meta_copy(model))[1]
+    made = pipeline.run(meta_copy(model))[1]
+    return made if inputs is None else _with_macs(made, conv_macs(model, inputs))
 
 
 def expand(
@@ -60,7 +64,7 @@ def expand(
     plan again. inputs: a batch, to calibrate inserted norms. inplace: rewrite the model itself.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
-    no values, that is wrapped (DDP, compile), or that cannot be copied. The model is then untouched.
+    no values, that is wrapped (DDP, compile), or that cannot be copied; the model is untouched then.
     """
     _check_model(model)
     if init not in ("preserve", "paper"):
@@ -68,11 +72,12 @@ def expand(
     if post_norm not in ("auto", "none"):
         raise ReparamError(f"post_norm={post_norm!r} is neither 'auto' nor 'none'")
     if init == "preserve":
-        _check_values(
-            model, "there is no kernel to preserve; load the weights, or use init='paper'"
-        )
+        _check_values(model, "no kernel to preserve; load weights or use init='paper'")
     pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
-    return _run(pipeline, model, plan=plan, inplace=inplace)
+    expanded = _run(pipeline, model, plan=plan, inplace=inplace)
+    if inputs is not None:
+        calibrate(expanded, inputs)
+    return expanded
 
 
 def collapse(
@@ -80,7 +85,6 @@ def collapse(
     *,
     fold_norm: bool = True,
     plan: Plan | None = None,
-    inputs: Inputs = None,
     inplace: bool = False,
 ) -> nn.Module:
     """The model in deploy form: blocks, branches and BatchNorms folded into plain convs.
@@ -103,7 +107,11 @@ def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "au
     Raises ReparamError where the plan does not fit the model.
     """
     names = {edit.done_by for edit in plan.edits}
-    passes = [step for step in (Expand(block=block), Squeeze(), Collapse()) if step.name in names]
+    passes = [
+        step
+        for step in (Linearize(), Expand(block=block), Squeeze(), Collapse())
+        if step.name in names
+    ]
     with torch.no_grad():
         model, applied = Pipeline(tuple(passes)).run(model, plan=plan)
     record_plan(model, applied)
@@ -115,7 +123,10 @@ def _expansion(
 ) -> Pipeline:
     if block != "auto" and not isinstance(block, Block):
         raise ReparamError(f"block={block!r} is neither 'auto' nor a Block such as orepa.OREPA")
-    return Pipeline((Expand(block=block, init=init, where=where, post_norm=post_norm), Squeeze()))
+    expansion = Expand(block=block, init=init, where=where, post_norm=post_norm)
+    if block == "auto":  # branches with norms of their own stay as they are
+        return Pipeline((expansion, Squeeze()))
+    return Pipeline((Linearize(where=where), expansion, Squeeze()))
 
 
 def _run(pipeline: Pipeline, model: nn.Module, *, plan: Plan | None, inplace: bool) -> nn.Module:
@@ -129,6 +140,15 @@ def _run(pipeline: Pipeline, model: nn.Module, *, plan: Plan | None, inplace: bo
 def _copy(model: nn.Module) -> nn.Module:
     meta_copy(model)  # names what cannot be copied before anything large is
     return copy.deepcopy(model)
+
+
+def _with_macs(plan: Plan, macs: dict[str, int]) -> Plan:
+    """The plan with what each conv costs; a block costs the same, its kernel being one conv's."""
+    edits = [
+        replace(edit, macs=(macs[edit.path],) * 2) if edit.path in macs else edit
+        for edit in plan.edits
+    ]
+    return Plan(tuple(edits), plan.refusals)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import reduce
 from operator import add
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.blocks import BranchSum, DeepStem, LinearBlock
+from orepa_compiler.blocks import BranchSum, DeepStem
 from orepa_compiler.branches import Kernel
 
 # Branches beside the origin start at this part of the paper's scaling, so that the origin, which
@@ -22,37 +22,48 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
-def preserve(block: LinearBlock, conv: _ConvNd) -> float:
-    """Start the block at the conv's kernel, exactly; returns |origin| / |W|.
+def preserve(block: BranchSum, weight: Tensor, fresh: Iterable[str]) -> float:
+    """Start the block at the kernel `weight`, exactly; returns |origin| / |W|.
 
-    v_m = REDUCTION * v_m(paper) * min(1, |W| / |v_m W_m|) for the branches beside the origin,
-    v_origin = 1, and W_origin = W - sum_m v_m W_m. The bound keeps small pretrained kernels from
-    being drowned by branches of a fresh kernel's size.
+    v_m = REDUCTION * v_m(paper) * min(1, |W| / |v_m W_m|) for the fresh branches, v_origin = 1, and
+    W_origin = W - sum_m v_m W_m. The bound keeps small pretrained kernels from being drowned by
+    branches of a fresh kernel's size.
     """
-    weight = conv.weight.detach()
+    weight = weight.detach()
     sizes = {name: op.weight.norm() for name, op in block.branch_operators().items()}
-    for name, branch in block.branches.items():
-        if name != "origin":
-            bound = (weight.norm() / sizes[name].clamp_min(_TINY)).clamp(max=1.0)
-            _reduce(block, name, branch, REDUCTION * bound)
+    for name in fresh:
+        bound = (weight.norm() / sizes[name].clamp_min(_TINY)).clamp(max=1.0)
+        _reduce(block, name, REDUCTION * bound)
     if block.scaling is not None:
         block.scaling[_index(block, "origin")] = 1.0
     origin = block.branches["origin"]
     assert isinstance(origin, Kernel)
     exact = copy.deepcopy(block).double().branch_operators()
     others = reduce(add, [operator for name, operator in exact.items() if name != "origin"])
-    origin.weight.copy_(weight.double() - others.weight)
+    aligned = exact["origin"].scale(weight.new_zeros(1).double()) + others
+    origin.weight.copy_(weight.double() - aligned.weight)
     for _ in range(_CORRECTIONS):
         origin.weight.add_(weight - block.operator().weight)
     return float(origin.weight.norm() / weight.norm().clamp_min(_TINY))
 
 
-def _reduce(block: LinearBlock, name: str, branch: nn.Module, factor: Tensor) -> None:
+@torch.no_grad()
+def extend(block: BranchSum, branches: dict[str, nn.Module], scaling: dict[str, float]) -> None:
+    """Add branches to a block that has some, each with its initial scaling factor."""
+    for name, branch in branches.items():
+        block.branches[name] = branch
+    if block.scaling is not None:
+        factors = block.scaling.new_tensor([scaling.get(name, 1.0) for name in branches])
+        rows = factors.unsqueeze(1).expand(-1, block.scaling.shape[1])
+        block.scaling = nn.Parameter(torch.cat([block.scaling, rows]))
+
+
+def _reduce(block: BranchSum, name: str, factor: Tensor) -> None:
     """Scale a branch down, in its scaling layer, or in its kernel where there is none."""
     if block.scaling is not None:
         block.scaling[_index(block, name)] *= factor
     else:
-        shrink(branch, factor)
+        shrink(block.branches[name], factor)
 
 
 def shrink(branch: nn.Module, factor: Tensor) -> None:

@@ -130,8 +130,9 @@ def record_plan(model: nn.Module, plan: Plan) -> None:
 def recorded_plans(model: nn.Module) -> tuple[Plan, ...]:
     """The plans that made this model, in order; empty for a model as its class built it."""
     meta = vars(model).get("meta")
-    inside = meta.get(_ATTRIBUTE, ()) if isinstance(meta, dict) else ()
-    return vars(model).get(_ATTRIBUTE, inside)
+    inside: Any = meta.get(_ATTRIBUTE, ()) if isinstance(meta, dict) else ()
+    plans: tuple[Plan, ...] = vars(model).get(_ATTRIBUTE, inside)
+    return plans
 
 
 def _edit_table(edits: list[Edit]) -> Table:
@@ -139,20 +140,27 @@ def _edit_table(edits: list[Edit]) -> Table:
     for column in ("pass", "path", "before", "after"):
         table.add_column(column, overflow="fold")
     for column in ("parameters", "MACs"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold")
     for edit in edits:
-        macs = f"{edit.macs[0]:,} -> {edit.macs[1]:,}" if edit.macs else "-"
         table.add_row(
             edit.done_by,
             edit.path or "(root)",
             edit.before,
             edit.after,
-            f"{edit.parameters[0]:,} -> {edit.parameters[1]:,}",
-            macs,
+            " -> ".join(map(short_number, edit.parameters)),
+            "-" if edit.macs is None else short_number(edit.macs[1]),
             edit.note,
         )
     return table
+
+
+def short_number(value: int) -> str:
+    """Three digits and a unit: 9408 is 9.41 k."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return str(value)
 
 
 def _refusal_table(refusals: tuple[Refusal, ...]) -> Table:

@@ -128,7 +128,7 @@ class Interpreter:
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if node.op == "call_module" and len(operands) == len(node.args) == 1 and not node.kwargs:
             return self._call_value(owner, node, operands[0], values)
-        if _is_add(node):
+        if is_add(node):
             if len(operands) == 1 and 0 in node.args:  # 0 + x, as sum() begins
                 return self._extend(owner, node, operands[0], values, Linear(node, None))
             if len(operands) == 2 and operands[0] is not operands[1]:
@@ -149,7 +149,7 @@ class Interpreter:
     def _layer(self, path: str, operand: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:
         """What the called module is by itself; its source is a stand-in."""
         module = self.read(path)
-        if isinstance(module, _TRANSPARENT):
+        if is_idle(module):
             return Linear(operand, None)
         before = values.get(operand)
         width = before.operator.out_channels if before and before.operator else None
@@ -270,7 +270,12 @@ def _absorbable(value: Linear | None, operand: fx.Node, user: fx.Node) -> Linear
     return value if alone else None
 
 
-def _is_add(node: fx.Node) -> bool:
+def is_idle(module: nn.Module) -> bool:
+    """Whether the module gives its input back in eval mode."""
+    return isinstance(module, _TRANSPARENT)
+
+
+def is_add(node: fx.Node) -> bool:
     named = node.op == "call_function" and node.target in _ADD_FUNCTIONS
     return (named or (node.op == "call_method" and node.target in _ADD_METHODS)) and not node.kwargs
 

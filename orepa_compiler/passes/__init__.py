@@ -1,7 +1,7 @@
 """The passes, and the two pipelines they make.
 
-A pass first plans, touching nothing, and then applies its plan. Any object with these members is one;
-add yours with Pipeline((MyPass(), *COLLAPSE.passes)).
+A pass first plans, touching nothing, and then applies its plan. Any object with these members is
+one; add yours with Pipeline((MyPass(), *COLLAPSE.passes)).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from orepa_compiler.capture import Capture, capture
 from orepa_compiler.layers import is_norm
 from orepa_compiler.passes.collapse import Collapse
 from orepa_compiler.passes.expand import Expand
+from orepa_compiler.passes.linearize import Linearize
 from orepa_compiler.passes.squeeze import Squeeze
 from orepa_compiler.planning import Plan
 
-__all__ = ["COLLAPSE", "EXPAND", "Collapse", "Expand", "Pass", "Pipeline", "Squeeze"]
+__all__ = ["COLLAPSE", "EXPAND", "Collapse", "Expand", "Linearize", "Pass", "Pipeline", "Squeeze"]
 
 
 class Pass(Protocol):
@@ -79,5 +80,5 @@ def is_leaf(module: nn.Module) -> bool:
     return isinstance(module, LinearBlock) or is_norm(module) or (torch_layer and not container)
 
 
-EXPAND = Pipeline((Expand(), Squeeze()))
+EXPAND = Pipeline((Linearize(), Expand(), Squeeze()))
 COLLAPSE = Pipeline((Collapse(),))

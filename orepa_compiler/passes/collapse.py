@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join, trace
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.layers import conv_operator, is_batch_norm, is_norm, linear_part
 from orepa_compiler.operators import ConvOperator
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.regions import Interpreter, Linear, Region
+from orepa_compiler.regions import Interpreter, Linear, Region, is_idle
 from orepa_compiler.rewrite import free_name, replace_regions, set_module
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -90,6 +90,7 @@ def _region_edit(name: str, capture: Capture, region: Region) -> Edit:
     after = operator.weight.numel() + operator.out_channels
     options: dict[str, Any] = {
         "kind": "path" if region.is_path else "graph",
+        "owner": region.owner,
         "nodes": region.node_names,
         "source": region.value.source.name,
         "modules": paths,
@@ -97,15 +98,19 @@ def _region_edit(name: str, capture: Capture, region: Region) -> Edit:
     if region.is_path:
         options["at"] = next(p for p, m in zip(paths, modules, strict=True) if _holds_conv(m))
         options["rest"] = paths[-1] if region.value.rest is not None else None
-    what = " + ".join(type(module).__name__ for module in modules)
+    what = " + ".join(type(module).__name__ for module in modules if not is_idle(module))
     kernel = "x".join(map(str, operator.kernel_size))
     target = f"Conv{operator.rank}d {operator.in_channels} -> {operator.out_channels} {kernel}"
-    return Edit(name, region.owner, what, target, (before, after), None,
-                ", ".join(str(n.target) for n in region.value.nodes if n.op == "call_module"),
-                options)  # fmt: skip
+    path = options.get("at", region.owner)
+    return Edit(name, path, what, target, (before, after), options=options)
 
 
 def _block_edit(name: str, path: str, block: LinearBlock, *, fold_norm: bool) -> Edit:
+    if block.block_name == LINEARIZED and not fold_norm:
+        raise ReparamError(
+            "its branches were linearized, so the norms they had are gone; use fold_norm=True",
+            path=path,
+        )
     if block.norm is not None and not block.replaces_bias and not fold_norm:
         raise ReparamError(
             "its inserted norm needs a bias to go to, and the original conv has none; "
@@ -117,7 +122,7 @@ def _block_edit(name: str, path: str, block: LinearBlock, *, fold_norm: bool) ->
     after = block.weight.numel() + (block.out_channels if has_bias else 0)
     kernel = "x".join(map(str, block.kernel_size))
     target = f"Conv{len(block.kernel_size)}d {block.in_channels} -> {block.out_channels} {kernel}"
-    options = {"kind": "block", "modules": [path]}
+    options = {"kind": "block", "owner": None, "modules": [path]}
     return Edit(name, path, f"block {block.block_name}", target, (before, after), options=options)
 
 

@@ -12,16 +12,18 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.blocks import (
     BLOCKS,
+    LINEARIZED,
     Block,
     LinearBlock,
     automatic_block,
+    inserted_norm,
     spatial_only,
 )
 from orepa_compiler.branches import Kernel
 from orepa_compiler.capture import LAZY, Capture
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.following import ACTIVATION, NORM, followed_by, reads_pooled
-from orepa_compiler.initialization import preserve
+from orepa_compiler.initialization import extend, preserve
 from orepa_compiler.layers import conv_operator, is_conv_like, own_forward_reason
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import set_module
@@ -29,8 +31,6 @@ from orepa_compiler.selection import Where, selection
 
 Init = Literal["preserve", "paper"]
 PostNorm = Literal["auto", "none"]
-
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Expand:
         is_selected = selection(self.where)
         edits, refusals = [], []
         for path, module in capture.skeleton.named_modules():
+            if isinstance(module, LinearBlock) and module.block_name == LINEARIZED:
+                edits += self._extension(path, module)
             if not is_conv_like(module):
                 continue
             if not is_selected(path, module):
@@ -72,15 +74,18 @@ class Expand:
         return Plan(tuple(edits), tuple(refusals))
 
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
-        """The model with the planned blocks in place; the plan says how well each kernel is kept."""
+        """The model with the planned blocks in place; notes say how large each origin became."""
         done = []
         for edit in plan.edits:
-            conv = model.get_submodule(edit.path)
+            module = model.get_submodule(edit.path)
             try:
-                block, ratio = self._build(conv, edit)
+                if edit.options.get("extends"):
+                    ratio = self._extend(module, edit)
+                else:
+                    block, ratio = self._build(module, edit)
+                    model = set_module(model, edit.path, block)
             except NotLinear as error:
                 raise ReparamError(error.reason, path=edit.path) from error
-            model = set_module(model, edit.path, block)
             note = f"|origin| / |W| = {ratio:.2f}" if ratio is not None else ""
             done.append(replace(edit, note="; ".join(filter(None, (edit.note, note)))))
         return model, Plan(tuple(done), plan.refusals)
@@ -114,8 +119,39 @@ class Expand:
             "norm": needs_norm,
             "init": self.init,
         }
-        what = f"{block.name}: {' + '.join(new.branches)}"
+        what = f"{block.name}, {len(new.branches)} branches"
         return Edit(self.name, path, describe(conv), what, (before, after), None, note, options)
+
+    def _extension(self, path: str, block: LinearBlock) -> list[Edit]:
+        """The branches that a linearized block lacks."""
+        new = self._missing(block, self.block)
+        if not new:
+            return []
+        before = sum(p.numel() for p in block.parameters())
+        grown = sum(p.numel() + block.out_channels for b in new.values() for p in b.parameters())
+        name = self.block if isinstance(self.block, str) else self.block.name
+        options = {"extends": True, "block": name, "branches": list(new), "init": self.init}
+        what = f"linear block: {' + '.join(block.branches)}"
+        target = f"{name}: and {' + '.join(new)}"
+        sizes = (before, before + grown)
+        return [Edit(self.name, path, what, target, sizes, None, "", options)]
+
+    def _missing(self, block: LinearBlock, wanted: Block | Literal["auto"]) -> dict[str, nn.Module]:
+        operator = block.operator()
+        kind = automatic_block(operator) if wanted == "auto" else wanted
+        made = kind.make(operator) if "origin" in block.branches else {}
+        return {name: branch for name, branch in made.items() if name not in block.branches}
+
+    def _extend(self, module: nn.Module, edit: Edit) -> float | None:
+        if not isinstance(module, LinearBlock):
+            raise ReparamError("the plan extends a linear block, here is none", path=edit.path)
+        block = _named_block(edit.options["block"], self.block)
+        weight = module.weight.detach().clone()
+        new = self._missing(module, block)
+        extend(module, new, dict(block.scaling))
+        has_values = not weight.is_meta
+        keep = edit.options["init"] == "preserve" and has_values
+        return preserve(module, weight, new) if keep else None
 
     def _block(self, conv: _ConvNd) -> Block:
         operator = conv_operator(conv)
@@ -138,8 +174,9 @@ class Expand:
                 f"block {block.name} gives {list(new.branches)}",
                 path=edit.path,
             )
-        has_values = not conv.weight.is_meta
-        ratio = preserve(new, conv) if options["init"] == "preserve" and has_values else None
+        keep = options["init"] == "preserve" and not conv.weight.is_meta
+        fresh = [name for name in new.branches if name != "origin"]
+        ratio = preserve(new, conv.weight, fresh) if keep else None
         new.requires_grad_(conv.weight.requires_grad)
         return new, ratio
 
@@ -198,13 +235,9 @@ def _named_block(name: str, block: Block | Literal["auto"]) -> Block:
 
 
 def _post_norm(conv: _ConvNd) -> nn.Module:
-    """A BatchNorm that is the identity in eval mode until it is calibrated or trained."""
-    norm = _NORMS[len(conv.kernel_size)](
-        conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype
-    )
-    nn.init.constant_(norm.weight, (1 + norm.eps) ** 0.5)
+    """The inserted norm; the conv's bias, without effect before a norm, becomes the norm's own."""
+    norm = inserted_norm(conv_operator(conv), conv.weight)
     if conv.bias is not None and not conv.bias.is_meta:
-        # in train mode a norm takes the conv's bias away: it lives on as the norm's own
         with torch.no_grad():
             norm.bias.copy_(conv.bias)
     return norm

@@ -1,0 +1,50 @@
+"""What a model's convs cost: multiply-accumulates for one image."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture import meta_copy
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.evaluation import batches_of, evaluation_mode
+from orepa_compiler.layers import is_conv_like
+from orepa_compiler.nesting import map_tensors
+
+
+def conv_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """Path of each conv or block -> its multiply-accumulates for one image of `inputs`.
+
+    MACs = kernel elements x output positions, summed over the calls. Counted on a copy without
+    values, so it costs no arithmetic. Raises ReparamError where the forward needs values.
+    """
+    skeleton = meta_copy(model)
+    counts: dict[str, int] = defaultdict(int)
+    for path, module in skeleton.named_modules():
+        if is_conv_like(module) or isinstance(module, LinearBlock):
+            module.register_forward_hook(_counter(counts, path))
+    batch = map_tensors(batches_of(inputs)[0], lambda t: t.to("meta"))
+    try:
+        with torch.no_grad(), evaluation_mode(skeleton):
+            skeleton(*batch)
+    except Exception as error:  # a forward is the user's code: anything may come out of it
+        raise ReparamError(
+            f"MACs cannot be counted without values ({type(error).__name__}: {error})"
+        ) from error
+    return dict(counts)
+
+
+def _counter(counts: dict[str, int], path: str) -> Any:
+    def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        # a transposed conv spends its kernel on each input position
+        places = args[0] if getattr(module, "transposed", False) else output
+        spatial = places.shape[2:] if places.dim() == weight.dim() else places.shape[1:]
+        counts[path] += weight.numel() * spatial.numel()
+
+    return count
