@@ -49,14 +49,13 @@ class Collapse:
         return Plan(tuple(edits), refusals)
 
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
-        by_owner = groupby(
-            plan.edits, key=lambda edit: (edit.options["kind"] == "block", edit.path)
-        )
-        for (is_block, path), edits in by_owner:
-            if is_block:
-                model = set_module(model, path, _plain_conv(model.get_submodule(path), path))
-            else:
-                model = _apply_regions(model, capture, path, list(edits))
+        for owner, edits in groupby(plan.edits, key=lambda edit: edit.options["owner"]):
+            if owner is not None:
+                model = _apply_regions(model, capture, owner, list(edits))
+                continue
+            for edit in edits:
+                conv = _plain_conv(model.get_submodule(edit.path), edit.path)
+                model = set_module(model, edit.path, conv)
         return model.eval(), plan
 
     def _left_norms(

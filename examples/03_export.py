@@ -1,0 +1,40 @@
+"""Export the collapsed net to ONNX and TensorRT, check what can be checked, and sum it all up."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from digits import digits, digits_net, output_folder, remember
+from rich import print
+from summary import table
+
+import orepa_compiler as orepa
+from orepa_compiler.export import OnnxRunner, TensorRTRunner
+
+
+def main(folder: Path) -> None:
+    if not (folder / "deploy.safetensors").exists():
+        import_module("02_collapse_and_verify").main(folder)
+    deploy = orepa.load(digits_net, folder / "deploy.safetensors").eval()
+    images = digits()[2]
+
+    onnx = orepa.export_onnx(deploy, images[:2], folder / "digits.onnx")
+    report = orepa.verify(deploy, OnnxRunner(onnx), images)
+    print(report)
+    assert report
+    remember(folder, onnx_error=report.max_error)
+
+    engine = orepa.build_engine(onnx, folder / "digits.engine")
+    device = "not run (no GPU here)"
+    if torch.cuda.is_available():
+        on_gpu = orepa.verify(deploy.cuda(), TensorRTRunner(engine), images.cuda()[:32])
+        assert on_gpu, on_gpu
+        device = f"{on_gpu.max_error:.1e}"
+    facts = remember(folder, engine_error=device)
+    print(table(folder, facts))
+
+
+if __name__ == "__main__":
+    main(output_folder())

@@ -1,0 +1,17 @@
+"""Collapsed models as ONNX files and TensorRT engines, and runners that compare them with torch."""
+
+from orepa_compiler.export.network import NetworkSummary, inspect_network
+from orepa_compiler.export.onnx import export_onnx
+from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
+from orepa_compiler.export.signature import TensorSpec
+from orepa_compiler.export.tensorrt import build_engine
+
+__all__ = [
+    "NetworkSummary",
+    "OnnxRunner",
+    "TensorRTRunner",
+    "TensorSpec",
+    "build_engine",
+    "export_onnx",
+    "inspect_network",
+]

@@ -1,0 +1,144 @@
+"""onnxruntime sessions with honest settings, and torch tensors in and out of them."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from orepa_compiler.dependencies import import_extra
+from orepa_compiler.errors import ExportError
+from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.signature import TensorSpec
+
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int16)": torch.int16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+# TF32 rounds float32 to 10 bits; the other two pick kernels by timing, or another layout.
+_CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT", "prefer_nhwc": "0"}
+
+# onnxruntime then remembers which provider runs which node.
+_RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+_ERRORS_ONLY = 3
+
+
+def open_session(path: Path, provider: str) -> Any:
+    """An onnxruntime InferenceSession whose convs all run on `provider`.
+
+    Raises ExportError where the file cannot be read, the provider is not there or fell back to
+    another one, or has no kernel for an operator.
+    """
+    onnxruntime = import_extra("onnxruntime", extra="cpu")
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise ExportError(
+            f"{provider} is not in the installed onnxruntime ({', '.join(available)})"
+            + _how_to_install(provider)
+        )
+    graph = load_graph(path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
+    settings = _CUDA_OPTIONS if provider == "CUDAExecutionProvider" else {}
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        raise _unreadable(path, provider, graph, error) from error
+    check_provider(session, provider)
+    return session
+
+
+def check_provider(session: Any, provider: str) -> None:
+    """Raises ExportError where a session runs its convs elsewhere than on `provider`."""
+    actual = session.get_providers()
+    if actual[0] != provider:
+        raise ExportError(
+            f"onnxruntime fell back from {provider} to {actual[0]}" + _how_to_install(provider)
+        )
+    if provider == "CPUExecutionProvider":
+        return
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise ExportError(
+            f"this onnxruntime cannot tell which nodes ran on {provider}; install a newer one"
+        )
+    for part in session.get_provider_graph_assignment_info():
+        strays = [node.name for node in part.get_nodes() if "Conv" in node.op_type]
+        if part.ep_name != provider and strays:
+            raise ExportError(
+                f"onnxruntime runs {len(strays)} convs on {part.ep_name}, not on {provider}: "
+                f"{strays[0]}"
+            )
+
+
+def _how_to_install(provider: str) -> str:
+    names = {dist.metadata["Name"] for dist in metadata.distributions()}
+    if {"onnxruntime", "onnxruntime-gpu"} <= names:
+        # Both own the folder onnxruntime/, so whichever came last has overwritten the other.
+        return (
+            "; onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then install one of them"
+        )
+    if provider == "CUDAExecutionProvider":
+        return "; for a GPU: pip uninstall onnxruntime, then pip install 'orepa-compiler[gpu]'"
+    return ""
+
+
+def _unreadable(path: Path, provider: str, graph: Any, error: Exception) -> ExportError:
+    onnx = import_extra("onnx", extra="onnx")
+    reason = first_line(error)
+    if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in graph.graph.initializer):
+        return ExportError(
+            f"{path}: not run: {provider} lacks bfloat16 kernels ({reason}); export with "
+            "precision='fp32' or 'fp16' to compare in onnxruntime"
+        )
+    return ExportError(f"{path}: onnxruntime cannot load the file: {reason}")
+
+
+def first_line(error: Exception) -> str:
+    """An error's message in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def spec_of(path: Path, item: Any) -> TensorSpec:
+    """An input or output of a session; raises ExportError where torch has no such type."""
+    if item.type not in _DTYPES:
+        raise ExportError(f"{path}: {item.name} is a {item.type}, which torch does not know")
+    shape = tuple("?" if axis is None else axis for axis in item.shape)
+    return TensorSpec(item.name, shape, _DTYPES[item.type])
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor's values; bfloat16, which numpy does not have, as its bits."""
+    host = tensor.detach().cpu().contiguous()
+    return host.view(torch.uint16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
+
+
+def to_ortvalue(array: np.ndarray, dtype: torch.dtype) -> Any:
+    """An OrtValue over the array, which must outlive it."""
+    value = import_extra("onnxruntime", extra="cpu").OrtValue
+    if dtype != torch.bfloat16:
+        return value.ortvalue_from_numpy(array)
+    bfloat16 = import_extra("onnx", extra="onnx").TensorProto.BFLOAT16
+    return value.ortvalue_from_numpy_with_onnx_type(array, bfloat16)
+
+
+def from_ortvalue(value: Any, dtype: torch.dtype) -> Tensor:
+    """A torch tensor with the OrtValue's values."""
+    return (
+        from_dlpack(value).clone() if dtype == torch.bfloat16 else torch.from_numpy(value.numpy())
+    )

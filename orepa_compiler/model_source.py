@@ -1,0 +1,184 @@
+"""A model named by a string: what a command line can say about a model."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from orepa_compiler.errors import MissingPackage, ReparamError
+
+FORMS = "torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
+
+
+def load_model(source: str) -> nn.Module:
+    """The model that `source` names, with the weights its factory gives it.
+
+    source: `torchvision:resnet50`, `timm:resnet50`, `package.module:factory` or
+    `path/to/file.py:factory`. A factory is called without arguments; a module that stands there
+    ready made is taken as it is. The current folder, and a file's own folder, can be imported from,
+    as when python runs a file.
+
+    Raises ReparamError for a name that is not there (with the closest ones), and for a factory that
+    is not callable, needs arguments, fails or gives no nn.Module. Raises MissingPackage when
+    torchvision or timm is not installed.
+    """
+    place, colon, name = source.rpartition(":")
+    if not (colon and place and name):
+        raise ReparamError(f"{source}: this names no model; write it as {FORMS}")
+    declare_torchvision_operators()
+    if place == "torchvision":
+        models = _zoo(source, "torchvision.models")
+        return _from_zoo(source, name, models.list_models(), lambda: models.get_model(name))
+    if place == "timm":
+        timm = _zoo(source, "timm")
+        return _from_zoo(source, name, timm.list_models(), lambda: timm.create_model(name))
+    return _from_factory(source, place, name)
+
+
+def declare_torchvision_operators() -> None:
+    """The operators torchvision::nms and torchvision::qnms, declared where they are missing.
+
+    A torchvision that was built for CUDA does not load its compiled part beside a CPU torch, and
+    its import then fails with "operator torchvision::nms does not exist". The models need only the
+    operators' names.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    for library in Path(spec.origin).parent.glob("_C*"):
+        try:
+            torch.ops.load_library(library)
+        except OSError:
+            continue
+        return
+    boxes = "Tensor dets, Tensor scores, float iou_threshold"
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", f"({boxes}) -> Tensor")
+
+
+def _zoo(source: str, module: str) -> ModuleType:
+    package = module.split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackage(
+            f"{source}: this needs the package {package}; install it with: pip install {package}"
+        )
+    return importlib.import_module(module)
+
+
+def _from_zoo(
+    source: str, name: str, known: list[str], build: Callable[[], nn.Module]
+) -> nn.Module:
+    # A timm name may carry the tag of its weights: resnet50.a1_in1k.
+    if name.split(".")[0] not in known:
+        raise ReparamError(
+            f"{source}: no model of {len(known)} has this name{_closest(name, known)}"
+        )
+    return build()
+
+
+def _from_factory(source: str, place: str, name: str) -> nn.Module:
+    path = Path(place)
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
+        raise ReparamError(f"{source}: there is no file {place}")
+    with _importable(path.resolve().parent if is_file else Path.cwd()):
+        module = _import_file(source, path) if is_file else _import_module(source, place)
+        factory = getattr(module, name, None)
+        if factory is None:
+            public = [key for key in vars(module) if not key.startswith("_")]
+            raise ReparamError(f"{source}: {place} defines no {name}{_closest(name, public)}")
+        return _call(source, name, factory)
+
+
+def _call(source: str, name: str, factory: Any) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        return factory
+    if not callable(factory):
+        raise ReparamError(
+            f"{source}: {name} is of type {type(factory).__name__}, not a factory; name a function "
+            f"that returns the model"
+        )
+    needed = _needed_arguments(factory)
+    if needed:
+        raise ReparamError(
+            f"{source}: {name} needs the arguments {', '.join(needed)}; name a function that needs "
+            f"none, such as a functools.partial of it"
+        )
+    try:
+        model = factory()
+    except Exception as error:
+        raise ReparamError(f"{source}: calling {name}() raised {_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ReparamError(
+            f"{source}: {name}() gave a {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model
+
+
+def _needed_arguments(factory: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:  # a builtin tells no signature; calling it will say what it needs
+        return []
+    return [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
+def _import_module(source: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise ReparamError(f"{source}: importing it raised {_one_line(error)}") from error
+        raise ReparamError(
+            f"{source}: there is no module {error.name} here or among the installed packages; "
+            f"models are written as {FORMS}"
+        ) from error
+    except Exception as error:
+        raise ReparamError(f"{source}: importing it raised {_one_line(error)}") from error
+
+
+def _import_file(source: str, path: Path) -> ModuleType:
+    name = f"_orepa_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up here
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ReparamError(f"{source}: importing it raised {_one_line(error)}") from error
+    return module
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _closest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

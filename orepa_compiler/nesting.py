@@ -1,0 +1,126 @@
+"""The tensors inside a call's arguments and outputs, which may be nested, and their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from orepa_compiler.errors import ReparamError
+
+Form = Literal["tensor", "sequence", "fields", "mapping"]
+
+
+def named_leaves(value: Any) -> dict[str, Any]:
+    """What a call returned, leaf by leaf: tensors, and whatever else it holds.
+
+    The names are those of an exported file: `output` for a lone tensor, output_0, output_1, ... for
+    a list or tuple, the keys of a dict, the fields of a namedtuple or dataclass; deeper levels are
+    joined with a dot. None is no leaf; a plain number is a tensor without axes.
+
+    Raises ReparamError when two leaves have one name.
+    """
+    found: dict[str, Any] = {}
+    for path, leaf in _walk(value, ()):
+        start = "output_" if path and isinstance(path[0], int) else ""
+        name = start + ".".join(map(str, path)) if path else "output"
+        if name in found:
+            raise ReparamError(f"two outputs are called {name}; rename one of the keys")
+        found[name] = leaf
+    return found
+
+
+def form_of(value: Any) -> Form:
+    """How a call returned its outputs: namedtuples and dataclasses have fields."""
+    if _fields(value):
+        return "fields"
+    if isinstance(value, Mapping):
+        return "mapping"
+    return "sequence" if isinstance(value, (list, tuple)) else "tensor"
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a nested value."""
+    return (leaf for _, leaf in _walk(value, ()) if isinstance(leaf, Tensor))
+
+
+def others_in(value: Any) -> Iterator[Any]:
+    """What a nested value holds that is neither a tensor nor a plain number nor None."""
+    return (leaf for _, leaf in _walk(value, ()) if not isinstance(leaf, Tensor))
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested value with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, change) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value
+
+
+def is_comparable(leaf: Any) -> bool:
+    """Whether `leaf` is a tensor with plain values: strided, not quantized."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_quantized
+
+
+def is_finite(value: Any) -> bool:
+    """Whether no tensor in a nested value holds NaN or inf."""
+    return not any(nonfinite_counts(leaf) for leaf in tensors_in(value) if is_comparable(leaf))
+
+
+def nonfinite_counts(tensor: Tensor) -> dict[str, int]:
+    """How often `tensor` holds NaN, and inf of either sign; empty where it holds neither."""
+    values = tensor.double() if tensor.is_floating_point() else tensor  # float8 has no isnan
+    counts = {"NaN": int(values.isnan().sum()), "inf": int(values.isinf().sum())}
+    return {word: count for word, count in counts.items() if count}
+
+
+def describe(argument: Any) -> str:
+    """An argument as a message shows it: (2, 3, 64, 64) float32."""
+    if isinstance(argument, Tensor):
+        return f"{tuple(argument.shape)} {str(argument.dtype).removeprefix('torch.')}"
+    return repr(argument) if isinstance(argument, (int, float, str)) else kind_of(argument)
+
+
+def kind_of(value: Any) -> str:
+    """The name of a value's type: list, numpy.ndarray."""
+    name, module = type(value).__qualname__, type(value).__module__
+    return name if module == "builtins" else f"{module}.{name}"
+
+
+def _walk(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if value is None:
+        return
+    fields = _fields(value)
+    if isinstance(value, Mapping):
+        parts = list(value.items())
+    elif fields:
+        parts = [(name, getattr(value, name)) for name in fields]
+    elif isinstance(value, (list, tuple)):
+        parts = list(enumerate(value))
+    else:
+        yield path, _as_tensor(value)
+        return
+    for key, part in parts:
+        yield from _walk(part, (*path, key))
+
+
+def _as_tensor(leaf: Any) -> Any:
+    if isinstance(leaf, float):
+        return torch.tensor(leaf, dtype=torch.float64)
+    return torch.tensor(leaf) if isinstance(leaf, (bool, int)) else leaf
+
+
+def _fields(value: Any) -> tuple[str, ...]:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return tuple(value._fields)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple(field.name for field in dataclasses.fields(value))
+    return ()
