@@ -17,12 +17,12 @@ def main(folder: Path) -> None:
     print(orepa.plan(plain, inputs=torch.zeros(1, 1, 8, 8)))
 
     expanded = orepa.expand(plain)  # starts at the same weights: a paired comparison
-    accuracy = {"plain": train(plain, "plain"), "OREPA": train(expanded, "OREPA")}
+    accuracy = {"plain": train(plain, "plain"), "orepa": train(expanded, "OREPA")}
 
     orepa.save(plain, folder / "plain.safetensors")
     orepa.save(expanded, folder / "orepa.safetensors")
     remember(folder, accuracy=accuracy)
-    print(f"test accuracy: plain {accuracy['plain']:.2f} %, OREPA {accuracy['OREPA']:.2f} %")
+    print(f"test accuracy: plain {accuracy['plain']:.2f} %, OREPA {accuracy['orepa']:.2f} %")
 
 
 if __name__ == "__main__":

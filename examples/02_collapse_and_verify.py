@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from digits import digits, digits_net, output_folder, remember
+from digits import accuracy, digits, digits_net, output_folder, remember
 from rich import print
 
 import orepa_compiler as orepa
@@ -27,7 +27,8 @@ def main(folder: Path) -> None:
     assert orepa.verify(expanded, stock, digits()[2])
 
     orepa.save(deploy, folder / "deploy.safetensors")
-    remember(folder, collapse_error=report.max_error)
+    facts = remember(folder, collapse_error=report.max_error)
+    remember(folder, accuracy={**facts["accuracy"], "deploy": accuracy(deploy)})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from digits import digits, digits_net, output_folder, remember
+from digits import accuracy, digits, digits_net, output_folder, remember
 from rich import print
 from summary import table
 
@@ -21,10 +21,12 @@ def main(folder: Path) -> None:
     images = digits()[2]
 
     onnx = orepa.export_onnx(deploy, images[:2], folder / "digits.onnx")
-    report = orepa.verify(deploy, OnnxRunner(onnx), images)
+    runner = OnnxRunner(onnx)
+    report = orepa.verify(deploy, runner, images)
     print(report)
     assert report
-    remember(folder, onnx_error=report.max_error)
+    facts = remember(folder, onnx_error=report.max_error)
+    remember(folder, accuracy={**facts["accuracy"], "onnx": accuracy(runner)})
 
     engine = orepa.build_engine(onnx, folder / "digits.engine")
     device = "not run (no GPU here)"

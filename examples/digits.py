@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def train(model: nn.Module, name: str) -> float:
     """Train with SGD and a cosine schedule; gives the accuracy on the test images, in percent."""
-    x, y, x_test, y_test = digits()
+    x, y, _, _ = digits()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     generator = torch.Generator().manual_seed(1)
@@ -64,9 +66,14 @@ def train(model: nn.Module, name: str) -> float:
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
         schedule.step()
-    model.eval()
-    with torch.no_grad():
-        return 100 * (model(x_test).argmax(1) == y_test).float().mean().item()
+    return accuracy(model.eval())
+
+
+@torch.no_grad()
+def accuracy(model: Callable[[Tensor], Tensor]) -> float:
+    """The share of test images that the model gets right, in percent."""
+    _, _, x, y = digits()
+    return 100 * (model(x).argmax(1) == y).float().mean().item()
 
 
 def output_folder() -> Path:
@@ -78,7 +85,7 @@ def output_folder() -> Path:
     return folder
 
 
-def remember(folder: Path, **facts: object) -> dict[str, object]:
+def remember(folder: Path, **facts: Any) -> dict[str, Any]:
     """Everything the examples found out so far, with these facts added."""
     file = folder / "results.json"
     known = json.loads(file.read_text()) if file.exists() else {}

@@ -1,10 +1,11 @@
-"""The table at the end of the demo: what each form of the net costs, and how exact each step was."""
+"""The table at the end of the demo: what each form of the net costs, how exact each step was."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from digits import digits_net
 from rich.table import Table
@@ -12,27 +13,51 @@ from rich.table import Table
 import orepa_compiler as orepa
 from orepa_compiler.cost import conv_macs
 
+FORMS = (
+    ("plain", "plain.safetensors"),
+    ("OREPA in training", "orepa.safetensors"),
+    ("OREPA collapsed", "deploy.safetensors"),
+    ("ONNX", "digits.onnx"),
+    ("TensorRT engine", "digits.engine"),
+)
+
 
 def table(folder: Path, facts: dict[str, Any]) -> Table:
-    """One row for each form of the net."""
-    image = torch.zeros(1, 1, 8, 8)
-    result = Table(title="Handwritten digits", title_justify="left")
-    for column in ("form", "accuracy", "parameters", "conv MACs", "largest error", "bytes", "file"):
-        result.add_column(column, justify="left" if column in ("form", "file") else "right")
-    accuracy = facts["accuracy"]
-    rows = (
-        ("plain", "plain.safetensors", f"{accuracy['plain']:.2f} %", "-"),
-        ("OREPA, in training", "orepa.safetensors", f"{accuracy['OREPA']:.2f} %", "-"),
-        ("OREPA, collapsed", "deploy.safetensors", "same", f"{facts['collapse_error']:.1e}"),
-        ("ONNX", "digits.onnx", "same", f"{facts['onnx_error']:.1e}"),
-        ("TensorRT engine", "digits.engine", "not run", facts["engine_error"]),
-    )
-    for form, name, percent, error in rows:
-        size = f"{(folder / name).stat().st_size:,}"
-        parameters = macs = ""
-        if name.endswith("safetensors"):
-            model = orepa.load(digits_net, folder / name)
-            parameters = f"{sum(p.numel() for p in model.parameters()):,}"
-            macs = f"{sum(conv_macs(model, image).values()):,}"
-        result.add_row(form, percent, parameters, macs, str(error), size, str(folder / name))
+    """One row for each form of the net; errors are those of the step that made it."""
+    result = Table(box=None, pad_edge=False, title="Handwritten digits", title_justify="left")
+    for column in ("form", "accuracy", "parameters", "conv MACs", "error", "bytes", "file"):
+        justify = "left" if column in ("form", "file") else "right"
+        result.add_column(column, justify=justify, no_wrap=True)
+    errors = {"deploy": "collapse_error", "digits": "onnx_error"}
+    for form, name in FORMS:
+        file = folder / name
+        stem = {"digits": "onnx"}.get(file.stem, file.stem)
+        accuracy, error = f"{facts['accuracy'][stem]:.2f} %", errors.get(file.stem)
+        shown = f"{facts[error]:.1e}" if error else "-"
+        if file.suffix == ".engine":
+            accuracy = shown = facts["engine_error"]
+        parameters, macs = cost(file)
+        result.add_row(form, accuracy, parameters, macs, shown, f"{file.stat().st_size:,}", name)
     return result
+
+
+def cost(file: Path) -> tuple[str, str]:
+    """Parameters, and the convs' multiply-accumulates for one image."""
+    if file.suffix == ".onnx":
+        return onnx_cost(onnx.load(file))
+    if file.suffix != ".safetensors":
+        return "-", "-"
+    model = orepa.load(digits_net, file)
+    macs = sum(conv_macs(model, torch.zeros(1, 1, 8, 8)).values())
+    return f"{sum(p.numel() for p in model.parameters()):,}", f"{macs:,}"
+
+
+def onnx_cost(model: onnx.ModelProto) -> tuple[str, str]:
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    sizes = {w.name: torch.Size(w.dims).numel() for w in graph.initializer}
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    convs = [node for node in graph.node if node.op_type == "Conv"]
+    places = [torch.Size(shapes[node.output[0]][2:]).numel() for node in convs]
+    macs = sum(sizes[node.input[1]] * n for node, n in zip(convs, places, strict=True))
+    floats = sum(sizes[w.name] for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT)
+    return f"{floats:,}", f"{macs:,}"

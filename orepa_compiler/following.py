@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from orepa_compiler.capture import Call, Capture
-from orepa_compiler.layers import is_activation, is_conv_like, is_norm
+from orepa_compiler.layers import is_activation, is_conv_like, is_dropout, is_norm
 
 NORM, ACTIVATION = "norm", "activation"
 
@@ -25,8 +25,8 @@ _ACTIVATION_NAMES = (
 )  # fmt: skip
 # Layers that keep channels apart: a norm behind them still normalizes the conv's channels.
 _PASSED_MODULES = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d,
-    nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.ZeroPad2d,
+    nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AvgPool3d, nn.ZeroPad2d,
 )  # fmt: skip
 _PASSED_NAMES = (
     "permute", "transpose", "contiguous", "cat", "concat", "dropout", "max_pool2d", "avg_pool2d",
@@ -85,7 +85,7 @@ def _module_kind(module: nn.Module) -> str:
     name = type(module).__name__
     if is_norm(module):
         return NORM
-    if isinstance(module, _PASSED_MODULES) or name == "Permute":
+    if isinstance(module, _PASSED_MODULES) or is_dropout(module) or name == "Permute":
         return "passed"
     if name in _GATES:
         return f"followed by the gate {name}"
@@ -118,4 +118,4 @@ def _is_pooled(capture: Capture, call: Call) -> bool:
 def _keeps_one_pixel(module: nn.Module) -> bool:
     kernel = getattr(module, "kernel_size", None)
     pointwise = is_conv_like(module) and isinstance(kernel, tuple) and set(kernel) == {1}
-    return pointwise or isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d))
+    return pointwise or isinstance(module, nn.Identity) or is_dropout(module)

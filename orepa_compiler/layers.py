@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.operators import ConvOperator, Padding, identity
@@ -26,6 +27,7 @@ _NORMS_WITH_ACTIVATION = {
     "timm.layers.norm_act.FrozenBatchNormAct2d",
     "timm.layers.norm_act.SyncBatchNormAct",
 }
+_DROPOUTS = {"timm.layers.drop.DropPath", "torchvision.ops.stochastic_depth.StochasticDepth"}
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "timm.layers.activations")
 
 
@@ -113,6 +115,16 @@ def is_activation(layer: nn.Module) -> bool:
     return module.startswith(_ACTIVATION_MODULES) and not isinstance(layer, nn.MultiheadAttention)
 
 
+def is_dropout(layer: nn.Module) -> bool:
+    """Whether the layer drops values in train mode and gives its input back in eval mode."""
+    return isinstance(layer, _DropoutNd) or qualified_name(layer) in _DROPOUTS
+
+
+def is_idle(layer: nn.Module) -> bool:
+    """Whether the layer, in the mode it is in, gives its input back."""
+    return isinstance(layer, nn.Identity) or (is_dropout(layer) and not layer.training)
+
+
 def qualified_name(layer: nn.Module) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
@@ -158,10 +170,7 @@ def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
 
 
 @conv_operator.register(nn.Identity)
-@conv_operator.register(nn.Dropout)
-@conv_operator.register(nn.Dropout1d)
-@conv_operator.register(nn.Dropout2d)
-@conv_operator.register(nn.Dropout3d)
+@conv_operator.register(_DropoutNd)
 def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
     return identity(_known(in_channels, layer), 0, like=torch.empty((), dtype=torch.float64))
 

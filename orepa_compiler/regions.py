@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from orepa_compiler.capture import Call, Capture, ancestors
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.layers import is_norm, linear_part
+from orepa_compiler.layers import is_dropout, is_idle, is_norm, linear_part
 from orepa_compiler.operators import ConvOperator, identity
 
 # Gives the module at a path, to be read: without values when planning, in float64 when applying.
@@ -25,7 +25,7 @@ Read = Callable[[str], nn.Module]
 
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_"}
-_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_IN_PLACE = {operator.iadd, "add_"}
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ class Interpreter:
         module = self.read(path)
         if is_idle(module):
             return Linear(operand, None)
+        if is_dropout(module):
+            return None
         before = values.get(operand)
         width = before.operator.out_channels if before and before.operator else None
         try:
@@ -207,6 +209,8 @@ class Interpreter:
             [v for v in (_absorbable(values.get(x), x, node), Linear(x, None)) if v]
             for x in operands
         ]
+        if node.target in _IN_PLACE:  # the sum is written over its first operand
+            options[0] = [value for value in options[0] if value.nodes]
         for left in options[0]:
             for right in options[1]:
                 if left.source is not right.source or left.operator is right.operator is None:
@@ -268,11 +272,6 @@ def _absorbable(value: Linear | None, operand: fx.Node, user: fx.Node) -> Linear
     """The operand's value, if nobody but `user` needs it."""
     alone = value is not None and value.rest is None and list(operand.users) == [user]
     return value if alone else None
-
-
-def is_idle(module: nn.Module) -> bool:
-    """Whether the module gives its input back in eval mode."""
-    return isinstance(module, _TRANSPARENT)
 
 
 def is_add(node: fx.Node) -> bool:

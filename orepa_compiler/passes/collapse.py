@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join, trace
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.layers import conv_operator, is_batch_norm, is_norm, linear_part
+from orepa_compiler.layers import conv_operator, is_batch_norm, is_idle, is_norm, linear_part
 from orepa_compiler.operators import ConvOperator
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.regions import Interpreter, Linear, Region, is_idle
+from orepa_compiler.regions import Interpreter, Linear, Region
 from orepa_compiler.rewrite import free_name, replace_regions, set_module
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -171,7 +171,7 @@ def _apply_path(model: nn.Module, edit: Edit, conv: nn.Module, value: Linear) ->
 
 
 def _in_float64(model: nn.Module) -> Callable[[str], nn.Module]:
-    return lambda path: copy.deepcopy(model.get_submodule(path)).double()
+    return lambda path: copy.deepcopy(model.get_submodule(path)).double().eval()
 
 
 def _conv_for(value: Linear, modules: list[nn.Module]) -> nn.Module:

@@ -18,10 +18,10 @@ from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock, inserted_norm
 from orepa_compiler.branches import Identity, Kernel
 from orepa_compiler.capture import Call, Capture, join, trace
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.layers import conv_operator, is_batch_norm, is_plain_conv
+from orepa_compiler.layers import conv_operator, is_batch_norm, is_idle, is_plain_conv
 from orepa_compiler.operators import ConvOperator
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.regions import Interpreter, is_add, is_idle
+from orepa_compiler.regions import Interpreter, is_add
 from orepa_compiler.rewrite import Part, free_name, replace_regions, set_module
 from orepa_compiler.selection import Where, selection
 
