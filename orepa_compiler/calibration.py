@@ -44,9 +44,9 @@ def inserted_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def calibrate(model: nn.Module, inputs: Any) -> None:
     """Give each inserted norm the statistics of its input on these batches.
 
-    running_mean = m, running_var = s^2, weight = sqrt(s^2 + eps), bias = m + b: the function stays
-    the same in eval mode and, up to the variation of batches, in train mode.
-    b: what the norm added before. A norm that the batches do not reach stays as it is.
+    running_mean = m, running_var = s^2, weight = a sqrt(s^2 + eps), bias = a m + b: the function
+    stays the same in eval mode and, up to the variation of batches, in train mode.
+    x -> a x + b: what the norm did before, the identity but for b when it was just inserted. A norm that the batches do not reach stays as it is.
     """
     norms = inserted_norms(model)
     moments = {path: _Moments() for path in norms}
@@ -63,10 +63,12 @@ def _settle(norm: _BatchNorm, seen: _Moments) -> None:
     assert norm.running_var is not None
     mean = seen.total / seen.count
     var = (seen.square / seen.count - mean.square()).clamp_min(0.0)
+    slope = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    bias = norm.bias.double() + slope * (mean - norm.running_mean.double())
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(var)
-    norm.weight.copy_((var + norm.eps).sqrt())
-    norm.bias.add_(mean.to(norm.bias.dtype))
+    norm.weight.copy_(slope * (var + norm.eps).sqrt())
+    norm.bias.copy_(bias)
 
 
 @contextmanager

@@ -68,11 +68,18 @@ class Capture:
         """The module that a call_module node calls, by its first path."""
         return self.aliases[join(call.owner, str(call.node.target))][0]
 
+    def hook_refusal(self, path: str) -> str | None:
+        """Why a module with a hook must stay, or None where it has none."""
+        module = self.module(path)
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return "it has a hook, which a rewrite would no longer call; remove the hook first"
+        return None
+
     def refusal(self, path: str) -> str | None:
         """Why the module at this path must stay as it is, or None."""
         module, names = self.module(path), self.aliases[path]
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            return "it has a hook, which a rewrite would no longer call; remove the hook first"
+        if reason := self.hook_refusal(path):
+            return reason
         if parametrize.is_parametrized(module):
             return (
                 "its weight is parametrized; call "
@@ -95,7 +102,7 @@ class Capture:
             if owner in self.untraced:
                 name = f"the forward of {owner or 'the model'}"
                 return f"{name} cannot be traced ({self.untraced[owner]})"
-        if not calls:
+        if path and not calls:  # the root is called by the user
             return "no forward calls it"
         return None
 

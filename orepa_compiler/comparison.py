@@ -29,7 +29,7 @@ EPS_FLOOR = 1.0
 # The most that a verdict may forgive: an output of zeros has error 1.
 MAX_TOLERANCE = 0.1
 
-# Where no module is there to measure it: the largest noise of the 15 models above, rounded up
+# Where no module is there to measure it: the largest noise of those models, rounded up
 # (VGG-11 in float32; ResNet-50 in half). float64 has float32's number of eps.
 UNMEASURED_NOISE = {
     torch.float64: 4e-15,

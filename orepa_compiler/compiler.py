@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from orepa_compiler.calibration import calibrate
 from orepa_compiler.capture import meta_copy
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.evaluation import batches_of
 from orepa_compiler.layers import is_conv_like
 from orepa_compiler.passes import Collapse, Expand, Linearize, Pipeline, Squeeze
 from orepa_compiler.passes.expand import Init, PostNorm
@@ -37,6 +39,7 @@ def plan(
     inputs: a batch, to count each conv's MACs for one image. Raises ReparamError as expand does.
     """
     _check_model(model)
+    _check_inputs(inputs)
     pipeline = _expansion(block=block, init="preserve", where=where, post_norm="auto")
     made = pipeline.run(meta_copy(model))[1]
     return made if inputs is None else _with_macs(made, conv_macs(model, inputs))
@@ -71,6 +74,7 @@ def expand(
         raise ReparamError(f"init={init!r} is neither 'preserve' nor 'paper'")
     if post_norm not in ("auto", "none"):
         raise ReparamError(f"post_norm={post_norm!r} is neither 'auto' nor 'none'")
+    _check_inputs(inputs)
     if init == "preserve":
         _check_values(model, "no kernel to preserve; load weights or use init='paper'")
     pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
@@ -123,6 +127,8 @@ def _expansion(
 ) -> Pipeline:
     if block != "auto" and not isinstance(block, Block):
         raise ReparamError(f"block={block!r} is neither 'auto' nor a Block such as orepa.OREPA")
+    if where is not None and not callable(where) and not isinstance(where, str):
+        where = tuple(where) if isinstance(where, Iterable) else where  # each pass reads it
     expansion = Expand(block=block, init=init, where=where, post_norm=post_norm)
     if block == "auto":  # branches with norms of their own stay as they are
         return Pipeline((expansion, Squeeze()))
@@ -166,6 +172,11 @@ def _check_model(model: nn.Module) -> None:
                 f"its weight is {conv.weight.dtype}; only floating-point convs can be rewritten",
                 path=path,
             )
+
+
+def _check_inputs(inputs: Inputs) -> None:
+    if inputs is not None and not batches_of(inputs):
+        raise ReparamError("inputs: an empty list; give at least one batch")
 
 
 def _check_values(model: nn.Module, why: str) -> None:

@@ -25,6 +25,8 @@ def conv_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     skeleton = meta_copy(model)
     counts: dict[str, int] = defaultdict(int)
     for path, module in skeleton.named_modules():
+        module._forward_hooks.clear()  # the user's hooks are for real calls
+        module._forward_pre_hooks.clear()
         if is_conv_like(module) or isinstance(module, LinearBlock):
             module.register_forward_hook(_counter(counts, path))
     batch = map_tensors(batches_of(inputs)[0], lambda t: t.to("meta"))

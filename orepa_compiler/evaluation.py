@@ -17,7 +17,6 @@ from orepa_compiler.nesting import (
     Form,
     describe,
     form_of,
-    is_comparable,
     is_finite,
     kind_of,
     map_tensors,
@@ -234,13 +233,6 @@ def paired(expected: Outputs, found: Outputs) -> Outputs:
     if not (names_nothing or drops_fields) or len(expected.leaves) != len(found.leaves):
         return found
     return replace(found, leaves=dict(zip(expected.leaves, found.leaves.values(), strict=True)))
-
-
-def first_dtype(outputs: list[Outputs]) -> torch.dtype:
-    """The dtype of the first floating output; float32 where there is none."""
-    leaves = [leaf for batch in outputs for leaf in batch.leaves.values()]
-    floating = [leaf.dtype for leaf in leaves if is_comparable(leaf) and leaf.is_floating_point()]
-    return floating[0] if floating else torch.float32
 
 
 def own_dtype(module: nn.Module) -> torch.dtype | None:

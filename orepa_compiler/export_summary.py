@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +91,7 @@ def report_of(request: ExportRequest, steps: Sequence[Step]) -> dict[str, Any]:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """The data as a JSON file, whole or not at all."""
     with staged(path) as file:
-        file.write_text(json.dumps(data, indent=2, default=str) + "\n")
+        file.write_text(json.dumps(data, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def _step_data(step: Step) -> dict[str, Any]:
@@ -100,7 +101,9 @@ def _step_data(step: Step) -> dict[str, Any]:
         data |= {"file": str(step.file), "bytes": len(content)}
         data["sha256"] = hashlib.sha256(content).hexdigest()
     if step.report is not None:
-        data |= {"error": step.error, "report": step.report.to_dict()}
+        data["report"] = step.report.to_dict()
+        # JSON has no inf, which stands for an output that could not be compared at all.
+        data["error"] = step.error if step.error is not None and isfinite(step.error) else None
     if step.cause is not None:
         data["reason"] = _reason(step.cause)
     return data

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.layers import is_activation, is_conv_like, is_dropout, is_norm
@@ -42,6 +42,8 @@ def followed_by(capture: Capture, path: str) -> str:
     kinds = {kind for call in calls for kind in _kinds(capture, call, depth=0)}
     if len(kinds) == 1:
         return kinds.pop()
+    if not path:
+        return "its output is the model's"
     if not kinds:
         return "nothing reads its output"
     return f"several consumers: {', '.join(sorted(kinds))}"
@@ -50,7 +52,8 @@ def followed_by(capture: Capture, path: str) -> str:
 def reads_pooled(capture: Capture, path: str) -> bool:
     """Whether the conv works on maps that were pooled to one pixel (squeeze-and-excitation)."""
     calls = capture.calls.get(path, [])
-    return bool(calls) and all(_is_pooled(capture, call) for call in calls)
+    rank = len(getattr(capture.module(path), "kernel_size", ()))
+    return bool(calls) and all(_is_pooled(capture, call, rank) for call in calls)
 
 
 def _kinds(capture: Capture, call: Call, depth: int) -> Iterator[str]:
@@ -94,7 +97,7 @@ def _module_kind(module: nn.Module) -> str:
     return f"followed by {'a conv' if is_conv_like(module) else name}"
 
 
-def _is_pooled(capture: Capture, call: Call) -> bool:
+def _is_pooled(capture: Capture, call: Call, rank: int) -> bool:
     producer = capture.producer(call)
     while producer is not None:
         node = producer.node
@@ -108,11 +111,23 @@ def _is_pooled(capture: Capture, call: Call) -> bool:
         elif node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
             return node.args[1] in (1, (1, 1), [1, 1])
         elif node.target in ("mean", torch.mean):
-            return bool(node.kwargs.get("keepdim") or (len(node.args) > 2 and node.args[2]))
+            return _is_global_mean(node, rank)
         elif _kind(capture, producer) not in (NORM, ACTIVATION, "passed"):
             return False
         producer = capture.producer(producer)
     return False
+
+
+def _is_global_mean(node: fx.Node, rank: int) -> bool:
+    """Whether a mean goes over all `rank` spatial axes, and not over the channels, and keeps them.
+
+    A mean over the channels alone leaves a map of full size (spatial attention).
+    """
+    names = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
+    dims = names.get("dim")
+    axes = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    is_spatial = all(isinstance(a, int) and (a >= 2 or -rank <= a < 0) for a in axes)
+    return bool(names.get("keepdim")) and is_spatial and len(axes) == rank
 
 
 def _keeps_one_pixel(module: nn.Module) -> bool:

@@ -67,14 +67,17 @@ def _reduce(block: BranchSum, name: str, factor: Tensor) -> None:
 
 
 def shrink(branch: nn.Module, factor: Tensor) -> None:
-    """Multiply the kernel of a branch by a factor, through the last of its layers."""
+    """Multiply the kernel of a branch by a factor, through the last of its layers.
+
+    A branch without parameters is fixed, and stays as it is.
+    """
     if isinstance(branch, DeepStem):
         shrink(branch.stack[-1], factor)
     elif isinstance(branch, BranchSum):
         for inner in branch.branches.values():
             shrink(inner, factor)
-    else:
-        list(branch.parameters())[-1].mul_(factor)
+    elif parameters := list(branch.parameters()):
+        parameters[-1].mul_(factor)
 
 
 def _index(block: BranchSum, name: str) -> int:

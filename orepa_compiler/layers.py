@@ -117,16 +117,27 @@ def is_activation(layer: nn.Module) -> bool:
 
 def is_dropout(layer: nn.Module) -> bool:
     """Whether the layer drops values in train mode and gives its input back in eval mode."""
-    return isinstance(layer, _DropoutNd) or qualified_name(layer) in _DROPOUTS
+    if isinstance(layer, _DropoutNd):
+        return _has_torch_forward(layer)
+    return qualified_name(layer) in _DROPOUTS and "forward" not in vars(layer)
 
 
 def is_idle(layer: nn.Module) -> bool:
     """Whether the layer, in the mode it is in, gives its input back."""
-    return isinstance(layer, nn.Identity) or (is_dropout(layer) and not layer.training)
+    if isinstance(layer, nn.Identity):
+        return _has_torch_forward(layer)
+    return is_dropout(layer) and not layer.training
 
 
 def qualified_name(layer: nn.Module) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def is_channels_last(kernel: Tensor) -> bool:
+    """Whether a 2-d kernel lies in memory with its channels last."""
+    if kernel.dim() != 4 or kernel.is_contiguous():
+        return False
+    return kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 def conv_padding(conv: _ConvNd) -> Padding:
@@ -162,8 +173,9 @@ def _(layer: _ConvNd, in_channels: int | None = None) -> ConvOperator:
 @conv_operator.register(nn.BatchNorm3d)
 @conv_operator.register(nn.SyncBatchNorm)
 def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
-    if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+    if qualified_name(layer) in _NORMS_WITH_ACTIVATION:
         return conv_operator.dispatch(object)(layer, in_channels)
+    _check_torch_forward(layer)
     ranks = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
     rank = next((r for base, r in ranks.items() if isinstance(layer, base)), 2)
     return _norm_operator(layer, rank=rank)
@@ -172,6 +184,7 @@ def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
 @conv_operator.register(nn.Identity)
 @conv_operator.register(_DropoutNd)
 def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
+    _check_torch_forward(layer)
     return identity(_known(in_channels, layer), 0, like=torch.empty((), dtype=torch.float64))
 
 
@@ -179,6 +192,7 @@ def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
 @conv_operator.register(nn.AvgPool2d)
 @conv_operator.register(nn.AvgPool3d)
 def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
+    _check_torch_forward(layer)
     channels = _known(in_channels, layer)
     rank = next(r for r, c in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), 1)
                 if isinstance(layer, c))  # fmt: skip
@@ -197,6 +211,8 @@ def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
 
 def _norm_operator(layer: nn.Module, *, rank: int) -> ConvOperator:
     """y = weight (x - mean) / sqrt(var + eps) + bias, with the running statistics."""
+    if "forward" in vars(layer):
+        raise NotLinear(f"{type(layer).__name__} has a forward of its own")
     mean, var = layer.running_mean, layer.running_var
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         raise NotLinear(
@@ -211,6 +227,17 @@ def _norm_operator(layer: nn.Module, *, rank: int) -> ConvOperator:
         bias = bias + layer.bias
     weight = factor.reshape(-1, 1, *(1,) * rank)
     return ConvOperator(weight, bias, groups=weight.shape[0])
+
+
+def _has_torch_forward(layer: nn.Module) -> bool:
+    """Whether a layer of torch, or a subclass, runs the forward that torch gave it."""
+    forward = type(layer).forward
+    return forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(layer)
+
+
+def _check_torch_forward(layer: nn.Module) -> None:
+    if not _has_torch_forward(layer):
+        raise NotLinear(f"{type(layer).__name__} has a forward of its own")
 
 
 def _known(in_channels: int | None, layer: nn.Module) -> int:

@@ -52,7 +52,11 @@ class Region:
 
     owner: str
     value: Linear
-    is_path: bool
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it is a chain of layers, so that its children can be swapped."""
+        return all(node.op == "call_module" for node in self.value.nodes)
 
     @property
     def node_names(self) -> list[str]:
@@ -85,6 +89,9 @@ class Interpreter:
 
     def value_of(self, owner: str, nodes: Sequence[str]) -> Linear:
         """The value of a region that a plan found, by the names of its nodes."""
+        if owner not in self.capture.graphs:
+            reason = self.capture.untraced.get(owner, "no module with a forward of its own is here")
+            raise ReparamError(f"the plan does not fit: {reason}", path=owner)
         values: dict[fx.Node, Linear] = {}
         for node in self.capture.graphs[owner].nodes:
             if node.name in nodes and (value := self._value(owner, node, values)):
@@ -94,17 +101,22 @@ class Interpreter:
             raise ReparamError(f"the plan does not fit: no region {', '.join(nodes)}", path=owner)
         return last
 
-    def regions(self) -> list[Region]:
-        """All maximal regions with more than one layer, outermost first; none inside another."""
+    def regions(self, *, sums_only: bool = False) -> list[Region]:
+        """All maximal regions with more than one layer, outermost first; none inside another.
+
+        sums_only: only those that are no path, also where one is part of a longer path outside.
+        """
         found: list[Region] = []
         consumed: set[str] = set()
         for owner in self.capture.graphs:
             if consumed.intersection([owner, *ancestors(owner)]):
                 continue
-            for value in _maximal(self.values(owner)):
-                if value.convs and value.layers > 1:
+            for value in maximal(self.values(owner)):
+                region = Region(owner, value)
+                is_wanted = not (sums_only and region.is_path)
+                if is_wanted and value.convs and value.layers > 1:
                     calls = [n for n in value.nodes if n.op == "call_module"]
-                    found.append(Region(owner, value, _is_path(value)))
+                    found.append(region)
                     consumed |= {self.capture.path_of(Call(owner, node)) for node in calls}
         return found
 
@@ -279,7 +291,7 @@ def is_add(node: fx.Node) -> bool:
     return (named or (node.op == "call_method" and node.target in _ADD_METHODS)) and not node.kwargs
 
 
-def _maximal(values: dict[fx.Node, Linear]) -> list[Linear]:
+def maximal(values: dict[fx.Node, Linear]) -> list[Linear]:
     """The values that are part of no larger one, in the order of the graph."""
     covered: set[fx.Node] = set()
     found = []
@@ -288,7 +300,3 @@ def _maximal(values: dict[fx.Node, Linear]) -> list[Linear]:
             covered |= set(value.nodes)
             found.append(value)
     return found[::-1]
-
-
-def _is_path(value: Linear) -> bool:
-    return all(node.op == "call_module" for node in value.nodes)

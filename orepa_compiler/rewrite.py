@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 
+from typing import Any
+
 from torch import fx, nn
 
 # (names of the nodes that go, name of the node they read, name of the new child, the new child);
@@ -19,7 +21,24 @@ _OWNER_STATE = (
     "_forward_hooks_always_called",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
+
+
+class _Rewritten(fx.GraphModule):
+    """A GraphModule whose copies keep its class name and hooks, which torch's own forget."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied = super().__deepcopy__(memo)
+        name = type(self).__name__
+        copied._graphmodule_cls_name = type(copied).__name__ = name
+        _copy_hooks(self, copied)
+        return copied
+
+
+def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    for state in _OWNER_STATE:
+        setattr(target, state, copy.copy(getattr(source, state)))
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -55,13 +74,14 @@ def edit_graph(
     """The owner as a GraphModule that runs an edited copy of its graph."""
     edited = copy.deepcopy(graph)
     edit(edited)
+    for node in edited.nodes:
+        node.type = None  # an annotation kept as a string makes code that cannot be pickled
     for name, module in modules.items():
         owner.add_module(name, module)
-    rewritten = fx.GraphModule(owner, edited, class_name=type(owner).__name__)
+    rewritten = _Rewritten(owner, edited, class_name=type(owner).__name__)
     for name in modules:
         owner._modules.pop(name)
-    for state in _OWNER_STATE:
-        setattr(rewritten, state, copy.copy(getattr(owner, state)))
+    _copy_hooks(owner, rewritten)
     rewritten.train(owner.training)
     return rewritten
 

@@ -24,7 +24,7 @@ def selection(where: Where) -> Predicate:
         return lambda path, module: True
     if callable(where):
         return where
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = _patterns(where)
     if not patterns or not all(isinstance(p, str) and p.strip("!") for p in patterns):
         raise ReparamError(
             f"where={where!r} selects nothing; give a glob such as 'layer1.*', a list of globs "
@@ -33,6 +33,19 @@ def selection(where: Where) -> Predicate:
     exclude = [p[1:] for p in patterns if p.startswith("!")]
     include = [p for p in patterns if not p.startswith("!")] or ["*"]
     return lambda path, module: _matches(path, include) and not _matches(path, exclude)
+
+
+def is_asked_for(where: Where) -> bool:
+    """Whether `where` names what it selects; an exclusion alone does not."""
+    if where is None or callable(where):
+        return where is not None
+    return any(not pattern.startswith("!") for pattern in _patterns(where))
+
+
+def _patterns(where: str | Iterable[str]) -> list[str]:
+    if isinstance(where, str):
+        return [where]
+    return list(where) if isinstance(where, Iterable) else []
 
 
 def _matches(path: str, patterns: list[str]) -> bool:

@@ -17,7 +17,6 @@ from orepa_compiler.evaluation import (
     Outputs,
     Side,
     evaluate,
-    first_dtype,
     own_dtype,
     paired,
 )
@@ -89,6 +88,13 @@ def truth_of(
     for side in _noisy_sides(module, exact.device, working, count, is_first=not noisy):
         noisy.append(_checked(expected, evaluate(side, batches)))
     return Truth(outputs, noisy, working, scale, tuple(_notes(outputs)))
+
+
+def first_dtype(outputs: list[Outputs]) -> torch.dtype:
+    """The dtype of the first floating output; float32 where there is none."""
+    leaves = [leaf for batch in outputs for leaf in batch.leaves.values()]
+    floating = [leaf.dtype for leaf in leaves if is_comparable(leaf) and leaf.is_floating_point()]
+    return floating[0] if floating else torch.float32
 
 
 def _exact_side(source: nn.Module) -> tuple[Side, nn.Module]:

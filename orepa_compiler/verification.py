@@ -18,13 +18,12 @@ from orepa_compiler.evaluation import (
     batches_of,
     evaluate,
     evaluation_mode,
-    first_dtype,
     modules_in_train_mode,
     own_dtype,
     paired,
     refuse_unusable,
 )
-from orepa_compiler.truth import Truth, truth_of
+from orepa_compiler.truth import Truth, first_dtype, truth_of
 from orepa_compiler.verdict import Report, Row
 
 __all__ = ["NOISE_FACTOR", "Report", "Row", "verify"]

@@ -14,6 +14,7 @@ from torch import nn
 
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
+from orepa_compiler.errors import ReparamError
 from orepa_compiler.layers import is_norm
 from orepa_compiler.passes.collapse import Collapse
 from orepa_compiler.passes.expand import Expand
@@ -68,9 +69,18 @@ class Pipeline:
             progress(step.name)
             captured = capture(model, training=step.training, is_leaf=is_leaf)
             wanted = step.plan(captured) if plan is None else plan.of(step.name)
+            _check_fit(captured, wanted)
             model, done = step.apply(model, captured, wanted)
             applied += done
         return model, applied
+
+
+def _check_fit(captured: Capture, plan: Plan) -> None:
+    for edit in plan.edits:
+        if edit.path not in captured.aliases:
+            raise ReparamError(
+                "the plan does not fit: the model has no such module", path=edit.path
+            )
 
 
 def is_leaf(module: nn.Module) -> bool:

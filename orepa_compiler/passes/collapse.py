@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join, trace
+from orepa_compiler.crossing import crossings, with_norm
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.layers import conv_operator, is_batch_norm, is_idle, is_norm, linear_part
+from orepa_compiler.layers import (
+    conv_operator,
+    is_batch_norm,
+    is_channels_last,
+    is_idle,
+    is_norm,
+    linear_part,
+)
 from orepa_compiler.operators import ConvOperator
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.regions import Interpreter, Linear, Region
@@ -39,14 +47,30 @@ class Collapse:
 
     def plan(self, capture: Capture) -> Plan:
         interpreter = Interpreter(capture, capture.module)
-        regions = interpreter.regions() if self.fold_norm else []
-        edits = [_region_edit(self.name, capture, region) for region in regions]
+        edits = self._region_edits(capture, interpreter) if self.fold_norm else []
         taken = {path for edit in edits for path in edit.options["modules"]}
+        refusals: list[Refusal] = []
         for path, module in capture.skeleton.named_modules():
-            if isinstance(module, LinearBlock) and not _is_inside(path, taken):
+            if not isinstance(module, LinearBlock) or _is_inside(path, taken):
+                continue
+            if reason := capture.hook_refusal(path):
+                refusals.append(Refusal(self.name, path, f"block {module.block_name}", reason))
+            else:
                 edits.append(_block_edit(self.name, path, module, fold_norm=self.fold_norm))
-        refusals = tuple(self._left_norms(capture, interpreter, taken)) if self.fold_norm else ()
-        return Plan(tuple(edits), refusals)
+        if self.fold_norm:
+            refusals += self._left_norms(capture, interpreter, taken)
+        return Plan(tuple(edits), tuple(refusals))
+
+    def _region_edits(self, capture: Capture, interpreter: Interpreter) -> list[Edit]:
+        regions = {(r.owner, r.node_names[-1]): r for r in interpreter.regions()}
+        behind: dict[tuple[str, str], str] = {}
+        for region, norm in crossings(interpreter):
+            key = (region.owner, region.node_names[-1])
+            regions.setdefault(key, region)
+            behind[key] = norm
+        order = {owner: number for number, owner in enumerate(capture.graphs)}
+        keys = sorted(regions, key=lambda key: order[key[0]])  # one owner's regions together
+        return [_region_edit(self.name, capture, regions[k], behind.get(k)) for k in keys]
 
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
         for owner, edits in groupby(plan.edits, key=lambda edit: edit.options["owner"]):
@@ -74,8 +98,11 @@ class Collapse:
             yield Refusal(self.name, path, type(module).__name__, reason)
 
 
-def _region_edit(name: str, capture: Capture, region: Region) -> Edit:
-    """The edit for a region: which modules go, and where the one conv stands."""
+def _region_edit(name: str, capture: Capture, region: Region, behind: str | None) -> Edit:
+    """The edit for a region: which modules go, and where the one conv stands.
+
+    behind: the path of a norm in another module that goes too.
+    """
     calls = [
         (join(region.owner, str(node.target)), capture.path_of(Call(region.owner, node)))
         for node in region.value.nodes
@@ -85,19 +112,21 @@ def _region_edit(name: str, capture: Capture, region: Region) -> Edit:
     modules = [capture.module(path) for path in paths]
     operator = region.value.operator
     assert operator is not None
-    before = sum(p.numel() for module in modules for p in module.parameters())
     after = operator.weight.numel() + operator.out_channels
     options: dict[str, Any] = {
         "kind": "path" if region.is_path else "graph",
         "owner": region.owner,
         "nodes": region.node_names,
         "source": region.value.source.name,
-        "modules": paths,
+        "modules": [*paths, behind] if behind else paths,
+        "behind": behind,
     }
     if region.is_path:
         options["at"] = next(p for p, m in zip(paths, modules, strict=True) if _holds_conv(m))
         options["rest"] = paths[-1] if region.value.rest is not None else None
-    what = " + ".join(type(module).__name__ for module in modules if not is_idle(module))
+    gone = [capture.module(path) for path in options["modules"]]
+    before = sum(p.numel() for module in gone for p in module.parameters())
+    what = " + ".join(type(module).__name__ for module in gone if not is_idle(module))
     kernel = "x".join(map(str, operator.kernel_size))
     target = f"Conv{operator.rank}d {operator.in_channels} -> {operator.out_channels} {kernel}"
     path = options.get("at", region.owner)
@@ -140,34 +169,43 @@ def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[E
     for edit in edits:
         interpreter = Interpreter(capture, read)
         value = interpreter.value_of(owner, edit.options["nodes"])
+        if behind := edit.options["behind"]:
+            value = with_norm(value, behind, read)
+            model = set_module(model, behind, _rest(model, behind) or nn.Identity())
         conv = _conv_for(value, [model.get_submodule(path) for path in edit.options["modules"]])
         if edit.options["kind"] == "path":
-            model = _apply_path(model, edit, conv, value)
+            model = _apply_path(model, edit, conv)
         else:
             replacements.append((edit, conv, value))
     if not replacements:
         return model
-    module = model.get_submodule(owner)
+    module = model.get_submodule(owner).eval()  # the mode is written into the graph
     graph = trace(module)
     if isinstance(graph, str):
         raise ReparamError(f"its forward cannot be traced any more ({graph})", path=owner)
     name = free_name(module, "reparam_conv")
     parts = []
     for number, (edit, conv, value) in enumerate(replacements, 1):
-        child = nn.Sequential(conv, value.rest) if value.rest is not None else conv
+        rest = _rest(model, edit.options["modules"][-1]) if value.rest is not None else None
+        child = conv if rest is None else nn.Sequential(conv, rest)
         label = name if number == 1 else f"{name}_{number}"
         parts.append((edit.options["nodes"], edit.options["source"], label, child))
     return set_module(model, owner, replace_regions(module, graph, parts))
 
 
-def _apply_path(model: nn.Module, edit: Edit, conv: nn.Module, value: Linear) -> nn.Module:
+def _apply_path(model: nn.Module, edit: Edit, conv: nn.Module) -> nn.Module:
     for path in edit.options["modules"]:
         new = conv if path == edit.options["at"] else nn.Identity()
         if path == edit.options["rest"]:
-            _, rest = linear_part(model.get_submodule(path))  # the user's own activation module
-            new = rest if rest is not None else new
-        model = set_module(model, path, new)
+            new = _rest(model, path) or new
+        if path != edit.options["behind"]:
+            model = set_module(model, path, new)
     return model
+
+
+def _rest(model: nn.Module, path: str) -> nn.Module | None:
+    """What stays of a norm with an activation: the user's own activation module."""
+    return linear_part(model.get_submodule(path))[1]
 
 
 def _in_float64(model: nn.Module) -> Callable[[str], nn.Module]:
@@ -183,7 +221,11 @@ def _conv_for(value: Linear, modules: list[nn.Module]) -> nn.Module:
 
 def _plain_conv(block: nn.Module, path: str) -> nn.Module:
     """The conv that a block stands for, with its own geometry, kernel collapsed."""
-    assert isinstance(block, LinearBlock)
+    if not isinstance(block, LinearBlock):
+        raise ReparamError(
+            f"the plan does not fit: it collapses a block, here is a {type(block).__name__}",
+            path=path,
+        )
     try:
         operator: ConvOperator = conv_operator(copy.deepcopy(block).double())
     except NotLinear as error:
@@ -209,7 +251,7 @@ def _plain_conv(block: nn.Module, path: str) -> nn.Module:
 def _like(conv: nn.Module, parameters: list[nn.Parameter]) -> nn.Module:
     """The conv in the dtype, memory format and requires_grad of what it replaces."""
     kernels = [p for p in parameters if p.dim() > 2] or parameters
-    channels_last = any(_is_channels_last(p) for p in kernels)
+    channels_last = any(is_channels_last(p) for p in kernels)
     for name, parameter in list(conv.named_parameters(recurse=False)):
         value: Tensor = parameter.detach().to(kernels[0].dtype)
         if channels_last and value.dim() == 4:
@@ -217,11 +259,3 @@ def _like(conv: nn.Module, parameters: list[nn.Parameter]) -> nn.Module:
         wanted = any(p.requires_grad for p in parameters)
         setattr(conv, name, nn.Parameter(value, requires_grad=wanted))
     return conv
-
-
-def _is_channels_last(p: Tensor) -> bool:
-    return (
-        p.dim() == 4
-        and not p.is_contiguous()
-        and p.is_contiguous(memory_format=torch.channels_last)
-    )

@@ -17,17 +17,22 @@ from orepa_compiler.blocks import (
     LinearBlock,
     automatic_block,
     inserted_norm,
-    spatial_only,
 )
 from orepa_compiler.branches import Kernel
 from orepa_compiler.capture import LAZY, Capture
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.following import ACTIVATION, NORM, followed_by, reads_pooled
 from orepa_compiler.initialization import extend, preserve
-from orepa_compiler.layers import conv_operator, is_conv_like, own_forward_reason
+from orepa_compiler.layers import (
+    conv_operator,
+    is_channels_last,
+    is_conv_like,
+    own_forward_reason,
+)
+from orepa_compiler.operators import ConvOperator
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import set_module
-from orepa_compiler.selection import Where, selection
+from orepa_compiler.selection import Where, is_asked_for, selection
 
 Init = Literal["preserve", "paper"]
 PostNorm = Literal["auto", "none"]
@@ -38,9 +43,9 @@ class Expand:
     """Gives each eligible conv a block (Hu et al. 2022, Sec. 3.5 and Fig. 6).
 
     block: a Block, or "auto" to choose by kernel size. init: start at the conv's present kernel,
-    or with the paper's from-scratch recipe. where: which convs; what it names is expanded even
-    where it would be left alone by default. post_norm: insert a BatchNorm where no norm follows
-    ("auto"), or never ("none").
+    or with the paper's from-scratch recipe. where: which convs; what it names (an exclusion alone
+    names nothing) is expanded even where it would be left alone by default. post_norm: insert a
+    BatchNorm where no norm follows ("auto"), or never ("none").
     """
 
     block: Block | Literal["auto"] = "auto"
@@ -82,6 +87,9 @@ class Expand:
                 if edit.options.get("extends"):
                     ratio = self._extend(module, edit)
                 else:
+                    if reason := _unsound(capture, edit.path, capture.module(edit.path)):
+                        message = f"the plan does not fit this model: {reason}"
+                        raise ReparamError(message, path=edit.path)
                     block, ratio = self._build(module, edit)
                     model = set_module(model, edit.path, block)
             except NotLinear as error:
@@ -99,12 +107,12 @@ class Expand:
             return reason
         assert isinstance(conv, _ConvNd)
         follows = followed_by(capture, path)
-        if self.where is None and (reason := _left_alone(capture, path, conv, follows)):
+        if not is_asked_for(self.where) and (reason := _left_alone(capture, path, conv, follows)):
             return reason
         needs_norm = follows != NORM and self.post_norm == "auto"
         block = self._block(conv)
         branches = block.make(conv_operator(conv))
-        if len(branches) < 2:
+        if not branches.keys() - {"origin"}:
             return f"block {block.name} has no branch beside the kernel of a {describe(conv)}"
         return self._edit(path, conv, block, needs_norm=needs_norm)
 
@@ -128,7 +136,8 @@ class Expand:
         if not new:
             return []
         before = sum(p.numel() for p in block.parameters())
-        grown = sum(p.numel() + block.out_channels for b in new.values() for p in b.parameters())
+        row = 0 if block.scaling is None else block.scaling.shape[1]
+        grown = sum(row + sum(p.numel() for p in branch.parameters()) for branch in new.values())
         name = self.block if isinstance(self.block, str) else self.block.name
         options = {"extends": True, "block": name, "branches": list(new), "init": self.init}
         what = f"linear block: {' + '.join(block.branches)}"
@@ -148,7 +157,10 @@ class Expand:
         block = _named_block(edit.options["block"], self.block)
         weight = module.weight.detach().clone()
         new = self._missing(module, block)
+        is_frozen = not any(p.requires_grad for p in module.parameters())
         extend(module, new, dict(block.scaling))
+        if is_frozen:
+            module.requires_grad_(False)
         has_values = not weight.is_meta
         keep = edit.options["init"] == "preserve" and has_values
         return preserve(module, weight, new) if keep else None
@@ -159,8 +171,6 @@ class Expand:
         return with_origin(block) if self.init == "preserve" else block
 
     def _build(self, conv: nn.Module, edit: Edit) -> tuple[LinearBlock, float | None]:
-        if reason := own_forward_reason(conv):
-            raise ReparamError(f"the plan does not fit this model: {reason}", path=edit.path)
         assert isinstance(conv, _ConvNd)
         options = edit.options
         block = _named_block(options["block"], self.block)
@@ -177,15 +187,22 @@ class Expand:
         keep = options["init"] == "preserve" and not conv.weight.is_meta
         fresh = [name for name in new.branches if name != "origin"]
         ratio = preserve(new, conv.weight, fresh) if keep else None
+        if is_channels_last(conv.weight):
+            new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         new.requires_grad_(conv.weight.requires_grad)
         return new, ratio
 
 
 def with_origin(block: Block) -> Block:
     """The block with a branch that can hold any kernel, so that a given one can be preserved."""
-    if "origin" in block.branches:
-        return block
-    return replace(block, branches={"origin": spatial_only(Kernel), **block.branches})
+    given = block.branches.get("origin", Kernel)
+
+    def origin(conv: ConvOperator) -> nn.Module:
+        branch = given(conv)
+        return Kernel(conv) if branch is None else branch
+
+    rest = {name: maker for name, maker in block.branches.items() if name != "origin"}
+    return replace(block, branches={"origin": origin, **rest})
 
 
 def describe(module: nn.Module) -> str:

@@ -108,9 +108,7 @@ class _Sum:
 
 def _sums(capture: Capture, interpreter: Interpreter) -> Iterator[tuple[str, list[fx.Node]]]:
     """The nodes of each maximal region that ends in a sum, without the layers behind the sum."""
-    for region in interpreter.regions():
-        if region.is_path:
-            continue
+    for region in interpreter.regions(sums_only=True):
         last = max(i for i, node in enumerate(region.value.nodes) if is_add(node))
         yield region.owner, list(region.value.nodes[: last + 1])
 
@@ -127,7 +125,19 @@ def _region(capture: Capture, interpreter: Interpreter, owner: str, nodes: list[
     has_norms = any(is_batch_norm(capture.module(p)) for chain in chains for p in chain.paths)
     if not has_norms:
         raise NotLinear("its branches have no norms: it is linear already")
+    if _asks_for_mode(capture.module(owner)):
+        raise NotLinear(
+            "its forward differs between train and eval mode, and a rewritten one could not"
+        )
     return _Sum(owner, nodes, value.source.name, value.operator, chains, norm_follows)
+
+
+def _asks_for_mode(owner: nn.Module) -> bool:
+    """Whether the forward of a module of the skeleton reads self.training."""
+    mode = owner.training
+    traces = [str(trace(owner.train(training))) for training in (False, True)]
+    owner.train(mode)
+    return traces[0] != traces[1]
 
 
 def _chains(capture: Capture, owner: str, node: fx.Node, source: fx.Node) -> Iterator[_Chain]:
@@ -185,6 +195,9 @@ def _block(capture: Capture, region: _Sum, model: nn.Module) -> LinearBlock:
         norm.bias = nn.Parameter(shift)
     else:
         block.bias = nn.Parameter(shift)
+    sources = [model.get_submodule(path) for chain in region.chains for path in chain.paths]
+    if not any(p.requires_grad for module in sources for p in module.parameters()):
+        block.requires_grad_(False)
     return block.train(capture.module(region.owner).training)
 
 
@@ -208,7 +221,8 @@ def _part(model: nn.Module, whole: ConvOperator, chain: _Chain) -> _Part:
     if convs:
         operator = conv_operator(convs[0])
         branch: Identity | Kernel = Kernel(operator)
-        branch.weight = nn.Parameter(operator.weight.detach().clone())
+        trains = convs[0].weight.requires_grad
+        branch.weight = nn.Parameter(operator.weight.detach().clone(), requires_grad=trains)  # type: ignore[arg-type]
         bias = operator.bias
     else:
         branch, bias = Identity(whole), None

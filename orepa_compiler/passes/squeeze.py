@@ -8,6 +8,7 @@ from torch import nn
 
 from orepa_compiler.blocks import LinearBlock, ReparamConv, squeezed
 from orepa_compiler.capture import Capture
+from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan
 from orepa_compiler.rewrite import set_module
 
@@ -31,7 +32,11 @@ class Squeeze:
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
         for edit in plan.edits:
             block = model.get_submodule(edit.path)
-            assert isinstance(block, LinearBlock)
+            if not isinstance(block, LinearBlock):
+                raise ReparamError(
+                    f"the plan does not fit: it squeezes a block, here is a {type(block).__name__}",
+                    path=edit.path,
+                )
             model = set_module(model, edit.path, squeezed(block))
         return model, plan
 

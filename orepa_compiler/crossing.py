@@ -1,0 +1,68 @@
+"""Norms that stand right behind a conv, with the border of a module between the two.
+
+A stem written as Sequential(..., conv) with its norm in the parent, or a conv whose norm is the
+first layer of the module that follows: no single graph shows the pair, but nothing else is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from orepa_compiler.capture import Call
+from orepa_compiler.layers import is_batch_norm, linear_part
+from orepa_compiler.regions import Interpreter, Linear, Read, Region, maximal
+
+
+def crossings(interpreter: Interpreter) -> list[tuple[Region, str]]:
+    """Regions that end in a conv, each with the path of the norm that alone reads its output."""
+    found = []
+    for owner in interpreter.capture.graphs:
+        for value in maximal(interpreter.values(owner)):
+            norm = value.nodes[0] if value.layers == 1 and not value.convs else None
+            if norm is None or norm.op != "call_module":
+                continue
+            path = interpreter.capture.path_of(Call(owner, norm))
+            if not is_batch_norm(interpreter.capture.module(path)):
+                continue
+            end = _conv_end(interpreter, owner, value.source, norm)
+            if end is not None:
+                found.append((end, path))
+    return found
+
+
+def with_norm(value: Linear, path: str, read: Read) -> Linear:
+    """The value followed by the norm at `path`, without the activation that may be inside it."""
+    norm, _ = linear_part(read(path))
+    assert value.operator is not None
+    device = value.operator.weight.device
+    joined = norm.to(torch.float64, device) @ value.operator
+    return replace(value, operator=joined)
+
+
+def _conv_end(interpreter: Interpreter, owner: str, node: fx.Node, user: fx.Node) -> Region | None:
+    """The region whose value reaches `user` through this node and is needed nowhere else."""
+    capture = interpreter.capture
+    if list(node.users) != [user]:
+        return None
+    value = interpreter.values(owner).get(node)
+    if value is not None:
+        ends_in_conv = value.convs and value.rest is None
+        return Region(owner, value) if ends_in_conv else None
+    if node.op == "placeholder" and owner and capture.refusal(owner) is None:
+        (call,) = capture.calls[owner]
+        inputs = [n for n in node.graph.nodes if n.op == "placeholder"]
+        index = inputs.index(node)
+        args = call.node.args
+        source = args[index] if index < len(args) and not call.node.kwargs else None
+        if isinstance(source, fx.Node) and args.count(source) == 1:
+            return _conv_end(interpreter, call.owner, source, call.node)
+    if node.op == "call_module":
+        path = capture.path_of(Call(owner, node))
+        if path in capture.graphs and capture.refusal(path) is None:
+            output = next(iter(reversed(capture.graphs[path].nodes)))
+            if isinstance(output.args[0], fx.Node):
+                return _conv_end(interpreter, path, output.args[0], output)
+    return None
