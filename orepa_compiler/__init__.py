@@ -1,10 +1,12 @@
 """Re-parameterization of conv nets: expand before training, collapse after it.
 
-model = orepa_compiler.expand(model)       # every eligible conv becomes a block
-...                                        # your own training loop
-deploy = orepa_compiler.collapse(model)    # plain convs again, norms folded in
-assert orepa_compiler.verify(model, deploy, inputs)
-orepa_compiler.export_onnx(deploy, inputs, "model.onnx")
+    model = orepa_compiler.expand(model)       # every eligible conv becomes a block
+    ...                                        # your own training loop
+    deploy = orepa_compiler.collapse(model)    # plain convs again, norms folded in
+    assert orepa_compiler.verify(model, deploy, inputs)
+    orepa_compiler.export_onnx(deploy, inputs, "model.onnx")
+
+`orepa_compiler.plan(model)` says first what would be done, and what not, and why.
 """
 
 from orepa_compiler.blocks import DEEP_STEM as DEEP_STEM

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.evaluation import batches_of, evaluation_mode
+from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
 
 
 @dataclass
@@ -46,7 +46,8 @@ def calibrate(model: nn.Module, inputs: Any) -> None:
 
     running_mean = m, running_var = s^2, weight = a sqrt(s^2 + eps), bias = a m + b: the function
     stays the same in eval mode and, up to the variation of batches, in train mode.
-    x -> a x + b: what the norm did before, the identity but for b when it was just inserted. A norm that the batches do not reach stays as it is.
+    x -> a x + b: what the norm did before, the identity but for b when it was just inserted. A norm
+    that the batches do not reach stays as it is.
     """
     norms = inserted_norms(model)
     moments = {path: _Moments() for path in norms}

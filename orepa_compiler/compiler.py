@@ -16,12 +16,12 @@ from orepa_compiler.calibration import calibrate
 from orepa_compiler.capture import meta_copy
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.evaluation import batches_of
 from orepa_compiler.layers import is_conv_like
 from orepa_compiler.passes import Collapse, Expand, Linearize, Pipeline, Squeeze
 from orepa_compiler.passes.expand import Init, PostNorm
 from orepa_compiler.planning import Plan, record_plan
 from orepa_compiler.selection import Where
+from orepa_compiler.verification.evaluation import batches_of
 
 Inputs = Any
 
@@ -67,7 +67,7 @@ def expand(
     plan again. inputs: a batch, to calibrate inserted norms. inplace: rewrite the model itself.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
-    no values, that is wrapped (DDP, compile), or that cannot be copied; the model is untouched then.
+    no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then.
     """
     _check_model(model)
     if init not in ("preserve", "paper"):

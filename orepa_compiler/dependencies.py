@@ -20,5 +20,6 @@ def import_extra(package: str, *, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != package.split(".")[0]:
             raise
         raise MissingPackage(
-            f"this needs the package {package}; install it with: pip install 'orepa-compiler[{extra}]'"
+            f"this needs the package {package}; "
+            f"install it with: pip install 'orepa-compiler[{extra}]'"
         ) from error

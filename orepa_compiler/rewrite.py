@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-
 from typing import Any
 
 from torch import fx, nn
@@ -31,7 +30,8 @@ class _Rewritten(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
         name = type(self).__name__
-        copied._graphmodule_cls_name = type(copied).__name__ = name
+        type(copied).__name__ = name
+        vars(copied)["_graphmodule_cls_name"] = name
         _copy_hooks(self, copied)
         return copied
 

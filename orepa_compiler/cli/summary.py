@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from orepa_compiler import __version__
-from orepa_compiler.arguments import ExitCode
+from orepa_compiler.cli.arguments import ExitCode
+from orepa_compiler.cli.stages import ExportRequest, Step
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.atomic import staged
-from orepa_compiler.export_command import ExportRequest, Step
 
 # Wide enough for a path in every row where no terminal says how wide it is.
 WIDTH_OF_A_PIPE = 120

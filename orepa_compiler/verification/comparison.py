@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orepa_compiler.nesting import is_comparable, kind_of, nonfinite_counts
-from orepa_compiler.verdict import Row
+from orepa_compiler.verification.verdict import Row
 
 # How much worse than the reference a right candidate may be. On models with random norms (ResNet,
 # MobileNet, DenseNet, EfficientNet, RegNet, VGG and others) with 1 to 1000 outputs, folded norms,

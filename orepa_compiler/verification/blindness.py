@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from orepa_compiler.verdict import Row
+from orepa_compiler.verification.verdict import Row
 
 # A channel of fewer values can be small by chance, as one logit of a thousand is.
 LEAST_VALUES = 64

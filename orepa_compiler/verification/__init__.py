@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.blind_spots import blind_spots
-from orepa_compiler.comparison import NOISE_FACTOR, Comparison, compare, short
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.evaluation import (
+from orepa_compiler.verification.blindness import blind_spots
+from orepa_compiler.verification.comparison import NOISE_FACTOR, Comparison, compare, short
+from orepa_compiler.verification.evaluation import (
     Outputs,
     Side,
     batches_of,
@@ -23,8 +23,8 @@ from orepa_compiler.evaluation import (
     paired,
     refuse_unusable,
 )
-from orepa_compiler.truth import Truth, first_dtype, truth_of
-from orepa_compiler.verdict import Report, Row
+from orepa_compiler.verification.truth import Truth, first_dtype, truth_of
+from orepa_compiler.verification.verdict import Report, Row
 
 __all__ = ["NOISE_FACTOR", "Report", "Row", "verify"]
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from orepa_compiler import __version__
-from orepa_compiler.arguments import (
+from orepa_compiler.cli.arguments import (
     EXIT_CODES,
     Checkpoint,
     Debug,
@@ -29,13 +29,13 @@ from orepa_compiler.arguments import (
     random_inputs,
     shape,
 )
+from orepa_compiler.cli.stages import ExportRequest, export_steps
+from orepa_compiler.cli.summary import complaints, report_of, show_steps, verdict, write_json
 from orepa_compiler.compiler import plan
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.flavors import Flavor
 from orepa_compiler.export.onnx import Precision
 from orepa_compiler.export.progress import announced
-from orepa_compiler.export_command import ExportRequest, export_steps
-from orepa_compiler.export_summary import complaints, report_of, show_steps, verdict, write_json
 from orepa_compiler.model_source import FORMS
 from orepa_compiler.verification import verify
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from orepa_compiler.arguments import load_source, random_inputs
+from orepa_compiler.cli.arguments import load_source, random_inputs
 from orepa_compiler.compiler import collapse
 from orepa_compiler.export.flavors import Flavor
 from orepa_compiler.export.onnx import Precision, export_onnx

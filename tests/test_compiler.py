@@ -1,0 +1,331 @@
+"""The verbs: what plan, expand and collapse promise about the user's model, and their errors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import orepa_compiler as orepa
+from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture import meta_copy
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.planning import Plan, recorded_plans
+from tests.compiler_nets import (
+    assert_same,
+    bare_net,
+    batch,
+    branch_net,
+    output,
+    stem_net,
+    train_a_step,
+    untouched,
+)
+
+BUILDERS = [stem_net, bare_net, branch_net]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("block", ["auto", orepa.OREPA], ids=str)
+def test_planning_touches_nothing(build: Callable[[], nn.Module], block: Any) -> None:
+    net = build()
+    seed = torch.random.get_rng_state()
+    with untouched(net):
+        first = orepa.plan(net, block=block, inputs=batch())
+    assert torch.equal(torch.random.get_rng_state(), seed)
+    assert orepa.plan(net, block=block, inputs=batch()) == first
+    assert first.edits
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("block", ["auto", orepa.OREPA], ids=str)
+def test_a_model_without_values_is_planned_alike(build: Callable[[], nn.Module], block: Any) -> None:
+    net = build()
+    assert orepa.plan(meta_copy(net), block=block) == orepa.plan(net, block=block)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_what_was_planned_is_what_is_done(build: Callable[[], nn.Module]) -> None:
+    for block in ("auto", orepa.OREPA):
+        planned = orepa.plan(build(), block=block)  # type: ignore[arg-type]
+        (done,) = recorded_plans(orepa.expand(build(), block=block))  # type: ignore[arg-type]
+        assert done.refusals == planned.refusals
+        assert [(e.done_by, e.path, e.before, e.after, e.options) for e in done.edits] == [
+            (e.done_by, e.path, e.before, e.after, e.options) for e in planned.edits
+        ]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_the_plan_counts_the_parameters(build: Callable[[], nn.Module]) -> None:
+    expanded = orepa.expand(build())
+    for edit in recorded_plans(expanded)[0].of("expand").edits:
+        own = sum(p.numel() for p in expanded.get_submodule(edit.path).parameters())
+        assert edit.parameters[1] == own
+        assert edit.parameters[0] == sum(
+            p.numel() for p in build().get_submodule(edit.path).parameters()
+        )
+    deployed = orepa.collapse(expanded)
+    for edit in recorded_plans(deployed)[-1].edits:
+        conv = deployed.get_submodule(edit.path)
+        assert edit.parameters[1] == sum(p.numel() for p in conv.parameters())
+
+
+@pytest.mark.parametrize("verb", [orepa.expand, orepa.collapse])
+def test_the_verbs_copy_by_default(verb: Callable[..., nn.Module]) -> None:
+    net = stem_net()
+    with untouched(net):
+        result = verb(net)
+    ours = {id(tensor) for tensor in (*net.parameters(), *net.buffers())}
+    assert not ours & {id(tensor) for tensor in (*result.parameters(), *result.buffers())}
+    pointers = {p.data_ptr() for p in net.parameters()}
+    assert not pointers & {p.data_ptr() for p in result.parameters()}
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_in_place(build: Callable[[], nn.Module]) -> None:
+    net, x = build(), batch()
+    expected = output(net, x)
+    expanded = orepa.expand(net, inplace=True)
+    assert expanded is net
+    assert any(isinstance(module, LinearBlock) for module in net.modules())
+    assert_same(output(net, x), expected)
+    assert orepa.collapse(net, inplace=True) is net
+    assert not any(isinstance(module, LinearBlock) for module in net.modules())
+    assert_same(output(net, x), expected)
+
+
+class Integer(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        weight = torch.ones(3, 3, 1, 1, dtype=dtype)
+        self.conv.weight = nn.Parameter(weight, requires_grad=False)
+
+
+class Uncopyable(nn.Conv2d):
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise TypeError("not me")
+
+
+NEITHER = "neither 'auto' nor a Block such as orepa.OREPA"
+LOAD = "the weights are on the meta device: "
+ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "no module": (lambda: {"conv": 1}, {}, "the model is a dict, not a torch.nn.Module"),
+    "no conv": (
+        lambda: nn.Sequential(nn.Linear(3, 3)),
+        {},
+        "Sequential has no conv, so there is nothing to re-parameterize",
+    ),
+    "integer": (
+        lambda: Integer(torch.int8),
+        {},
+        "conv: its weight is torch.int8; only floating-point convs can be rewritten",
+    ),
+    "complex": (
+        lambda: Integer(torch.complex64),
+        {},
+        "conv: its weight is torch.complex64; only floating-point convs can be rewritten",
+    ),
+    "meta": (
+        lambda: meta_copy(stem_net()),
+        {},
+        f"stem.weight: {LOAD}no kernel to preserve; load weights or use init='paper'",
+    ),
+    "init": (stem_net, {"init": "zero"}, "init='zero' is neither 'preserve' nor 'paper'"),
+    "post_norm": (stem_net, {"post_norm": True}, "post_norm=True is neither 'auto' nor 'none'"),
+    "block": (stem_net, {"block": "OREPA"}, f"block='OREPA' is {NEITHER}"),
+    "where": (
+        stem_net,
+        {"where": []},
+        "where=() selects nothing; give a glob such as 'layer1.*', a list of globs "
+        "('!stem.*' excludes), or a function of (path, module)",
+    ),
+    "where a number": (
+        stem_net,
+        {"where": 3},
+        "where=3 selects nothing; give a glob such as 'layer1.*', a list of globs "
+        "('!stem.*' excludes), or a function of (path, module)",
+    ),
+    "inputs": (stem_net, {"inputs": []}, "inputs: an empty list; give at least one batch"),
+    "compiled": (
+        lambda: torch.compile(stem_net()),
+        {},
+        "the model is wrapped in OptimizedModule; pass the model before torch.compile",
+    ),
+    "data parallel": (
+        lambda: nn.DataParallel(stem_net()),
+        {},
+        "the model is wrapped in DataParallel; pass model.module",
+    ),
+    "uncopyable": (
+        lambda: nn.Sequential(Uncopyable(3, 3, 1)),
+        {},
+        "Sequential cannot be copied (TypeError: not me); remove what copy.deepcopy cannot copy",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "options", "message"), ERRORS.values(), ids=ERRORS)
+def test_what_expand_raises(
+    build: Callable[[], Any], options: dict[str, Any], message: str
+) -> None:
+    net = build()
+    with untouched(net if isinstance(net, nn.Module) else nn.Module()):
+        for inplace in (False, True):
+            with pytest.raises(ReparamError) as caught:
+                orepa.expand(net, **options, inplace=inplace)
+            assert str(caught.value) == message
+
+
+def test_what_collapse_and_plan_raise() -> None:
+    meta = meta_copy(stem_net())
+    with pytest.raises(ReparamError) as caught:
+        orepa.collapse(meta)
+    message = f"stem.weight: {LOAD}there is nothing to fold; load the weights first"
+    assert str(caught.value) == message
+    for verb in (orepa.plan, orepa.collapse):
+        for name in ("no module", "no conv", "integer", "complex", "compiled", "data parallel"):
+            build, _, text = ERRORS[name]
+            with pytest.raises(ReparamError) as caught:
+                verb(build())
+            assert str(caught.value) == text
+
+
+def test_paper_init_needs_no_values() -> None:
+    expanded = orepa.expand(meta_copy(stem_net()), init="paper")
+    assert any(isinstance(module, LinearBlock) for module in expanded.modules())
+    assert all(p.is_meta for p in expanded.parameters())
+
+
+def fails(conv: object) -> nn.Module:
+    raise ZeroDivisionError("a branch that cannot be made")
+
+
+def test_a_failure_in_the_middle_leaves_the_users_model_alone() -> None:
+    net = stem_net()
+    made = 0
+
+    def late(conv: orepa.ConvOperator) -> None:
+        nonlocal made
+        made += 1
+        if made > 6:  # after planning, with some blocks in place
+            fails(conv)
+
+    block = orepa.Block("late", {**orepa.OREPA.branches, "late": late}, orepa.OREPA.scaling)
+    with untouched(net), pytest.raises(ZeroDivisionError):
+        orepa.expand(net, block=block)
+
+
+def test_a_generator_of_globs_is_read_once_for_all_passes() -> None:
+    made = orepa.plan(branch_net(), block=orepa.OREPA, where=(p for p in ["first*"]))
+    assert {edit.path.split(".")[0] for edit in made.edits} == {"first"}
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("block", ["auto", orepa.OREPA], ids=str)
+def test_a_plan_is_replayed_on_a_fresh_model(build: Callable[[], nn.Module], block: Any) -> None:
+    plan = Plan.from_json(orepa.plan(build(), block=block).to_json())
+    net, x = build(), batch()
+    wanted = orepa.expand(net, block=block)
+    for options in ({}, {"block": block}):
+        expanded = orepa.expand(net, plan=plan, **options)
+        assert [str(m) for m in expanded.modules()] == [str(m) for m in wanted.modules()]
+        assert_same(output(expanded, x), output(net, x))
+
+
+def other_kernels() -> nn.Module:
+    net = stem_net()
+    net.conv = nn.Conv2d(8, 8, 1)
+    return net
+
+
+def hooked() -> nn.Module:
+    net = stem_net()
+    net.conv.register_forward_hook(lambda module, args, y: y)
+    return net
+
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "another net": (bare_net, "stem: the plan does not fit: the model has no such module"),
+    "other kernels": (
+        other_kernels,
+        "conv: the plan asks for the branches ['origin', 'pointwise', 'pointwise_kernel', "
+        "'average', 'frequency', 'depthwise_pointwise'], block OREPA gives ['origin']",
+    ),
+    "a hook": (
+        hooked,
+        "conv: the plan does not fit this model: it has a hook, which a rewrite would no longer "
+        "call; remove the hook first",
+    ),
+    "expanded already": (
+        lambda: orepa.expand(stem_net()),
+        "stem: the plan does not fit this model: ReparamConv2d is not a conv",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), WRONG.values(), ids=WRONG)
+def test_a_plan_for_another_model(build: Callable[[], nn.Module], message: str) -> None:
+    plan, net = orepa.plan(stem_net()), build()
+    with untouched(net), pytest.raises(ReparamError) as caught:
+        orepa.expand(net, plan=plan)
+    assert str(caught.value) == message
+
+
+class Root(nn.Module):
+    """A net whose own forward holds the sum, so that it becomes a GraphModule itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 6, 1)
+        self.norm1, self.norm2, self.relu = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm1(self.large(x)) + self.norm2(self.small(x)))
+
+
+FORMS: dict[str, Callable[[], nn.Module]] = {
+    "expanded": lambda: orepa.expand(stem_net()),
+    "collapsed": lambda: orepa.collapse(orepa.expand(stem_net())),
+    "graph, expanded": lambda: orepa.expand(Root().double(), block=orepa.OREPA),
+    "graph, collapsed": lambda: orepa.collapse(orepa.expand(Root().double(), block=orepa.OREPA)),
+}
+
+
+@pytest.mark.parametrize("build", FORMS.values(), ids=FORMS)
+def test_the_record_survives_copies_and_pickle(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    plans = recorded_plans(model)
+    assert plans
+    for other in (
+        copy.deepcopy(model),
+        copy.deepcopy(copy.deepcopy(model)),
+        pickle.loads(pickle.dumps(model)),
+    ):
+        assert recorded_plans(other) == plans
+        assert_same(output(other, batch()), output(model, batch()))
+    assert recorded_plans(stem_net()) == ()
+
+
+def test_a_model_with_an_attribute_called_meta_keeps_it() -> None:
+    net = stem_net()
+    net.meta = {"mean": 0.5}  # type: ignore[assignment]
+    expanded = orepa.expand(net)
+    assert expanded.meta == {"mean": 0.5}
+    assert recorded_plans(copy.deepcopy(expanded)) == recorded_plans(expanded) != ()
+
+
+def test_a_real_net_trains_and_comes_back() -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("test_efficientnet").double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expanded = orepa.expand(net)
+    assert_same(output(expanded, x), output(net, x))
+    train_a_step(expanded, x)
+    assert_same(output(orepa.collapse(expanded), x), output(expanded, x))

@@ -1,0 +1,147 @@
+"""The floors of the package: what each file may import, read from the files themselves."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "orepa_compiler"
+ROOT = Path(__file__).parents[1] / PACKAGE
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
+# that can hold it.
+FLOORS = (
+    ("errors", "dependencies", "operators", "composition", "kernels"),
+    ("capture", "branches", "selection"),
+    ("layers", "rewrite", "squeeze", "following"),
+    ("blocks", "regions", "crossing", "initialization"),
+    ("planning", "nesting", "verification", "cost", "calibration"),
+    ("passes",),
+    ("compiler", "checkpoints", "weights", "model_source", "export", "report"),
+    ("__init__", "cli"),
+)
+
+OPTIONAL = {
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnxsim",
+    "tensorrt",
+    "tensorrt_rtx",
+    "timm",
+    "torchvision",
+}
+
+IMPORT_ALL_WITHOUT_OPTIONAL = """
+import importlib, sys
+names, blocked = [argument.split(",") for argument in sys.argv[1:]]
+sys.modules.update(dict.fromkeys(blocked))  # None there makes an import fail
+for name in names:
+    importlib.import_module(name)
+"""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int:
+    part = [*module.split("."), "__init__"][1]
+    found = [number for number, names in enumerate(FLOORS) if part in names]
+    assert found, f"{module} stands on no floor: add it to FLOORS"
+    return found[0]
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def import_nodes(tree: ast.AST, *, at_import_time: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import statement, or only those that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        is_later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if not (at_import_time and (is_later or is_type_checking(node))):
+            yield from import_nodes(node, at_import_time=at_import_time)
+
+
+def imported_names(path: Path, *, at_import_time: bool = False) -> set[str]:
+    """What a file imports: `from a import b` is the module a.b where there is one, and else a."""
+    names: set[str] = set()
+    for node in import_nodes(ast.parse(path.read_text()), at_import_time=at_import_time):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+            continue
+        assert node.level == 0, f"{path.name}:{node.lineno}: write the import in full"
+        assert node.module is not None
+        for alias in node.names:
+            child = f"{node.module}.{alias.name}"
+            names.add(child if child in MODULES else node.module)
+    return names
+
+
+MODULES = {module_name(path) for path in FILES}
+
+
+def own_imports(path: Path, *, at_import_time: bool = False) -> set[str]:
+    names = imported_names(path, at_import_time=at_import_time)
+    return {name for name in names if name.split(".")[0] == PACKAGE}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_imports_nothing_from_a_floor_above_its_own(path: Path) -> None:
+    own = floor_of(module_name(path))
+    above = {name for name in own_imports(path) if floor_of(name) > own}
+    assert not above, f"{module_name(path)} (floor {own}) imports {sorted(above)} from above"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    graph = {module_name(path): own_imports(path, at_import_time=True) for path in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"these import one another: {' -> '.join(error.args[1])}")
+
+
+def test_passes_do_not_import_one_another() -> None:
+    passes = [path for path in FILES if path.parent.name == "passes" and path.stem != "__init__"]
+    found = {
+        module_name(path): names
+        for path in passes
+        if (names := {n for n in own_imports(path) if n.startswith(f"{PACKAGE}.passes")})
+    }
+    assert passes, "there are no passes to look at"
+    assert not found
+
+
+@pytest.mark.parametrize("init", [p for p in FILES if p.stem == "__init__"], ids=module_name)
+def test_no_module_bears_the_name_of_a_public_name_beside_it(init: Path) -> None:
+    siblings = {path.stem for path in init.parent.iterdir() if path.suffix in (".py", "")}
+    tree = ast.parse(init.read_text())
+    public = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in import_nodes(tree, at_import_time=True):
+        if isinstance(node, ast.ImportFrom) and node.module != module_name(init):
+            public |= {alias.asname or alias.name for alias in node.names}
+    assert not public & siblings, "one of the two would shadow the other"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_optional_packages_are_imported_only_inside_functions(path: Path) -> None:
+    names = {name.split(".")[0] for name in imported_names(path, at_import_time=True)}
+    assert not names & OPTIONAL
+
+
+def test_every_module_imports_without_the_optional_packages() -> None:
+    code = [sys.executable, "-c", IMPORT_ALL_WITHOUT_OPTIONAL]
+    arguments = [",".join([PACKAGE, *sorted(MODULES)]), ",".join(sorted(OPTIONAL))]
+    done = subprocess.run([*code, *arguments], cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
