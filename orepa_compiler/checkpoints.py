@@ -108,6 +108,11 @@ def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     separate: dict[str, Tensor] = {}
     for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{key} is a {type(value).__name__}, and safetensors holds only tensors; "
+                "drop it from the state_dict"
+            )
         if value.is_meta:
             raise CheckpointError(f"{key} is on the meta device: there are no values to save")
         value = value.detach().contiguous()

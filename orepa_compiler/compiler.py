@@ -78,6 +78,8 @@ def expand(
     if init == "preserve":
         _check_values(model, "no kernel to preserve; load weights or use init='paper'")
     pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
+    if plan is not None and plan.of("linearize").edits:
+        pipeline = Pipeline((Linearize(), *(p for p in pipeline.passes if p.name != "linearize")))
     expanded = _run(pipeline, model, plan=plan, inplace=inplace)
     if inputs is not None:
         calibrate(expanded, inputs)

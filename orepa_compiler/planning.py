@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import fx, nn
 
 from orepa_compiler.errors import CheckpointError
 
@@ -123,8 +123,8 @@ def record_plan(model: nn.Module, plan: Plan) -> None:
     """Keep the plan with the model, so that a checkpoint can tell how to rebuild it."""
     plans = (*recorded_plans(model), plan)
     vars(model)[_ATTRIBUTE] = plans
-    if isinstance(vars(model).get("meta"), dict):  # a GraphModule copies its meta, not attributes
-        model.meta = {**model.meta, _ATTRIBUTE: plans}  # type: ignore[assignment, dict-item]
+    if isinstance(model, fx.GraphModule):  # it copies its meta, not attributes
+        model.meta = {**model.meta, _ATTRIBUTE: plans}
 
 
 def recorded_plans(model: nn.Module) -> tuple[Plan, ...]:

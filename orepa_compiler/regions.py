@@ -26,6 +26,8 @@ Read = Callable[[str], nn.Module]
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_"}
 _IN_PLACE = {operator.iadd, "add_"}
+# x += y and its like, as the operator module calls them.
+_IN_PLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ class Interpreter:
         before = _absorbable(values.get(operand), operand, node)
         if before is None:
             return alone
+        if self._is_overwritten(owner, before, node):
+            return alone
         try:
             op, macs = _after(layer, before)
         except NotLinear as error:
@@ -234,7 +238,7 @@ class Interpreter:
                     continue
                 order = {n: i for i, n in enumerate(node.graph.nodes)}
                 nodes = sorted({*left.nodes, *right.nodes}, key=order.__getitem__)
-                return Linear(
+                joined = Linear(
                     left.source,
                     op,
                     (*nodes, node),
@@ -242,7 +246,32 @@ class Interpreter:
                     left.layers + right.layers + 1,
                     left.convs + right.convs,
                 )
+                return None if self._is_overwritten(owner, joined, node) else joined
         return None
+
+    def _is_overwritten(self, owner: str, value: Linear, last: fx.Node) -> bool:
+        """Whether the source changes between the first node of a value and `last`.
+
+        The one conv would read it where the last node stands, and so after the change.
+        """
+        node = value.nodes[0]
+        while node is not last:
+            reads_it = node.all_input_nodes[:1] == [value.source]
+            if reads_it and node not in value.nodes and self._is_in_place(owner, node):
+                reason = "its input is overwritten in place before it is done"
+                self.reasons[owner, last.name] = reason
+                return True
+            node = node.next
+        return False
+
+    def _is_in_place(self, owner: str, node: fx.Node) -> bool:
+        """Whether a node writes over its first operand."""
+        if node.op == "call_module":
+            module = self.capture.module(self.capture.path_of(Call(owner, node)))
+            return bool(getattr(module, "inplace", False))
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        is_named = name.endswith("_") and not name.endswith("__")
+        return is_named or name in _IN_PLACE_NAMES or bool(node.kwargs.get("inplace"))
 
 
 def _after(layer: Linear, before: Linear) -> tuple[ConvOperator | None, int]:

@@ -134,9 +134,7 @@ def test_operator_is_the_formula(cls: type[SequenceBranch], op: ConvOperator) ->
 
 @EVERY_GEOMETRY
 @EVERY_BRANCH
-def test_feature_maps_agree_with_the_operator(
-    cls: type[SequenceBranch], op: ConvOperator
-) -> None:
+def test_feature_maps_agree_with_the_operator(cls: type[SequenceBranch], op: ConvOperator) -> None:
     branch = cls(op)
     randomise(branch)
     x = random_tensor(2, op.in_channels, *SIZES[op.rank])
@@ -149,7 +147,13 @@ def test_feature_maps_agree_with_the_operator(
 def test_a_branch_fits_beside_the_conv(cls: type[SequenceBranch], op: ConvOperator) -> None:
     whole = op.with_bias(None) + cls(op).operator()
     geometry = (op.kernel_size, op.stride, op.padding, op.dilation, op.groups)
-    assert (whole.kernel_size, whole.stride, whole.padding, whole.dilation, whole.groups) == geometry
+    assert (
+        whole.kernel_size,
+        whole.stride,
+        whole.padding,
+        whole.dilation,
+        whole.groups,
+    ) == geometry
 
 
 @EVERY_BRANCH
@@ -247,9 +251,7 @@ def test_identity_gives_its_input_back(name: str) -> None:
         (d * ((k - 1) // 2), d * (k - 1) - d * ((k - 1) // 2))
         for d, k in zip(op.dilation, op.kernel_size, strict=True)
     )
-    fitted = ConvOperator(
-        square.weight, None, (), centred, op.dilation, op.groups, op.padding_mode
-    )
+    fitted = ConvOperator(square.weight, None, (), centred, op.dilation, op.groups, op.padding_mode)
     x = random_tensor(1, out, *SIZES[op.rank])
     assert torch.equal(reference(Identity(fitted).operator(), x), x)
     assert not list(Identity(fitted).parameters())

@@ -24,7 +24,7 @@ FLOORS = (
     ("blocks", "regions", "crossing", "initialization"),
     ("planning", "nesting", "verification", "cost", "calibration"),
     ("passes",),
-    ("compiler", "checkpoints", "weights", "model_source", "export", "report"),
+    ("compiler", "checkpoints", "weights", "model_source", "export"),
     ("__init__", "cli"),
 )
 

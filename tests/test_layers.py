@@ -103,7 +103,8 @@ def test_a_norm_reads_no_values(make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize(
-    "norm", [nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm1d(4, 1e-5, 0.1, True, False)]
+    "norm",
+    [nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm1d(4, 1e-5, 0.1, True, False)],
 )
 def test_a_norm_without_running_statistics_is_refused(norm: nn.Module) -> None:
     with pytest.raises(NotLinear) as caught:

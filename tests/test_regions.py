@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,7 @@ ONE_REGION: dict[str, tuple[Callable[[], nn.Module], list[str], bool]] = {
     ),
     "sum() begins with 0": (
         lambda: Inline(lambda m, x: sum([m.conv(x), m.point(x), x]), conv=conv(), point=point()),
-        ["conv", "add", "point", "add_1", "add_2"],
+        ["conv", "point", "add", "add_1", "add_2"],
         False,
     ),
     "norm behind the sum": (
@@ -365,7 +366,10 @@ OVERWRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
         nn.functional.relu(x, inplace=True),
         c + m.point(x),
     )[2],
-    "after its last reader": lambda m, x: ((c := m.conv(x)), (p := m.point(x)), x.mul_(2), c + p)[3],
+    "by an operator": lambda m, x: ((c := m.conv(x)), operator.imul(x, 2), c + m.point(x))[2],
+    "after its last reader": lambda m, x: ((c := m.conv(x)), (p := m.point(x)), x.mul_(2), c + p)[
+        3
+    ],
 }
 
 
@@ -386,5 +390,3 @@ def test_an_input_that_is_overwritten_later_is_no_obstacle() -> None:
 
     model = Inline(forward, conv=conv(), point=point(), act=nn.ReLU(inplace=True))
     assert names(interpreted(model)) == [("", ["conv", "point", "add"])]
-
-
