@@ -26,8 +26,6 @@ Read = Callable[[str], nn.Module]
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_"}
 _IN_PLACE = {operator.iadd, "add_"}
-# x += y and its like, as the operator module calls them.
-_IN_PLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
 
 
 @dataclass(frozen=True)
@@ -271,7 +269,7 @@ class Interpreter:
             return bool(getattr(module, "inplace", False))
         name = node.target if isinstance(node.target, str) else node.target.__name__
         is_named = name.endswith("_") and not name.endswith("__")
-        return is_named or name in _IN_PLACE_NAMES or bool(node.kwargs.get("inplace"))
+        return is_named or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
 
 
 def _after(layer: Linear, before: Linear) -> tuple[ConvOperator | None, int]:

@@ -45,7 +45,9 @@ def test_planning_touches_nothing(build: Callable[[], nn.Module], block: Any) ->
 
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("block", ["auto", orepa.OREPA], ids=["auto", "OREPA"])
-def test_a_model_without_values_is_planned_alike(build: Callable[[], nn.Module], block: Any) -> None:
+def test_a_model_without_values_is_planned_alike(
+    build: Callable[[], nn.Module], block: Any
+) -> None:
     net = build()
     assert orepa.plan(meta_copy(net), block=block) == orepa.plan(net, block=block)
 

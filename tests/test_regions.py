@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -366,7 +365,6 @@ OVERWRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
         nn.functional.relu(x, inplace=True),
         c + m.point(x),
     )[2],
-    "by an operator": lambda m, x: ((c := m.conv(x)), operator.imul(x, 2), c + m.point(x))[2],
     "after its last reader": lambda m, x: ((c := m.conv(x)), (p := m.point(x)), x.mul_(2), c + p)[
         3
     ],

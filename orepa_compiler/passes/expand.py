@@ -65,7 +65,9 @@ class Expand:
         edits, refusals = [], []
         for path, module in capture.skeleton.named_modules():
             if isinstance(module, LinearBlock) and module.block_name == LINEARIZED:
-                edits += self._extension(path, module)
+                places = (path, path.rpartition(".")[0])  # linearize was asked for the owner
+                if any(is_selected(place, capture.module(place)) for place in places):
+                    edits += self._extension(path, module)
             if not is_conv_like(module):
                 continue
             if not is_selected(path, module):

@@ -314,7 +314,11 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.norm = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.conv1, self.conv2, self.norm = (
+            nn.Conv2d(3, 3, 1),
+            nn.Conv2d(3, 3, 1),
+            nn.BatchNorm2d(3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv2(self.norm(self.conv1(x)).relu())).relu()
@@ -426,6 +430,7 @@ def test_a_real_net_with_a_trained_block() -> None:
     expanded = orepa.expand(randomise_norms(net))
     train_a_step(expanded, x)
     deployed = orepa.collapse(expanded)
+    assert not norms_of(deployed)
     assert_same(deployed(x), output(expanded, x))
     stock = timm.create_model("test_resnet").double()
     stock.load_state_dict(orepa.collapse(expanded, fold_norm=False).state_dict(), strict=True)

@@ -272,6 +272,16 @@ def test_where_leaves_an_owner_alone() -> None:
     assert [edit.path for edit in made.edits] == ["first", "third"]
 
 
+@pytest.mark.parametrize("where", ["second", "second*", "!first*,!third*"])
+def test_where_chooses_which_linearized_blocks_are_extended(where: str) -> None:
+    model, _ = linearize(branch_net())
+    for net in (model, branch_net()):
+        expanded = orepa.expand(net, block=orepa.OREPA, where=where.split(","))
+        blocks = {p: m for p, m in expanded.named_modules() if isinstance(m, LinearBlock)}
+        extended = [path for path, block in blocks.items() if "frequency" in block.branches]
+        assert extended == ["second.block"]
+
+
 def test_frozen_branches_stay_frozen() -> None:
     net = branch_net()
     net.get_submodule("second").requires_grad_(False)
