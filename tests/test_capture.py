@@ -342,7 +342,7 @@ def test_producers_across_borders() -> None:
 
 
 def test_a_producer_behind_two_calls_or_a_list_is_unknown() -> None:
-    shared = captured(Inline(lambda m, x: m.inner(m.inner(x)), inner=nn.Sequential(conv())))
+    shared = captured(Inline(lambda m, x: m.inner(m.inner(x + 1)), inner=nn.Sequential(conv())))
     assert producer_name(shared, "inner.0") is None
     joined = captured(Inline(lambda m, x: m.norm(torch.cat([x, x])), norm=nn.BatchNorm2d(4)))
     assert producer_name(joined, "norm") == "cat"

@@ -26,7 +26,7 @@ from tests.operator_factories import conv
 
 SCALINGS = get_args(Scaling)
 # The last correction is rounded to the origin, and the sum once more: one ulp of the largest term.
-ULPS = 2
+ULPS = 1
 BLOCKS = {
     "3x3": (OREPA, conv(3, 3, channels=(8, 12), padding=1)),
     "3x3 stride 2": (OREPA, conv(3, 3, channels=(8, 12), padding=1, stride=2)),
