@@ -24,9 +24,11 @@ FORMS = (
 
 def table(folder: Path, facts: dict[str, Any]) -> Table:
     """One row for each form of the net; errors are those of the step that made it."""
-    result = Table(box=None, pad_edge=False, title="Handwritten digits", title_justify="left")
-    for column in ("form", "accuracy", "parameters", "conv MACs", "error", "bytes", "file"):
-        justify = "left" if column in ("form", "file") else "right"
+    written = ", ".join(name for _, name in FORMS)
+    caption = f"engine on a device: {facts['engine_error']}\nwritten to {folder}: {written}"
+    result = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    for column in ("form", "accuracy", "parameters", "conv MACs", "error", "bytes"):
+        justify = "left" if column == "form" else "right"
         result.add_column(column, justify=justify, no_wrap=True)
     errors = {"deploy": "collapse_error", "digits": "onnx_error"}
     for form, name in FORMS:
@@ -35,9 +37,9 @@ def table(folder: Path, facts: dict[str, Any]) -> Table:
         accuracy, error = f"{facts['accuracy'][stem]:.2f} %", errors.get(file.stem)
         shown = f"{facts[error]:.1e}" if error else "-"
         if file.suffix == ".engine":
-            accuracy = shown = facts["engine_error"]
+            accuracy, shown = "-", facts["engine_error"].split(" (")[0]
         parameters, macs = cost(file)
-        result.add_row(form, accuracy, parameters, macs, shown, f"{file.stat().st_size:,}", name)
+        result.add_row(form, accuracy, parameters, macs, shown, f"{file.stat().st_size:,}")
     return result
 
 

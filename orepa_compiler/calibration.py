@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
 
 
@@ -52,8 +53,14 @@ def calibrate(model: nn.Module, inputs: Any) -> None:
     norms = inserted_norms(model)
     moments = {path: _Moments() for path in norms}
     with evaluation_mode(model), _watching(norms, moments):
-        for batch in batches_of(inputs):
-            model(*batch)
+        for index, batch in enumerate(batches_of(inputs)):
+            try:
+                model(*batch)
+            except Exception as error:  # a forward is the user's code: anything may come out of it
+                raise ReparamError(
+                    f"the model does not run on batch {index} of the inputs to calibrate on "
+                    f"({type(error).__name__}: {error})"
+                ) from error
     for path, norm in norms.items():
         if moments[path].count:
             _settle(norm, moments[path])

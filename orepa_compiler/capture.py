@@ -177,7 +177,7 @@ def capture(model: nn.Module, *, training: bool, is_leaf: Callable[[nn.Module], 
     is_leaf: modules whose inside is of no interest, though they have children.
     Raises ReparamError for a model that is wrapped, scripted, or cannot be copied.
     """
-    _check_wrapper(model)
+    check_wrapper(model)
     skeleton = meta_copy(model)
     skeleton.train(training)
     aliases = _aliases(skeleton)
@@ -294,7 +294,8 @@ def _tied(model: nn.Module, aliases: dict[str, tuple[str, ...]]) -> dict[str, st
     return tied
 
 
-def _check_wrapper(model: nn.Module) -> None:
+def check_wrapper(model: nn.Module) -> None:
+    """Nothing, for a model that can be rewritten; ReparamError for a wrapped or scripted one."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ReparamError("the model is TorchScript; pass the nn.Module it was scripted from")
     name = type(model).__name__

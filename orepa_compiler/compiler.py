@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.blocks import Block, LinearBlock
 from orepa_compiler.calibration import calibrate
-from orepa_compiler.capture import meta_copy
+from orepa_compiler.capture import check_wrapper, meta_copy
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.layers import is_conv_like
@@ -30,17 +30,20 @@ def plan(
     model: nn.Module,
     *,
     block: Block | Literal["auto"] = "auto",
+    init: Init = "preserve",
     where: Where = None,
+    post_norm: PostNorm = "auto",
     inputs: Inputs = None,
 ) -> Plan:
     """What expand would do, as a table: a dry run on a copy without values.
 
     Every conv is either expanded or listed with the reason why it is left alone.
-    inputs: a batch, to count each conv's MACs for one image. Raises ReparamError as expand does.
+    inputs: a batch, to count each conv's MACs for one image; the rest as in expand.
+    Raises ReparamError as expand does.
     """
     _check_model(model)
     _check_inputs(inputs)
-    pipeline = _expansion(block=block, init="preserve", where=where, post_norm="auto")
+    pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
     made = pipeline.run(meta_copy(model))[1]
     return made if inputs is None else _with_macs(made, conv_macs(model, inputs))
 
@@ -64,20 +67,19 @@ def expand(
     kernels, so outputs do not change; "paper" is the published from-scratch recipe and discards
     them. where: a glob on paths, several, or a predicate (path, module). post_norm: "auto" inserts
     a BatchNorm behind an expanded conv that no norm follows, "none" does not. plan: apply this
-    plan again. inputs: a batch, to calibrate inserted norms. inplace: rewrite the model itself.
+    plan, made with the same init. inputs: a batch, to calibrate inserted norms. inplace: rewrite
+    the model itself.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then.
     """
     _check_model(model)
-    if init not in ("preserve", "paper"):
-        raise ReparamError(f"init={init!r} is neither 'preserve' nor 'paper'")
-    if post_norm not in ("auto", "none"):
-        raise ReparamError(f"post_norm={post_norm!r} is neither 'auto' nor 'none'")
     _check_inputs(inputs)
     if init == "preserve":
         _check_values(model, "no kernel to preserve; load weights or use init='paper'")
     pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
+    if plan is not None:
+        _check_plan(plan, init=init, post_norm=post_norm)
     if plan is not None and plan.of("linearize").edits:
         pipeline = Pipeline((Linearize(), *(p for p in pipeline.passes if p.name != "linearize")))
     expanded = _run(pipeline, model, plan=plan, inplace=inplace)
@@ -127,6 +129,10 @@ def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "au
 def _expansion(
     *, block: Block | Literal["auto"], init: Init, where: Where, post_norm: PostNorm
 ) -> Pipeline:
+    if init not in ("preserve", "paper"):
+        raise ReparamError(f"init={init!r} is neither 'preserve' nor 'paper'")
+    if post_norm not in ("auto", "none"):
+        raise ReparamError(f"post_norm={post_norm!r} is neither 'auto' nor 'none'")
     if block != "auto" and not isinstance(block, Block):
         raise ReparamError(f"block={block!r} is neither 'auto' nor a Block such as orepa.OREPA")
     if where is not None and not callable(where) and not isinstance(where, str):
@@ -135,6 +141,21 @@ def _expansion(
     if block == "auto":  # branches with norms of their own stay as they are
         return Pipeline((expansion, Squeeze()))
     return Pipeline((Linearize(where=where), expansion, Squeeze()))
+
+
+def _check_plan(plan: Plan, *, init: Init, post_norm: PostNorm) -> None:
+    """A plan says how blocks start and where norms go: another wish beside it is an error."""
+    for edit in plan.of("expand").edits:
+        made = edit.options.get("init")
+        if made != init:
+            raise ReparamError(
+                f"the plan was made with init={made!r}, not {init!r}; make it with plan(init=...)",
+                path=edit.path,
+            )
+        if edit.options.get("norm") and post_norm == "none":
+            raise ReparamError(
+                "the plan inserts a norm here; make it with plan(post_norm='none')", path=edit.path
+            )
 
 
 def _run(pipeline: Pipeline, model: nn.Module, *, plan: Plan | None, inplace: bool) -> nn.Module:
@@ -162,6 +183,7 @@ def _with_macs(plan: Plan, macs: dict[str, int]) -> Plan:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ReparamError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+    check_wrapper(model)
     convs = [(p, m) for p, m in model.named_modules() if is_conv_like(m)]
     if not convs and not any(isinstance(m, LinearBlock) for m in model.modules()):
         raise ReparamError(

@@ -106,7 +106,7 @@ def _reading(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise CheckpointError(f"{path}: a damaged safetensors file ({error})") from error
     except Exception as error:  # unpickling can raise anything
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise CheckpointError(
             f"{path}: neither safetensors nor a torch.save file ({type(error).__name__}: {reason})"
         ) from error

@@ -136,3 +136,10 @@ def test_half_precision_is_calibrated_in_float64() -> None:
     assert isinstance(block.norm, nn.BatchNorm2d)
     assert block.norm.weight.dtype == torch.bfloat16
     assert_same(output(expanded, X.bfloat16()), output(net, X.bfloat16()))
+
+
+def test_inputs_that_the_model_does_not_take_are_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    message = "^the model does not run on batch 0 of the inputs to calibrate on"
+    with pytest.raises(orepa.ReparamError, match=message):
+        orepa.expand(net, inputs=torch.zeros(1, 5, 8, 8))

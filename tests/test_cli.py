@@ -17,7 +17,7 @@ from torch import nn
 
 from orepa_compiler import __version__, cli
 from orepa_compiler.checkpoints import save
-from orepa_compiler.cli import arguments, stages, export_main, main
+from orepa_compiler.cli import arguments, export_main, main, stages
 from orepa_compiler.compiler import expand
 from orepa_compiler.errors import ExportError, MissingPackage, ReparamError
 from orepa_compiler.model_source import load_model

@@ -331,3 +331,25 @@ def test_a_real_net_trains_and_comes_back() -> None:
     assert_same(output(expanded, x), output(net, x))
     train_a_step(expanded, x)
     assert_same(output(orepa.collapse(expanded), x), output(expanded, x))
+
+
+def test_a_plan_beside_another_init_is_an_error() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    made = orepa.plan(net)
+    with pytest.raises(orepa.ReparamError, match=r"^0: the plan was made with init='preserve'"):
+        orepa.expand(net, plan=made, init="paper")
+    paper = orepa.plan(net, init="paper")
+    assert orepa.expand(net, plan=paper, init="paper")[0].scaling is not None
+
+
+def test_a_plan_that_inserts_a_norm_beside_none_is_an_error() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.raises(orepa.ReparamError, match=r"^0: the plan inserts a norm here"):
+        orepa.expand(net, plan=orepa.plan(net), post_norm="none")
+
+
+# making one is what torch warns of; users still bring them
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:DeprecationWarning")
+def test_torchscript_is_named() -> None:
+    with pytest.raises(orepa.ReparamError, match="the model is TorchScript"):
+        orepa.plan(torch.jit.trace(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8)))
