@@ -8,6 +8,7 @@ found again by its name.
 from __future__ import annotations
 
 import copy
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,16 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "the model before wrapping it",
     "OptimizedModule": "the model before torch.compile",
 }
+# What `x += y` and its kin call: they write over their first operand.
+IN_PLACE_OPERATORS = (
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+)
 LAZY = (UninitializedParameter, UninitializedBuffer)
 _HARMLESS_READS = {"dtype", "device", "shape", "ndim", "size", "dim"}
 
@@ -69,9 +80,10 @@ class Capture:
         return self.aliases[join(call.owner, str(call.node.target))][0]
 
     def hook_refusal(self, path: str) -> str | None:
-        """Why a module with a hook must stay, or None where it has none."""
+        """Why a module with a hook, on itself or on what it is read with, must stay, or None."""
         module = self.module(path)
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        read = [module] if path in self.graphs else list(module.modules())
+        if any(getattr(part, hooks) for part in read for hooks in _HOOKS):
             return "it has a hook, which a rewrite would no longer call; remove the hook first"
         return None
 
@@ -180,6 +192,11 @@ def capture(model: nn.Module, *, training: bool, is_leaf: Callable[[nn.Module], 
     check_wrapper(model)
     skeleton = meta_copy(model)
     skeleton.train(training)
+    with torch.random.fork_rng(devices=[]):  # a forward may draw random numbers while traced
+        return _captured(skeleton, is_leaf)
+
+
+def _captured(skeleton: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Capture:
     aliases = _aliases(skeleton)
     graphs: dict[str, fx.Graph] = {}
     untraced: dict[str, str] = {}
@@ -244,9 +261,27 @@ def has_own_forward(module: nn.Module) -> bool:
     return bool(module._modules) and type(module).forward is not nn.Module.forward
 
 
+class _InPlaceProxy(fx.Proxy):
+    """A proxy that records `x += y` as what it is; fx alone would write down x + y."""
+
+
+def _in_place(function: Callable[..., object]) -> Callable[[fx.Proxy, object], fx.Proxy]:
+    def record(self: fx.Proxy, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _function in IN_PLACE_OPERATORS:
+    setattr(_InPlaceProxy, f"__{_function.__name__}__", _in_place(_function))
+
+
 class _ChildrenAreLeaves(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InPlaceProxy(node, self)
 
 
 def trace(module: nn.Module) -> fx.Graph | str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from orepa_compiler.capture import Call, Capture
+from orepa_compiler.capture import IN_PLACE_OPERATORS, Call, Capture
 from orepa_compiler.layers import is_activation, is_conv_like, is_dropout, is_norm
 
 NORM, ACTIVATION = "norm", "activation"
@@ -81,6 +81,8 @@ def _kind(capture: Capture, consumer: Call) -> str | None:
     for kind, names in ((NORM, _NORM_NAMES), (ACTIVATION, _ACTIVATION_NAMES)):
         if name in names:
             return kind
+    if node.target in IN_PLACE_OPERATORS:
+        name = name[1:]
     return "passed" if name in _PASSED_NAMES else f"followed by {name.strip('_')}"
 
 

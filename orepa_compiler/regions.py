@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import fx, nn
 
-from orepa_compiler.capture import Call, Capture, ancestors
+from orepa_compiler.capture import IN_PLACE_OPERATORS, Call, Capture, ancestors
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.layers import is_dropout, is_idle, is_norm, linear_part
 from orepa_compiler.operators import ConvOperator, identity
@@ -25,7 +25,7 @@ Read = Callable[[str], nn.Module]
 
 _ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_"}
-_IN_PLACE = {operator.iadd, "add_"}
+_IN_PLACE = {*IN_PLACE_OPERATORS, "add_"}
 
 
 @dataclass(frozen=True)

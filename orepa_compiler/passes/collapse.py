@@ -79,7 +79,8 @@ class Collapse:
                 continue
             for edit in edits:
                 conv = _plain_conv(model.get_submodule(edit.path), edit.path)
-                model = set_module(model, edit.path, conv)
+                for name in capture.aliases[edit.path]:
+                    model = set_module(model, name, conv)
         return model.eval(), plan
 
     def _left_norms(

@@ -192,6 +192,10 @@ class Expand:
         if is_channels_last(conv.weight):
             new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         new.requires_grad_(conv.weight.requires_grad)
+        if conv.bias is not None:
+            bias = new.bias if new.norm is None else new.norm.bias
+            assert isinstance(bias, nn.Parameter)
+            bias.requires_grad_(conv.bias.requires_grad)
         return new, ratio
 
 

@@ -435,3 +435,40 @@ def test_a_real_net_with_a_trained_block() -> None:
     stock = timm.create_model("test_resnet").double()
     stock.load_state_dict(orepa.collapse(expanded, fold_norm=False).state_dict(), strict=True)
     assert_same(output(stock, x), output(expanded, x))
+
+
+class AddsInPlace(nn.Module):
+    """Another name still holds the input when the sum is written over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        before = x
+        x += self.norm(self.conv(x))
+        return x * before
+
+
+def test_a_sum_written_over_its_input_keeps_its_meaning() -> None:
+    net = randomise_norms(AddsInPlace()).double().eval()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(orepa.collapse(net)(x), net(x), rtol=0, atol=1e-12)
+
+
+def test_a_block_under_two_names_collapses_under_both() -> None:
+    net = orepa.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    net.add_module("again", net[0])
+    deploy = orepa.collapse(net, fold_norm=False)
+    assert type(deploy[0]) is nn.Conv2d
+    assert deploy[0] is deploy.again
+
+
+def test_a_hook_on_an_inserted_norm_keeps_the_block() -> None:
+    net = orepa.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    net[0].norm.register_forward_hook(lambda module, args, output: None)
+    deploy = orepa.collapse(net)
+    assert deploy[0].norm is not None
+    assert "it has a hook" in recorded_plans(deploy)[-1].refusals[0].reason

@@ -483,3 +483,11 @@ def test_a_plan_for_a_block_that_is_not_known() -> None:
         "give yours with block="
     )
     assert set(blocks_of(orepa.expand(stem_net(), plan=made, block=mine)).values()) == {"mine"}
+
+
+def test_a_trainable_bias_beside_a_frozen_kernel_stays_trainable() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    net[0].weight.requires_grad_(False)
+    block = orepa.expand(net)[0]
+    assert block.bias.requires_grad
+    assert not block.branches["origin"].weight.requires_grad
