@@ -25,7 +25,7 @@ FORMS = (
 def table(folder: Path, facts: dict[str, Any]) -> Table:
     """One row for each form of the net; errors are those of the step that made it."""
     written = ", ".join(name for _, name in FORMS)
-    caption = f"engine on a device: {facts['engine_error']}\nwritten to {folder}: {written}"
+    caption = f"device numerics: {facts['engine_error']}\nwritten to {folder}: {written}"
     result = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for column in ("form", "accuracy", "parameters", "conv MACs", "error", "bytes"):
         justify = "left" if column == "form" else "right"
