@@ -261,7 +261,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return bool(module._modules) and type(module).forward is not nn.Module.forward
 
 
-class _InPlaceProxy(fx.Proxy):
+class Proxy(fx.Proxy):
     """A proxy that records `x += y` as what it is; fx alone would write down x + y."""
 
 
@@ -273,7 +273,7 @@ def _in_place(function: Callable[..., object]) -> Callable[[fx.Proxy, object], f
 
 
 for _function in IN_PLACE_OPERATORS:
-    setattr(_InPlaceProxy, f"__{_function.__name__}__", _in_place(_function))
+    setattr(Proxy, f"__{_function.__name__}__", _in_place(_function))
 
 
 class _ChildrenAreLeaves(fx.Tracer):
@@ -281,7 +281,7 @@ class _ChildrenAreLeaves(fx.Tracer):
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _InPlaceProxy(node, self)
+        return Proxy(node, self)
 
 
 def trace(module: nn.Module) -> fx.Graph | str:
