@@ -76,7 +76,7 @@ class SequenceBranch(Geometry):
 
     def operator(self) -> ConvOperator:
         """W_e = W_N * (... (W_2 * W_1))                          (Hu et al. 2022, Eq. 3)"""
-        return reduce(lambda inner, outer: outer @ inner, self.layers())
+        return reduce(lambda inner, outer: outer.after(inner), self.layers())
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch on feature maps, one conv after the other: what the squeeze avoids."""

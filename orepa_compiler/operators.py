@@ -126,6 +126,14 @@ class ConvOperator:
         return conv(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def __add__(self, other: ConvOperator) -> ConvOperator:
+        return self.beside(other)
+
+    def __matmul__(self, inner: ConvOperator) -> ConvOperator:
+        return self.after(inner)
+
+    # Methods behind the operators: torch.compile follows a method call, not `@` on our own type.
+
+    def beside(self, other: ConvOperator) -> ConvOperator:
         """The two operators side by side on one input.
 
         W_e = W_1 + W_2, b_e = b_1 + b_2                    (Hu et al. 2022, Eq. 4)
@@ -159,7 +167,7 @@ class ConvOperator:
             mode,
         )
 
-    def __matmul__(self, inner: ConvOperator) -> ConvOperator:
+    def after(self, inner: ConvOperator) -> ConvOperator:
         """This operator after `inner`.
 
         W_e = W_2 * W_1 (a true convolution), b_e = b_2 + sum_taps W_2 b_1

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
-from operator import add
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ def squeeze(branches: Iterable[Branch], scaling: Tensor | None) -> ConvOperator:
         operators = [branch.operator() for branch in branches]
         if scaling is not None:
             operators = [op.scale(v) for op, v in zip(operators, scaling, strict=True)]
-        return reduce(add, operators)
+        return reduce(lambda left, right: left.beside(right), operators)
 
 
 @contextmanager
