@@ -16,14 +16,12 @@ from orepa_compiler.branches import Kernel
 # Branches beside the origin start at this part of the paper's scaling, so that the origin, which
 # takes the remainder, stays as large as the kernel it stands for.
 REDUCTION = 0.1
-# The remainder is rounded once; feeding the rounding of the sum back leaves one ulp.
-_CORRECTIONS = 1
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
 def preserve(block: BranchSum, weight: Tensor, fresh: Iterable[str]) -> float:
-    """Start the block at the kernel `weight`, exactly; returns |origin| / |W|.
+    """Start the block at the kernel `weight`, up to its rounding; returns |origin| / |W|.
 
     v_m = REDUCTION * v_m(paper) * min(1, |W| / |v_m W_m|) for the fresh branches, v_origin = 1, and
     W_origin = W - sum_m v_m W_m. The bound keeps small pretrained kernels from being drowned by
@@ -42,8 +40,6 @@ def preserve(block: BranchSum, weight: Tensor, fresh: Iterable[str]) -> float:
     others = reduce(add, [operator for name, operator in exact.items() if name != "origin"])
     aligned = exact["origin"].scale(weight.new_zeros(1).double()) + others
     origin.weight.copy_(weight.double() - aligned.weight)
-    for _ in range(_CORRECTIONS):
-        origin.weight.add_(weight - block.operator().weight)
     return float(origin.weight.norm() / weight.norm().clamp_min(_TINY))
 
 

@@ -25,8 +25,9 @@ from orepa_compiler.passes.expand import with_origin
 from tests.operator_factories import conv
 
 SCALINGS = get_args(Scaling)
-# The last correction is rounded to the origin, and the sum once more: one ulp of the largest term.
-ULPS = 1
+# The remainder is rounded once to the origin, and the sum of the branches once more: of 600 kernels
+# the worst came to 1.9 ulps of the largest element. Twice that, for other CPUs.
+ULPS = 4
 BLOCKS = {
     "3x3": (OREPA, conv(3, 3, channels=(8, 12), padding=1)),
     "3x3 stride 2": (OREPA, conv(3, 3, channels=(8, 12), padding=1, stride=2)),
