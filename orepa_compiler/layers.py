@@ -110,6 +110,11 @@ def is_batch_norm(layer: nn.Module) -> bool:
     return name in _FROZEN_NORMS | _NORMS_WITH_ACTIVATION or isinstance(layer, _BatchNorm)
 
 
+def holds_kernel(layer: nn.Module) -> bool:
+    """Whether the layer's parameters are more than a norm's: a conv, a block, a layer like them."""
+    return not is_norm(layer) and any(True for _ in layer.parameters())
+
+
 def is_activation(layer: nn.Module) -> bool:
     module = type(layer).__module__
     return module.startswith(_ACTIVATION_MODULES) and not isinstance(layer, nn.MultiheadAttention)

@@ -33,7 +33,7 @@ from orepa_compiler.kernels import CONV, pad, place
 
 Padding = tuple[tuple[int, int], ...]
 
-_MODULE: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+CONV_MODULES: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
     3: nn.Conv3d,
@@ -264,7 +264,7 @@ class ConvOperator:
             return _filled(linear, self.regroup(1).weight, self.bias)
         op = self if self.is_same_padded else _symmetric(self)
         padding = "same" if self.is_same_padded else tuple(before for before, _ in op.padding)
-        conv = _MODULE[op.rank](
+        conv = CONV_MODULES[op.rank](
             op.in_channels,
             op.out_channels,
             op.kernel_size,  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from orepa_compiler.capture import IN_PLACE_OPERATORS, Call, Capture, ancestors
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.layers import is_dropout, is_idle, is_norm, linear_part
+from orepa_compiler.layers import holds_kernel, is_dropout, is_idle, linear_part
 from orepa_compiler.operators import ConvOperator, identity
 
 # Gives the module at a path, to be read: without values when planning, in float64 when applying.
@@ -178,7 +178,7 @@ class Interpreter:
         has_values = any(True for _ in (*module.parameters(), *module.buffers()))
         place = op if has_values or not (before and before.operator) else before.operator
         op = op.to(torch.float64, place.weight.device)
-        convs = int(not is_norm(module) and any(True for _ in module.parameters()))
+        convs = int(holds_kernel(module))
         return Linear(operand, op, (), op.macs, 1, convs, rest)
 
     def _extend(

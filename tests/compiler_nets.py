@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,3 +168,16 @@ def same_state(left: nn.Module, right: nn.Module) -> bool:
     return a.keys() == b.keys() and all(
         a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
     )
+
+
+class Inline(nn.Module):
+    """A forward made of what a test hands in."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.inner_forward = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner_forward(self, x)

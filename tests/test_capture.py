@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from orepa_compiler.capture import Call, Capture, ancestors, capture, join, meta_copy, trace
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import is_leaf
+from tests.compiler_nets import Inline
 
 
 class Counting(nn.Module):
@@ -32,19 +33,6 @@ class Counting(nn.Module):
         self.forwards += 1
         self.seen += 1
         return self.norm(self.conv(x))
-
-
-class Inline(nn.Module):
-    """A forward made of what a test hands in."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.inner_forward = forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self.inner_forward(self, x)
 
 
 def captured(model: nn.Module, training: bool = True) -> Capture:

@@ -85,3 +85,9 @@ def test_the_plan_names_the_norm_that_goes() -> None:
     assert edits["stem.2"].options["behind"] == "norm"
     assert edits["stem.2"].before == "Conv2d + BatchNorm2d"
     assert edits["conv"].options["behind"] == "after.0"
+
+
+def test_a_trainable_norm_behind_the_border_keeps_the_conv_trainable() -> None:
+    model, _ = prepared(Parent())
+    model.stem.requires_grad_(False)
+    assert orepa.collapse(model).stem[2].weight.requires_grad

@@ -14,22 +14,10 @@ from orepa_compiler.capture import capture
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import is_leaf
 from orepa_compiler.regions import Interpreter, Region
+from tests.compiler_nets import Inline
 from tests.convolution_reference import assert_same, reference
 from tests.norms import randomise_norms
 from tests.operator_factories import random_tensor
-
-
-class Inline(nn.Module):
-    """A forward made of what a test hands in."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.inner_forward = forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self.inner_forward(self, x)
 
 
 def conv(*args: Any, **kwargs: Any) -> nn.Conv2d:

@@ -22,18 +22,16 @@ from orepa_compiler.crossing import crossings, with_norm
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.layers import (
     conv_operator,
+    holds_kernel,
     is_batch_norm,
     is_channels_last,
     is_idle,
-    is_norm,
     linear_part,
 )
-from orepa_compiler.operators import ConvOperator
+from orepa_compiler.operators import CONV_MODULES, ConvOperator
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.regions import Interpreter, Linear, Region
 from orepa_compiler.rewrite import free_name, replace_regions, set_module
-
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @dataclass(frozen=True)
@@ -123,13 +121,12 @@ def _region_edit(name: str, capture: Capture, region: Region, behind: str | None
         "behind": behind,
     }
     if region.is_path:
-        options["at"] = next(p for p, m in zip(paths, modules, strict=True) if _holds_conv(m))
+        options["at"] = next(p for p, m in zip(paths, modules, strict=True) if holds_kernel(m))
         options["rest"] = paths[-1] if region.value.rest is not None else None
     gone = [capture.module(path) for path in options["modules"]]
     before = sum(p.numel() for module in gone for p in module.parameters())
     what = " + ".join(type(module).__name__ for module in gone if not is_idle(module))
-    kernel = "x".join(map(str, operator.kernel_size))
-    target = f"Conv{operator.rank}d {operator.in_channels} -> {operator.out_channels} {kernel}"
+    target = _conv_text(operator.in_channels, operator.out_channels, operator.kernel_size)
     path = options.get("at", region.owner)
     return Edit(name, path, what, target, (before, after), options=options)
 
@@ -149,18 +146,18 @@ def _block_edit(name: str, path: str, block: LinearBlock, *, fold_norm: bool) ->
     before = sum(p.numel() for p in block.parameters())
     has_bias = block.replaces_bias or block.norm is not None
     after = block.weight.numel() + (block.out_channels if has_bias else 0)
-    kernel = "x".join(map(str, block.kernel_size))
-    target = f"Conv{len(block.kernel_size)}d {block.in_channels} -> {block.out_channels} {kernel}"
+    target = _conv_text(block.in_channels, block.out_channels, block.kernel_size)
     options = {"kind": "block", "owner": None, "modules": [path]}
     return Edit(name, path, f"block {block.block_name}", target, (before, after), options=options)
 
 
+def _conv_text(in_channels: int, out_channels: int, kernel_size: tuple[int, ...]) -> str:
+    kernel = "x".join(map(str, kernel_size))
+    return f"Conv{len(kernel_size)}d {in_channels} -> {out_channels} {kernel}"
+
+
 def _is_inside(path: str, taken: set[str]) -> bool:
     return not taken.isdisjoint([path, *ancestors(path)])
-
-
-def _holds_conv(module: nn.Module) -> bool:
-    return not is_norm(module) and any(True for _ in module.parameters())
 
 
 def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[Edit]) -> nn.Module:
@@ -172,8 +169,9 @@ def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[E
         value = interpreter.value_of(owner, edit.options["nodes"])
         if behind := edit.options["behind"]:
             value = with_norm(value, behind, read)
-            model = set_module(model, behind, _rest(model, behind) or nn.Identity())
         conv = _conv_for(value, [model.get_submodule(path) for path in edit.options["modules"]])
+        if behind:
+            model = set_module(model, behind, _rest(model, behind) or nn.Identity())
         if edit.options["kind"] == "path":
             model = _apply_path(model, edit, conv)
         else:
@@ -231,7 +229,7 @@ def _plain_conv(block: nn.Module, path: str) -> nn.Module:
         operator: ConvOperator = conv_operator(copy.deepcopy(block).double())
     except NotLinear as error:
         raise ReparamError(error.reason, path=path) from error
-    conv = _CONVS[operator.rank](
+    conv = CONV_MODULES[operator.rank](
         block.in_channels,
         block.out_channels,
         block.kernel_size,  # type: ignore[arg-type]
