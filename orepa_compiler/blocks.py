@@ -115,8 +115,7 @@ class LinearBlock(BranchSum):
     bias: nn.Parameter | None
 
     def __init__(self, conv: _ConvNd, block: Block, *, norm: nn.Module | None = None) -> None:
-        operator = conv_operator(conv)
-        super().__init__(operator, block)
+        super().__init__(self.read(conv), block)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.padding = conv.padding
         self.norm = norm
@@ -125,6 +124,11 @@ class LinearBlock(BranchSum):
         bias = None if conv.bias is None or norm is not None else conv.bias.detach().clone()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.train(conv.training)
+
+    @staticmethod
+    def read(conv: _ConvNd) -> ConvOperator:
+        """The operator of the conv that a block of this class stands for. Raises NotLinear."""
+        return conv_operator(conv)
 
     @property
     def weight(self) -> Tensor:

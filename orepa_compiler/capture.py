@@ -8,17 +8,19 @@ found again by its name.
 from __future__ import annotations
 
 import copy
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.recording import Recording
+from orepa_compiler.tracing import trace
 
 _HOOKS = (
     "_forward_hooks",
@@ -32,16 +34,6 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "the model before wrapping it",
     "OptimizedModule": "the model before torch.compile",
 }
-# What `x += y` and its kin call: they write over their first operand.
-IN_PLACE_OPERATORS = (
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.ifloordiv,
-    operator.imod,
-    operator.ipow,
-)
 LAZY = (UninitializedParameter, UninitializedBuffer)
 _HARMLESS_READS = {"dtype", "device", "shape", "ndim", "size", "dim"}
 
@@ -61,7 +53,9 @@ class Capture:
     skeleton: the model on the meta device. graphs: owner path -> graph of its own forward.
     untraced: owner path -> why its forward has no graph. calls: module path -> its calls.
     aliases: path -> all the paths under which the same module is registered.
-    reads: module path -> owners that use its parameters directly.
+    reads: module path -> owners that use its parameters directly. tied: module path -> one that
+    shares a parameter with it. recorded: owners whose graph was recorded and not traced.
+    doubtful: those of them that another input could lead another way, and what they asked for.
     """
 
     skeleton: nn.Module
@@ -71,6 +65,8 @@ class Capture:
     aliases: dict[str, tuple[str, ...]]
     reads: dict[str, list[str]]
     tied: dict[str, str]
+    recorded: frozenset[str] = frozenset()
+    doubtful: Mapping[str, str] = field(default_factory=dict)
 
     def module(self, path: str) -> nn.Module:
         return self.skeleton.get_submodule(path)
@@ -87,35 +83,45 @@ class Capture:
             return "it has a hook, which a rewrite would no longer call; remove the hook first"
         return None
 
-    def refusal(self, path: str) -> str | None:
-        """Why the module at this path must stay as it is, or None."""
-        module, names = self.module(path), self.aliases[path]
+    def swap_refusal(self, path: str) -> str | None:
+        """Why no other layer with the same function may stand at this path, or None."""
         if reason := self.hook_refusal(path):
             return reason
-        if parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(self.module(path)):
             return (
                 "its weight is parametrized; call "
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
-        if len(names) > 1:
-            return f"it is registered as {' and as '.join(names)}"
         if path in self.tied:
             return f"its weight is shared with {self.tied[path]}"
         if path in self.reads:
             owner = self.reads[path][0]
             return f"the forward of {owner or 'the model'} reads its weight directly"
-        return self._call_refusal(path)
+        return None
+
+    def refusal(self, path: str) -> str | None:
+        """Why the module at this path may not be joined with its neighbours, or None."""
+        names = self.aliases[path]
+        if len(names) > 1 and self.swap_refusal(path) is None:
+            return f"it is registered as {' and as '.join(names)}"
+        return self.swap_refusal(path) or self._call_refusal(path)
 
     def _call_refusal(self, path: str) -> str | None:
         calls = self.calls.get(path, [])
         if len(calls) > 1:
             return f"it is called {len(calls)} times, so what follows it is not one thing"
+        if reason := self.unknown_calls(path):
+            return reason
+        if path and not calls:  # the root is called by the user
+            return "no forward calls it"
+        return None
+
+    def unknown_calls(self, path: str) -> str | None:
+        """Why there may be calls of this module that no graph shows, or None."""
         for owner in ancestors(path):
             if owner in self.untraced:
                 name = f"the forward of {owner or 'the model'}"
                 return f"{name} cannot be traced ({self.untraced[owner]})"
-        if path and not calls:  # the root is called by the user
-            return "no forward calls it"
         return None
 
     def consumers(self, call: Call) -> Iterator[Call | None]:
@@ -183,42 +189,108 @@ class Capture:
         return call
 
 
-def capture(model: nn.Module, *, training: bool, is_leaf: Callable[[nn.Module], bool]) -> Capture:
+def capture(
+    model: nn.Module,
+    *,
+    training: bool,
+    is_leaf: Callable[[nn.Module], bool],
+    recording: Recording | None = None,
+) -> Capture:
     """The capture of a model as it runs in train or in eval mode.
 
-    is_leaf: modules whose inside is of no interest, though they have children.
+    is_leaf: modules whose inside is of no interest, though they have children. recording: graphs
+    for the forwards that cannot be traced.
     Raises ReparamError for a model that is wrapped, scripted, or cannot be copied.
     """
     check_wrapper(model)
     skeleton = meta_copy(model)
     skeleton.train(training)
     with torch.random.fork_rng(devices=[]):  # a forward may draw random numbers while traced
-        return _captured(skeleton, is_leaf)
+        return _captured(skeleton, is_leaf, recording or Recording())
 
 
-def _captured(skeleton: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> Capture:
+def _captured(
+    skeleton: nn.Module, is_leaf: Callable[[nn.Module], bool], recording: Recording
+) -> Capture:
     aliases = _aliases(skeleton)
     graphs: dict[str, fx.Graph] = {}
     untraced: dict[str, str] = {}
+    recorded: set[str] = set()
     for path, module in skeleton.named_modules():
         if not has_own_forward(module) or is_leaf(module):
             continue
         graph = trace(module)
-        if isinstance(graph, str):
-            untraced[path] = graph
-        else:
+        if not isinstance(graph, str):
             graphs[path] = graph
-    calls: dict[str, list[Call]] = defaultdict(list)
+        elif _fits(recording.graphs.get(path), module):
+            graphs[path] = recording.graphs[path]
+            recorded.add(path)
+        elif path in recording.refused:
+            untraced[path] = f"{graph}; when it was recorded, {recording.refused[path]}"
+        else:
+            untraced[path] = f"{graph}; give inputs= to record a real forward"
+    for path in _never_called(graphs, untraced, aliases):
+        del graphs[path]  # a container whose children its owner calls one by one
     reads: dict[str, list[str]] = defaultdict(list)
+    for path, owners in recording.reads.items():
+        reads[path] += owners
+    for owner, holder in _reads(graphs):
+        path = aliases.get(join(owner, holder), (holder,))[0]
+        reads[path].append(owner)
+    doubtful = {path: why for path, why in recording.doubtful.items() if path in recorded}
+    return Capture(
+        skeleton,
+        graphs,
+        untraced,
+        _calls(graphs, aliases),
+        aliases,
+        dict(reads),
+        _tied(skeleton, aliases),
+        frozenset(recorded & graphs.keys()),
+        doubtful,
+    )
+
+
+def _fits(graph: fx.Graph | None, module: nn.Module) -> bool:
+    """Whether there is a recorded graph, and every module it calls is still there."""
+    children = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    return graph is not None and all(
+        node.target in children for node in graph.nodes if node.op == "call_module"
+    )
+
+
+def _never_called(
+    graphs: dict[str, fx.Graph], untraced: dict[str, str], aliases: dict[str, tuple[str, ...]]
+) -> set[str]:
+    """Owners that no graph reaches from the root, where graphs tell all calls."""
+    reached: set[str] = set()
+    open_ends = ["", *(path for path in graphs if untraced.keys() & set(ancestors(path)))]
+    while open_ends:
+        path = open_ends.pop()
+        if path in graphs and path not in reached:
+            reached.add(path)
+            nodes = (node for node in graphs[path].nodes if node.op == "call_module")
+            open_ends += [aliases[join(path, node.target)][0] for node in nodes]
+    return graphs.keys() - reached
+
+
+def _calls(
+    graphs: dict[str, fx.Graph], aliases: dict[str, tuple[str, ...]]
+) -> dict[str, list[Call]]:
+    calls: dict[str, list[Call]] = defaultdict(list)
     for owner, graph in graphs.items():
         for node in graph.nodes:
             if node.op == "call_module":
                 calls[aliases[join(owner, node.target)][0]].append(Call(owner, node))
-            elif node.op == "get_attr" and (holder := _read_module(node)):
-                reads[aliases[join(owner, holder)][0]].append(owner)
-    return Capture(
-        skeleton, graphs, untraced, dict(calls), aliases, dict(reads), _tied(skeleton, aliases)
-    )
+    return dict(calls)
+
+
+def _reads(graphs: dict[str, fx.Graph]) -> Iterator[tuple[str, str]]:
+    """Owners with a child whose parameter their forward uses."""
+    for owner, graph in graphs.items():
+        for node in graph.nodes:
+            if node.op == "get_attr" and (holder := _read_module(node)):
+                yield owner, holder
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -257,42 +329,9 @@ def ancestors(path: str) -> Iterator[str]:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether the module is more than a container: it has children and a forward."""
-    return bool(module._modules) and type(module).forward is not nn.Module.forward
-
-
-class Proxy(fx.Proxy):
-    """A proxy that records `x += y` as what it is; fx alone would write down x + y."""
-
-
-def _in_place(function: Callable[..., object]) -> Callable[[fx.Proxy, object], fx.Proxy]:
-    def record(self: fx.Proxy, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _function in IN_PLACE_OPERATORS:
-    setattr(Proxy, f"__{_function.__name__}__", _in_place(_function))
-
-
-class _ChildrenAreLeaves(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return Proxy(node, self)
-
-
-def trace(module: nn.Module) -> fx.Graph | str:
-    """The graph of the module's own forward, or why there is none."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is TorchScript"
-    try:
-        return _ChildrenAreLeaves().trace(module)
-    except Exception as error:  # a forward is the user's code: anything may come out of it
-        message = str(error).strip().split("\n")[0]
-        return f"{type(error).__name__}: {message[:120]}"
+    """Whether the module is more than a container: children or parameters, and a forward."""
+    holds = bool(module._modules or module._parameters) and not isinstance(module, _ConvNd)
+    return holds and type(module).forward is not nn.Module.forward
 
 
 def _read_module(node: fx.Node) -> str | None:

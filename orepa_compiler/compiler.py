@@ -13,15 +13,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.blocks import Block, LinearBlock
 from orepa_compiler.calibration import calibrate
-from orepa_compiler.capture import check_wrapper, meta_copy
+from orepa_compiler.capture import capture, check_wrapper, meta_copy
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.layers import is_conv_like
-from orepa_compiler.passes import Collapse, Expand, Linearize, Pipeline, Squeeze
+from orepa_compiler.passes import Collapse, Expand, Linearize, Pipeline, Squeeze, is_leaf
 from orepa_compiler.passes.expand import Init, PostNorm
 from orepa_compiler.planning import Plan, record_plan
+from orepa_compiler.recording import Recording, record
 from orepa_compiler.selection import Where
-from orepa_compiler.verification.evaluation import batches_of
+from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 
 Inputs = Any
 
@@ -38,13 +39,15 @@ def plan(
     """What expand would do, as a table: a dry run on a copy without values.
 
     Every conv is either expanded or listed with the reason why it is left alone.
-    inputs: a batch, to count each conv's MACs for one image; the rest as in expand.
+    inputs: a batch, to count each conv's MACs for one image and to record the forwards that cannot
+    be traced; the rest as in expand.
     Raises ReparamError as expand does.
     """
     _check_model(model)
     _check_inputs(inputs)
     pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
-    made = pipeline.run(meta_copy(model))[1]
+    recording = _recording(model, inputs)
+    made = pipeline.run(meta_copy(model), recording=recording)[1]
     return made if inputs is None else _with_macs(made, conv_macs(model, inputs))
 
 
@@ -67,8 +70,8 @@ def expand(
     kernels, so outputs do not change; "paper" is the published from-scratch recipe and discards
     them. where: a glob on paths, several, or a predicate (path, module). post_norm: "auto" inserts
     a BatchNorm behind an expanded conv that no norm follows, "none" does not. plan: apply this
-    plan, made with the same init. inputs: a batch, to calibrate inserted norms. inplace: rewrite
-    the model itself.
+    plan, made with the same init. inputs: a batch, to calibrate inserted norms and to record the
+    forwards that cannot be traced. inplace: rewrite the model itself.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then.
@@ -82,7 +85,7 @@ def expand(
         _check_plan(plan, init=init, post_norm=post_norm)
     if plan is not None and plan.of("linearize").edits:
         pipeline = Pipeline((Linearize(), *(p for p in pipeline.passes if p.name != "linearize")))
-    expanded = _run(pipeline, model, plan=plan, inplace=inplace)
+    expanded = _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
     if inputs is not None:
         calibrate(expanded, inputs)
     return expanded
@@ -93,6 +96,7 @@ def collapse(
     *,
     fold_norm: bool = True,
     plan: Plan | None = None,
+    inputs: Inputs = None,
     inplace: bool = False,
 ) -> nn.Module:
     """The model in deploy form: blocks, branches and BatchNorms folded into plain convs.
@@ -101,12 +105,17 @@ def collapse(
     once. The running statistics are used whatever mode the model is in; the result is in eval mode.
     Two convs are joined only where that costs no more MACs.
 
-    fold_norm: False gives back the architecture that was passed to expand, norms kept.
+    fold_norm: False gives back the architecture that was passed to expand, norms kept. inputs: a
+    batch, or a list with one of each size that will be used: where a module's forward cannot be
+    traced, real calls on them are recorded, and a norm is folded where all show it behind its conv
+    alone.
     Raises ReparamError for a model without convs or without values. The model is then untouched.
     """
     _check_model(model)
+    _check_inputs(inputs)
     _check_values(model, "there is nothing to fold; load the weights first")
-    return _run(Pipeline((Collapse(fold_norm=fold_norm),)), model, plan=plan, inplace=inplace)
+    pipeline = Pipeline((Collapse(fold_norm=fold_norm),))
+    return _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
 
 
 def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "auto") -> nn.Module:
@@ -158,12 +167,28 @@ def _check_plan(plan: Plan, *, init: Init, post_norm: PostNorm) -> None:
             )
 
 
-def _run(pipeline: Pipeline, model: nn.Module, *, plan: Plan | None, inplace: bool) -> nn.Module:
+def _run(
+    pipeline: Pipeline, model: nn.Module, *, plan: Plan | None, inputs: Inputs, inplace: bool
+) -> nn.Module:
+    recording = _recording(model, inputs)
     target = model if inplace else _copy(model)
     with torch.no_grad():
-        target, applied = pipeline.run(target, plan=plan)
+        target, applied = pipeline.run(target, plan=plan, recording=recording)
     record_plan(target, applied)
     return target
+
+
+def _recording(model: nn.Module, inputs: Inputs) -> Recording:
+    """The forwards that cannot be traced, as they run on the inputs in eval mode."""
+    if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
+        return Recording()
+    captures = [capture(model, training=mode, is_leaf=is_leaf) for mode in (False, True)]
+    owners = {path for captured in captures for path in captured.untraced}
+    if not owners:
+        return Recording()
+    side = Side("model", model, hint="; give inputs= that it takes")
+    with evaluation_mode(model):
+        return record(model, owners, lambda: evaluate(side, batches_of(inputs)))
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from typing import Any
 
@@ -20,23 +21,34 @@ def conv_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     """Path of each conv or block -> its multiply-accumulates for one image of `inputs`.
 
     MACs = kernel elements x output positions, summed over the calls. Counted on a copy without
-    values, so it costs no arithmetic. Raises ReparamError where the forward needs values.
+    values, so it costs no arithmetic; a forward that asks for values (a detector's) runs once.
+    Raises ReparamError where the model does not run on the inputs.
     """
-    skeleton = meta_copy(model)
+    batch = batches_of(inputs)[0]
+    empty = map_tensors(batch, lambda tensor: tensor.to("meta"))
+    try:
+        return _counted(meta_copy(model), empty)
+    except Exception:  # a forward is the user's code: anything may come out of it
+        pass
+    try:
+        return _counted(copy.deepcopy(model), map_tensors(batch, Tensor.clone))
+    except Exception as error:
+        raise ReparamError(
+            f"MACs cannot be counted: the model does not run on the inputs "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+@torch.no_grad()
+def _counted(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, int]:
     counts: dict[str, int] = defaultdict(int)
-    for path, module in skeleton.named_modules():
+    for path, module in model.named_modules():
         module._forward_hooks.clear()  # the user's hooks are for real calls
         module._forward_pre_hooks.clear()
         if is_conv_like(module) or isinstance(module, LinearBlock):
             module.register_forward_hook(_counter(counts, path))
-    batch = map_tensors(batches_of(inputs)[0], lambda t: t.to("meta"))
-    try:
-        with torch.no_grad(), evaluation_mode(skeleton):
-            skeleton(*batch)
-    except Exception as error:  # a forward is the user's code: anything may come out of it
-        raise ReparamError(
-            f"MACs cannot be counted without values ({type(error).__name__}: {error})"
-        ) from error
+    with evaluation_mode(model):
+        model(*batch)
     return dict(counts)
 
 

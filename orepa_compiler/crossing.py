@@ -6,19 +6,30 @@ first layer of the module that follows: no single graph shows the pair, but noth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import fx
 
+from orepa_compiler.absorption import absorbs_norm
 from orepa_compiler.capture import Call
 from orepa_compiler.layers import is_batch_norm, linear_part
+from orepa_compiler.own_forward import own_conv
 from orepa_compiler.regions import Interpreter, Linear, Read, Region, maximal
 
 
 def crossings(interpreter: Interpreter) -> list[tuple[Region, str]]:
     """Regions that end in a conv, each with the path of the norm that alone reads its output."""
-    found = []
+    return [(end, norm) for end, norm in _ends(interpreter) if isinstance(end, Region)]
+
+
+def absorptions(interpreter: Interpreter) -> list[tuple[str, str]]:
+    """Paths of convs that are no operator but can take a norm, each with that norm's path."""
+    return [(end, norm) for end, norm in _ends(interpreter) if isinstance(end, str)]
+
+
+def _ends(interpreter: Interpreter) -> Iterator[tuple[Region | str, str]]:
     for owner in interpreter.capture.graphs:
         for value in maximal(interpreter.values(owner)):
             norm = value.nodes[0] if value.layers == 1 and not value.convs else None
@@ -29,8 +40,7 @@ def crossings(interpreter: Interpreter) -> list[tuple[Region, str]]:
                 continue
             end = _conv_end(interpreter, owner, value.source, norm)
             if end is not None:
-                found.append((end, path))
-    return found
+                yield end, path
 
 
 def with_norm(value: Linear, path: str, read: Read) -> Linear:
@@ -42,14 +52,17 @@ def with_norm(value: Linear, path: str, read: Read) -> Linear:
     return replace(value, operator=joined)
 
 
-def _conv_end(interpreter: Interpreter, owner: str, node: fx.Node, user: fx.Node) -> Region | None:
-    """The region whose value reaches `user` through this node and is needed nowhere else."""
+def _conv_end(
+    interpreter: Interpreter, owner: str, node: fx.Node, user: fx.Node
+) -> Region | str | None:
+    """The region, or the path of the conv, whose value reaches `user` and nobody else."""
     capture = interpreter.capture
-    if list(node.users) != [user]:
+    if list(node.users) != [user] or owner in capture.doubtful:
         return None
     value = interpreter.values(owner).get(node)
     if value is not None:
-        ends_in_conv = value.convs and value.rest is None
+        is_conv = value.operator is not None and value.operator.rank > 0  # and no linear layer
+        ends_in_conv = value.convs and value.rest is None and is_conv
         return Region(owner, value) if ends_in_conv else None
     if node.op == "placeholder" and owner and capture.refusal(owner) is None:
         (call,) = capture.calls[owner]
@@ -61,7 +74,11 @@ def _conv_end(interpreter: Interpreter, owner: str, node: fx.Node, user: fx.Node
             return _conv_end(interpreter, call.owner, source, call.node)
     if node.op == "call_module":
         path = capture.path_of(Call(owner, node))
-        if path in capture.graphs and capture.refusal(path) is None:
+        if capture.refusal(path) is not None:
+            return None
+        if absorbs_norm(own_conv(capture.module(path))):
+            return path
+        if path in capture.graphs:
             output = next(iter(reversed(capture.graphs[path].nodes)))
             if isinstance(output.args[0], fx.Node):
                 return _conv_end(interpreter, path, output.args[0], output)

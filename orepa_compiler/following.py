@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from orepa_compiler.capture import IN_PLACE_OPERATORS, Call, Capture
+from orepa_compiler.capture import Call, Capture
 from orepa_compiler.layers import is_activation, is_conv_like, is_dropout, is_norm
+from orepa_compiler.tracing import IN_PLACE_OPERATORS
 
-NORM, ACTIVATION = "norm", "activation"
+NORM, ACTIVATION, NOTHING = "norm", "activation", "nothing reads its output"
 
 # A gate closes a side path; an activation on the main path is any other.
 _GATES = ("Sigmoid", "Hardsigmoid", "HardSigmoid", "Softmax", "Tanh", "LogSigmoid")
@@ -45,7 +46,7 @@ def followed_by(capture: Capture, path: str) -> str:
     if not path:
         return "its output is the model's"
     if not kinds:
-        return "nothing reads its output"
+        return NOTHING
     return f"several consumers: {', '.join(sorted(kinds))}"
 
 
@@ -94,7 +95,7 @@ def _module_kind(module: nn.Module) -> str:
         return "passed"
     if name in _GATES:
         return f"followed by the gate {name}"
-    if is_activation(module):
+    if is_activation(module) or (name.endswith("Act") and not module._modules):
         return ACTIVATION
     return f"followed by {'a conv' if is_conv_like(module) else name}"
 

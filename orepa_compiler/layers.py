@@ -85,20 +85,40 @@ def own_forward_reason(layer: nn.Module) -> str | None:
     return f"{type(layer).__name__} is not a conv"
 
 
+def kernel_operator(conv: _ConvNd) -> ConvOperator:
+    """The conv's kernel with its geometry, whatever its forward does with it.
+
+    That of a transposed conv, (C_in, C_out / groups, *K), is the kernel of the conv that it is the
+    adjoint of.
+    """
+    return ConvOperator(
+        conv.weight,
+        None if conv.transposed else conv.bias,
+        tuple(conv.stride),
+        conv_padding(conv),
+        tuple(conv.dilation),
+        conv.groups,
+        conv.padding_mode,
+    )
+
+
 def is_plain_conv(layer: nn.Module) -> bool:
     return own_forward_reason(layer) is None
 
 
 def is_conv_like(layer: nn.Module) -> bool:
-    """Whether the plan must say something about this layer: any torch conv, transposed too."""
-    return isinstance(layer, _ConvNd)
+    """Whether the plan must say something about this layer: any torch conv, transposed too.
+
+    The conv inside a block, which holds no kernel of its own, is none.
+    """
+    return isinstance(layer, _ConvNd) and hasattr(layer, "weight")
 
 
 def is_norm(layer: nn.Module) -> bool:
     """Whether the layer normalizes: torch norms and layers named for it, not blocks of layers."""
     if isinstance(layer, (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)):
         return True
-    if "Norm" not in type(layer).__name__:
+    if "Norm" not in type(layer).__name__ or any(isinstance(m, _ConvNd) for m in layer.modules()):
         return False
     has_tensors = any(True for _ in (*layer.parameters(False), *layer.buffers(False)))
     return has_tensors or not layer._modules
@@ -123,14 +143,14 @@ def is_activation(layer: nn.Module) -> bool:
 def is_dropout(layer: nn.Module) -> bool:
     """Whether the layer drops values in train mode and gives its input back in eval mode."""
     if isinstance(layer, _DropoutNd):
-        return _has_torch_forward(layer)
+        return has_torch_forward(layer)
     return qualified_name(layer) in _DROPOUTS and "forward" not in vars(layer)
 
 
 def is_idle(layer: nn.Module) -> bool:
     """Whether the layer, in the mode it is in, gives its input back."""
     if isinstance(layer, nn.Identity):
-        return _has_torch_forward(layer)
+        return has_torch_forward(layer)
     return is_dropout(layer) and not layer.training
 
 
@@ -162,15 +182,13 @@ def _(layer: _ConvNd, in_channels: int | None = None) -> ConvOperator:
     reason = own_forward_reason(layer)
     if reason:
         raise NotLinear(reason)
-    return ConvOperator(
-        layer.weight,
-        layer.bias,
-        tuple(layer.stride),
-        conv_padding(layer),
-        tuple(layer.dilation),
-        layer.groups,
-        layer.padding_mode,
-    )
+    return kernel_operator(layer)
+
+
+@conv_operator.register(nn.Linear)
+def _(layer: nn.Linear, in_channels: int | None = None) -> ConvOperator:
+    _check_torch_forward(layer)
+    return ConvOperator(layer.weight, layer.bias)
 
 
 @conv_operator.register(nn.BatchNorm1d)
@@ -234,14 +252,14 @@ def _norm_operator(layer: nn.Module, *, rank: int) -> ConvOperator:
     return ConvOperator(weight, bias, groups=weight.shape[0])
 
 
-def _has_torch_forward(layer: nn.Module) -> bool:
+def has_torch_forward(layer: nn.Module) -> bool:
     """Whether a layer of torch, or a subclass, runs the forward that torch gave it."""
     forward = type(layer).forward
     return forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(layer)
 
 
 def _check_torch_forward(layer: nn.Module) -> None:
-    if not _has_torch_forward(layer):
+    if not has_torch_forward(layer):
         raise NotLinear(f"{type(layer).__name__} has a forward of its own")
 
 

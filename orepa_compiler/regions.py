@@ -7,25 +7,31 @@ with one source and one output.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from orepa_compiler.capture import IN_PLACE_OPERATORS, Call, Capture, ancestors
+from orepa_compiler.capture import Call, Capture, ancestors
+from orepa_compiler.elementwise import (
+    constant_nodes,
+    is_add,
+    is_difference,
+    scaled_operand,
+    scaling_operator,
+)
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.layers import holds_kernel, is_dropout, is_idle, linear_part
+from orepa_compiler.layers import holds_kernel, is_batch_norm, is_dropout, is_idle, linear_part
 from orepa_compiler.operators import ConvOperator, identity
+from orepa_compiler.tracing import IN_PLACE_OPERATORS
 
 # Gives the module at a path, to be read: without values when planning, in float64 when applying.
 Read = Callable[[str], nn.Module]
 
-_ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
-_ADD_METHODS = {"add", "add_"}
-_IN_PLACE = {*IN_PLACE_OPERATORS, "add_"}
+_IN_PLACE = {*IN_PLACE_OPERATORS, "add_", "sub_", "mul_"}
 
 
 @dataclass(frozen=True)
@@ -80,26 +86,51 @@ class Interpreter:
         """The linear value of each node of the owner's forward that has one."""
         if owner not in self._values:
             values: dict[fx.Node, Linear] = {}
-            for node in self.capture.graphs[owner].nodes:
+            for node in self._nodes(owner):
                 value = self._value(owner, node, values)
                 if value is not None:
                     values[node] = value
             self._values[owner] = values
         return self._values[owner]
 
-    def value_of(self, owner: str, nodes: Sequence[str]) -> Linear:
-        """The value of a region that a plan found, by the names of its nodes."""
+    def _nodes(self, owner: str) -> Iterable[fx.Node]:
+        """The nodes to interpret. A recording shows chains of layers, and no more than that."""
+        nodes = self.capture.graphs[owner].nodes
+        if owner in self.capture.doubtful:
+            return ()
+        is_recorded = owner in self.capture.recorded
+        return (node for node in nodes if not is_recorded or node.op == "call_module")
+
+    def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> Linear:
+        """The value of a region that a plan found, by the names of its nodes.
+
+        paths: its layers in order, where it is a chain of layers; enough where the forward that
+        was recorded for the plan has no graph now.
+        """
+        if owner in self.capture.untraced and paths:
+            return self._chain(paths)
         if owner not in self.capture.graphs:
             reason = self.capture.untraced.get(owner, "no module with a forward of its own is here")
             raise ReparamError(f"the plan does not fit: {reason}", path=owner)
         values: dict[fx.Node, Linear] = {}
-        for node in self.capture.graphs[owner].nodes:
+        for node in self._nodes(owner):
             if node.name in nodes and (value := self._value(owner, node, values)):
                 values[node] = value
         last = next(reversed(values.values()), None)
         if last is None or [node.name for node in last.nodes] != list(nodes):
             raise ReparamError(f"the plan does not fit: no region {', '.join(nodes)}", path=owner)
         return last
+
+    def _chain(self, paths: Sequence[str]) -> Linear:
+        node = source = fx.Graph().placeholder("x")
+        values: dict[fx.Node, Linear] = {}
+        for path in paths:
+            layer = self._layer(path, node, values)
+            if layer is None:
+                raise ReparamError("the plan does not fit: it is not linear", path=path)
+            node, before = source.graph.call_module(path, (node,)), values.get(node)
+            values[node] = _joined(layer, before, node) if before else replace(layer, nodes=(node,))
+        return values[node]
 
     def regions(self, *, sums_only: bool = False) -> list[Region]:
         """All maximal regions with more than one layer, outermost first; none inside another.
@@ -123,7 +154,8 @@ class Interpreter:
     def whole(self, path: str) -> Linear | None:
         """A module's forward as one linear value from its only input to its output, if it is."""
         if path not in self._whole:
-            self._whole[path] = self._whole_value(path)
+            is_recorded = path in self.capture.recorded
+            self._whole[path] = None if is_recorded else self._whole_value(path)
         return self._whole[path]
 
     def _whole_value(self, path: str) -> Linear | None:
@@ -141,11 +173,54 @@ class Interpreter:
         if node.op == "call_module" and len(operands) == len(node.args) == 1 and not node.kwargs:
             return self._call_value(owner, node, operands[0], values)
         if is_add(node):
-            if len(operands) == 1 and 0 in node.args:  # 0 + x, as sum() begins
+            if len(operands) == 1 and node.args[0] == 0 and not is_difference(node):  # as in sum()
                 return self._extend(owner, node, operands[0], values, Linear(node, None))
             if len(operands) == 2 and operands[0] is not operands[1]:
                 return self._sum(owner, node, operands, values)
+        if scaled := scaled_operand(node):
+            return self._scaled(owner, node, *scaled, values)
+        if node.target == "reshape_as":
+            return self._flattened_norm(owner, node, values)
         return None
+
+    def _scaled(
+        self,
+        owner: str,
+        node: fx.Node,
+        operand: fx.Node,
+        factor: fx.Node,
+        values: dict[fx.Node, Linear],
+    ) -> Linear | None:
+        """A value times a parameter with one number per channel: a scaling layer."""
+        op = scaling_operator(factor, self.read(owner))
+        if op is None or (node.target in _IN_PLACE and list(operand.users) != [node]):
+            return None
+        before = values.get(operand)
+        if before and before.operator and before.operator.rank != op.rank:
+            return None
+        layer = Linear(operand, op.to(torch.float64), (), op.macs, 0)
+        value = self._extend(owner, node, operand, values, layer)
+        return replace(value, nodes=(*value.nodes[:-1], *constant_nodes(factor, node), node))
+
+    def _flattened_norm(
+        self, owner: str, node: fx.Node, values: dict[fx.Node, Linear]
+    ) -> Linear | None:
+        """norm(x.flatten(0, 1)).reshape_as(x): how BatchNorm1d follows a linear layer on tokens."""
+        norm, tokens = node.args
+        before = _absorbed_by(values, tokens, 2)
+        if before is None or not isinstance(norm, fx.Node) or norm.op != "call_module":
+            return None
+        flat, path = norm.all_input_nodes[0], self.capture.path_of(Call(owner, norm))
+        shown = flat.target == "flatten" and flat.args == (tokens, 0, 1) and not flat.kwargs
+        alone = list(flat.users) == [norm] and list(norm.users) == [node]
+        is_norm = is_batch_norm(self.capture.module(path)) and not self.capture.refusal(path)
+        if not (shown and alone and is_norm and before.operator and before.operator.rank == 0):
+            return None
+        layer = self._layer(path, flat, values)
+        if layer is None or layer.rest is not None:
+            return None
+        joined = _joined(layer, before, node)
+        return replace(joined, nodes=(*before.nodes, flat, norm, node))
 
     def _call_value(
         self, owner: str, node: fx.Node, operand: fx.Node, values: dict[fx.Node, Linear]
@@ -171,8 +246,11 @@ class Interpreter:
             op, rest = linear_part(module, width)
         except NotLinear as error:
             if path in self.capture.graphs:
-                whole = self.whole(path)  # seen from here it is one layer
-                return whole and replace(whole, layers=min(whole.layers, 1))
+                whole = self.whole(path)
+                if whole and self._fits(module, whole, operand, before):
+                    return replace(
+                        whole, layers=min(max(whole.layers, 1), 1)
+                    )  # one layer from here
             self.reasons[path, ""] = error.reason
             return None
         has_values = any(True for _ in (*module.parameters(), *module.buffers()))
@@ -180,6 +258,19 @@ class Interpreter:
         op = op.to(torch.float64, place.weight.device)
         convs = int(holds_kernel(module))
         return Linear(operand, op, (), op.macs, 1, convs, rest)
+
+    def _fits(
+        self, module: nn.Module, whole: Linear, operand: fx.Node, before: Linear | None
+    ) -> bool:
+        """Whether what a module computes may follow this operand.
+
+        A layer that writes over its input needs it for itself, and a scaling layer that was written
+        for maps of one rank means another axis on those of another.
+        """
+        if getattr(module, "inplace", False) and len(operand.users) > 1:
+            return False
+        ops = [value.operator for value in (whole, before) if value and value.operator]
+        return whole.convs > 0 or len({op.rank for op in ops}) < 2
 
     def _extend(
         self,
@@ -196,20 +287,17 @@ class Interpreter:
             return alone
         if self._is_overwritten(owner, before, node):
             return alone
+        if _mean_other_axes(before.operator, layer.operator):
+            self.reasons[owner, node.name] = (
+                "a linear layer works on the last axis, a conv or a norm on the second; they may "
+                "be joined only behind flatten(0, 1)"
+            )
+            return alone
         try:
-            op, macs = _after(layer, before)
+            return _joined(layer, before, node)
         except NotLinear as error:
             self.reasons[owner, node.name] = error.reason
             return alone
-        return Linear(
-            before.source,
-            op,
-            (*before.nodes, node),
-            macs,
-            before.layers + layer.layers,
-            before.convs + layer.convs,
-            layer.rest,
-        )
 
     def _sum(
         self,
@@ -230,7 +318,7 @@ class Interpreter:
                 if left.source is not right.source or left.operator is right.operator is None:
                     continue
                 try:
-                    op, macs = _beside(left, right)
+                    op, macs = _beside(left, right, is_difference(node))
                 except NotLinear as error:
                     self.reasons[owner, node.name] = error.reason
                     continue
@@ -272,6 +360,25 @@ class Interpreter:
         return is_named or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
 
 
+def _mean_other_axes(left: ConvOperator | None, right: ConvOperator | None) -> bool:
+    """Whether one is a linear layer and the other is not: equal widths may be a coincidence."""
+    return left is not None and right is not None and (left.rank == 0) != (right.rank == 0)
+
+
+def _joined(layer: Linear, before: Linear, node: fx.Node) -> Linear:
+    """The layer that `node` calls, after the value of its operand. Raises NotLinear."""
+    op, macs = _after(layer, before)
+    return Linear(
+        before.source,
+        op,
+        (*before.nodes, node),
+        macs,
+        before.layers + layer.layers,
+        before.convs + layer.convs,
+        layer.rest,
+    )
+
+
 def _after(layer: Linear, before: Linear) -> tuple[ConvOperator | None, int]:
     """layer @ before, where that costs no more than the two apart."""
     if layer.operator is None or before.operator is None:
@@ -283,12 +390,14 @@ def _after(layer: Linear, before: Linear) -> tuple[ConvOperator | None, int]:
     return joined, joined.macs
 
 
-def _beside(left: Linear, right: Linear) -> tuple[ConvOperator, int]:
-    """left + right, where that costs no more than the two apart."""
+def _beside(left: Linear, right: Linear, is_difference: bool) -> tuple[ConvOperator, int]:
+    """left + right, or left - right, where that costs no more than the two apart."""
     ops = [
         value.operator or _identity_beside(other.operator)
         for value, other in ((left, right), (right, left))
     ]
+    if is_difference:
+        ops[1] = ops[1].scale(-torch.ones_like(ops[1].weight[:1].flatten()[:1]))
     joined = ops[0] + ops[1]
     _check_cost(joined, left.macs + right.macs)
     return joined, joined.macs
@@ -313,9 +422,10 @@ def _absorbable(value: Linear | None, operand: fx.Node, user: fx.Node) -> Linear
     return value if alone else None
 
 
-def is_add(node: fx.Node) -> bool:
-    named = node.op == "call_function" and node.target in _ADD_FUNCTIONS
-    return (named or (node.op == "call_method" and node.target in _ADD_METHODS)) and not node.kwargs
+def _absorbed_by(values: dict[fx.Node, Linear], node: Any, users: int) -> Linear | None:
+    """The value of a node that just so many others read."""
+    value = values.get(node) if isinstance(node, fx.Node) and len(node.users) == users else None
+    return value if value and value.rest is None else None
 
 
 def maximal(values: dict[fx.Node, Linear]) -> list[Linear]:

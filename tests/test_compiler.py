@@ -267,7 +267,8 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "expanded already": (
         lambda: orepa.expand(stem_net()),
-        "stem: the plan does not fit this model: ReparamConv2d is not a conv",
+        "stem: the plan does not fit this model: ReparamConv2d is no conv of torch.nn with one "
+        "kernel, so no block can stand for it",
     ),
 }
 

@@ -67,9 +67,14 @@ class ByValue(Twice):
         return self.conv(x) if x.sum() > 0 else x
 
 
-def test_a_forward_that_needs_values() -> None:
-    with pytest.raises(ReparamError, match=r"^MACs cannot be counted without values \(\w+Error: "):
-        conv_macs(ByValue(), torch.zeros(1, 3, 4, 4))
+def test_a_forward_that_needs_values_runs_once_for_real() -> None:
+    assert conv_macs(ByValue(), torch.ones(1, 3, 4, 4)) == {"conv": 9 * 16}
+    assert conv_macs(ByValue(), torch.zeros(1, 3, 4, 4)) == {}
+
+
+def test_inputs_that_do_not_fit() -> None:
+    with pytest.raises(ReparamError, match=r"^MACs cannot be counted: the model does not run on"):
+        conv_macs(ByValue(), torch.zeros(1, 5, 4, 4) + 1)
 
 
 def test_the_users_hooks_do_not_see_the_count() -> None:

@@ -19,9 +19,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 # that can hold it.
 FLOORS = (
     ("errors", "dependencies", "operators", "composition", "kernels"),
-    ("capture", "branches", "selection"),
-    ("layers", "rewrite", "squeeze", "following"),
-    ("blocks", "regions", "crossing", "initialization"),
+    ("capture", "tracing", "recording", "elementwise", "branches", "selection"),
+    ("layers", "rewrite", "squeeze", "following", "absorption"),
+    ("blocks", "own_forward", "regions", "crossing", "initialization"),
     ("planning", "nesting", "verification", "cost", "calibration"),
     ("passes",),
     ("compiler", "checkpoints", "weights", "model_source", "export"),

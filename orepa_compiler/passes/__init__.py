@@ -21,6 +21,7 @@ from orepa_compiler.passes.expand import Expand
 from orepa_compiler.passes.linearize import Linearize
 from orepa_compiler.passes.squeeze import Squeeze
 from orepa_compiler.planning import Plan
+from orepa_compiler.recording import Recording
 
 __all__ = ["COLLAPSE", "EXPAND", "Collapse", "Expand", "Linearize", "Pass", "Pipeline", "Squeeze"]
 
@@ -58,16 +59,18 @@ class Pipeline:
         model: nn.Module,
         *,
         plan: Plan | None = None,
+        recording: Recording | None = None,
         progress: Callable[[str], None] = lambda name: None,
     ) -> tuple[nn.Module, Plan]:
         """The rewritten model (in place) and the plan that was applied.
 
-        plan: an earlier plan to apply again; None lets each pass make its own.
+        plan: an earlier plan to apply again; None lets each pass make its own. recording: graphs
+        for the forwards that cannot be traced.
         """
         applied = Plan()
         for step in self.passes:
             progress(step.name)
-            captured = capture(model, training=step.training, is_leaf=is_leaf)
+            captured = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
             wanted = step.plan(captured) if plan is None else plan.of(step.name)
             _check_fit(captured, wanted)
             model, done = step.apply(model, captured, wanted)

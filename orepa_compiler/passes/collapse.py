@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orepa_compiler.absorption import absorb
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
-from orepa_compiler.capture import Call, Capture, ancestors, join, trace
-from orepa_compiler.crossing import crossings, with_norm
+from orepa_compiler.capture import Call, Capture, ancestors, join
+from orepa_compiler.crossing import absorptions, crossings, with_norm
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.layers import (
     conv_operator,
@@ -29,9 +30,11 @@ from orepa_compiler.layers import (
     linear_part,
 )
 from orepa_compiler.operators import CONV_MODULES, ConvOperator
+from orepa_compiler.own_forward import OwnForwardConv, own_conv
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.regions import Interpreter, Linear, Region
 from orepa_compiler.rewrite import free_name, replace_regions, set_module
+from orepa_compiler.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,11 @@ class Collapse:
 
     def plan(self, capture: Capture) -> Plan:
         interpreter = Interpreter(capture, capture.module)
-        edits = self._region_edits(capture, interpreter) if self.fold_norm else []
+        edits: list[Edit] = []
+        if self.fold_norm:
+            edits += self._region_edits(capture, interpreter)
+            pairs = absorptions(interpreter)
+            edits += [_absorption_edit(self.name, capture, conv, norm) for conv, norm in pairs]
         taken = {path for edit in edits for path in edit.options["modules"]}
         refusals: list[Refusal] = []
         for path, module in capture.skeleton.named_modules():
@@ -76,6 +83,9 @@ class Collapse:
                 model = _apply_regions(model, capture, owner, list(edits))
                 continue
             for edit in edits:
+                if edit.options["kind"] == "absorb":
+                    model = _apply_absorption(model, edit)
+                    continue
                 conv = _plain_conv(model.get_submodule(edit.path), edit.path)
                 for name in capture.aliases[edit.path]:
                     model = set_module(model, name, conv)
@@ -131,6 +141,19 @@ def _region_edit(name: str, capture: Capture, region: Region, behind: str | None
     return Edit(name, path, what, target, (before, after), options=options)
 
 
+def _absorption_edit(name: str, capture: Capture, conv: str, norm: str) -> Edit:
+    """The edit that folds a norm into a conv that is no operator of the algebra."""
+    modules = [capture.module(path) for path in (conv, norm)]
+    kept = own_conv(modules[0])
+    kernel = modules[0].weight
+    assert isinstance(kernel, Tensor)
+    before = sum(p.numel() for module in modules for p in module.parameters())
+    after = kernel.numel() + int(kept.out_channels)  # type: ignore[arg-type]
+    what = " + ".join(type(module).__name__ for module in modules)
+    options = {"kind": "absorb", "owner": None, "modules": [conv, norm]}
+    return Edit(name, conv, what, type(kept).__name__, (before, after), options=options)
+
+
 def _block_edit(name: str, path: str, block: LinearBlock, *, fold_norm: bool) -> Edit:
     if block.block_name == LINEARIZED and not fold_norm:
         raise ReparamError(
@@ -166,7 +189,8 @@ def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[E
     replacements = []
     for edit in edits:
         interpreter = Interpreter(capture, read)
-        value = interpreter.value_of(owner, edit.options["nodes"])
+        chain = _chain(edit) if edit.options["kind"] == "path" else []
+        value = interpreter.value_of(owner, edit.options["nodes"], chain)
         if behind := edit.options["behind"]:
             value = with_norm(value, behind, read)
         conv = _conv_for(value, [model.get_submodule(path) for path in edit.options["modules"]])
@@ -190,6 +214,21 @@ def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[E
         label = name if number == 1 else f"{name}_{number}"
         parts.append((edit.options["nodes"], edit.options["source"], label, child))
     return set_module(model, owner, replace_regions(module, graph, parts))
+
+
+def _apply_absorption(model: nn.Module, edit: Edit) -> nn.Module:
+    conv_path, norm_path = edit.options["modules"]
+    module = model.get_submodule(conv_path)
+    exact = copy.deepcopy(module).double()
+    exact = exact.plain() if isinstance(exact, OwnForwardConv) else exact
+    affine, rest = linear_part(_in_float64(model)(norm_path))
+    conv = _like(absorb(exact, affine), list(module.parameters()))
+    rest = _rest(model, norm_path) if rest is not None else None
+    return set_module(set_module(model, conv_path, conv), norm_path, rest or nn.Identity())
+
+
+def _chain(edit: Edit) -> list[str]:
+    return [path for path in edit.options["modules"] if path != edit.options["behind"]]
 
 
 def _apply_path(model: nn.Module, edit: Edit, conv: nn.Module) -> nn.Module:
@@ -225,6 +264,8 @@ def _plain_conv(block: nn.Module, path: str) -> nn.Module:
             f"the plan does not fit: it collapses a block, here is a {type(block).__name__}",
             path=path,
         )
+    if isinstance(block, OwnForwardConv):
+        return _like(copy.deepcopy(block).double().plain(), list(block.parameters()))
     try:
         operator: ConvOperator = conv_operator(copy.deepcopy(block).double())
     except NotLinear as error:

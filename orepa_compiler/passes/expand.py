@@ -21,15 +21,17 @@ from orepa_compiler.blocks import (
 from orepa_compiler.branches import Kernel
 from orepa_compiler.capture import LAZY, Capture
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.following import ACTIVATION, NORM, followed_by, reads_pooled
+from orepa_compiler.following import ACTIVATION, NORM, NOTHING, followed_by, reads_pooled
 from orepa_compiler.initialization import extend, preserve
 from orepa_compiler.layers import (
     conv_operator,
     is_channels_last,
     is_conv_like,
+    kernel_operator,
     own_forward_reason,
 )
 from orepa_compiler.operators import ConvOperator
+from orepa_compiler.own_forward import OwnForwardConv
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import set_module
 from orepa_compiler.selection import Where, is_asked_for, selection
@@ -93,7 +95,8 @@ class Expand:
                         message = f"the plan does not fit this model: {reason}"
                         raise ReparamError(message, path=edit.path)
                     block, ratio = self._build(module, edit)
-                    model = set_module(model, edit.path, block)
+                    for name in capture.aliases[edit.path]:
+                        model = set_module(model, name, block)
             except NotLinear as error:
                 raise ReparamError(error.reason, path=edit.path) from error
             note = f"|origin| / |W| = {ratio:.2f}" if ratio is not None else ""
@@ -111,17 +114,19 @@ class Expand:
         follows = followed_by(capture, path)
         if not is_asked_for(self.where) and (reason := _left_alone(capture, path, conv, follows)):
             return reason
-        needs_norm = follows != NORM and self.post_norm == "auto"
         block = self._block(conv)
-        branches = block.make(conv_operator(conv))
+        branches = block.make(kernel_operator(conv))
         if not branches.keys() - {"origin"}:
             return f"block {block.name} has no branch beside the kernel of a {describe(conv)}"
+        needs_norm = self.post_norm == "auto" and follows != NORM and _takes_norm(capture, path)
         return self._edit(path, conv, block, needs_norm=needs_norm)
 
     def _edit(self, path: str, conv: _ConvNd, block: Block, *, needs_norm: bool) -> Edit:
-        new = LinearBlock(conv, block, norm=_post_norm(conv) if needs_norm else None)
+        new = _block_for(conv, block, needs_norm=needs_norm)
         before, after = (sum(p.numel() for p in m.parameters()) for m in (conv, new))
-        note = "a BatchNorm is inserted: no norm follows" if needs_norm else ""
+        notes = ["a BatchNorm is inserted: no norm follows"] if needs_norm else []
+        if isinstance(new, OwnForwardConv):
+            notes.append(f"the kernel goes into the forward of {type(conv).__name__}")
         options = {
             "block": block.name,
             "branches": list(new.branches),
@@ -130,6 +135,7 @@ class Expand:
             "init": self.init,
         }
         what = f"{block.name}, {len(new.branches)} branches"
+        note = "; ".join(notes)
         return Edit(self.name, path, describe(conv), what, (before, after), None, note, options)
 
     def _extension(self, path: str, block: LinearBlock) -> list[Edit]:
@@ -168,7 +174,7 @@ class Expand:
         return preserve(module, weight, new) if keep else None
 
     def _block(self, conv: _ConvNd) -> Block:
-        operator = conv_operator(conv)
+        operator = kernel_operator(conv)
         block = automatic_block(operator) if self.block == "auto" else self.block
         return with_origin(block) if self.init == "preserve" else block
 
@@ -178,8 +184,7 @@ class Expand:
         block = _named_block(options["block"], self.block)
         block = replace(block, scaling_layer=options["scaling"])
         block = with_origin(block) if options["init"] == "preserve" else block
-        norm = _post_norm(conv) if options["norm"] else None
-        new = LinearBlock(conv, block, norm=norm)
+        new = _block_for(conv, block, needs_norm=options["norm"])
         if list(new.branches) != options["branches"]:
             raise ReparamError(
                 f"the plan asks for the branches {options['branches']}, "
@@ -226,13 +231,34 @@ def describe(module: nn.Module) -> str:
     return " ".join(parts)
 
 
+def _block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> LinearBlock:
+    """The block for a conv: on features, to be squeezed, or with the conv's own forward."""
+    if own_forward_reason(conv) is not None:
+        return OwnForwardConv(conv, block)
+    return LinearBlock(conv, block, norm=_post_norm(conv) if needs_norm else None)
+
+
 def _unsound(capture: Capture, path: str, conv: nn.Module) -> str | None:
-    """Why a block in the place of this conv could change what the model computes."""
+    """Why a block in the place of this conv could change what the model computes, or never run."""
     if any(isinstance(p, LAZY) for p in conv.parameters()):
         return "its shape is not known yet (lazy); run the model once first"
-    if getattr(conv, "transposed", False):
-        return f"{type(conv).__name__} is transposed; blocks are for plain convs"
-    return own_forward_reason(conv) or capture.refusal(path)
+    if not isinstance(conv, _ConvNd) or "weight" not in conv._parameters:
+        name = type(conv).__name__
+        return f"{name} is no conv of torch.nn with one kernel, so no block can stand for it"
+    if "forward" in vars(conv):
+        return "its forward was replaced on this one module, which a block could not call"
+    if reason := capture.swap_refusal(path):
+        return reason
+    if path and not capture.calls.get(path) and not capture.unknown_calls(path):
+        return "no forward calls it"
+    return None
+
+
+def _takes_norm(capture: Capture, path: str) -> bool:
+    """Whether a BatchNorm may be inserted behind this conv: a plain one, with one known call."""
+    calls = capture.calls.get(path, [])
+    is_plain = own_forward_reason(capture.module(path)) is None
+    return is_plain and (len(calls) == 1 or not path) and capture.unknown_calls(path) is None
 
 
 def _left_alone(capture: Capture, path: str, conv: _ConvNd, follows: str) -> str | None:
@@ -242,9 +268,11 @@ def _left_alone(capture: Capture, path: str, conv: _ConvNd, follows: str) -> str
         return "on maps pooled to one pixel its kernel costs more to make than to apply" + ask
     if conv.kernel_size == conv.stride and prod(conv.kernel_size) > 1:
         return "a patch embedding (kernel = stride)" + ask
-    if follows not in (NORM, ACTIVATION):
-        return f"no norm follows: {follows}" + ask
-    return None
+    if follows in (NORM, ACTIVATION):
+        return None
+    if follows == NOTHING and (reason := capture.unknown_calls(path)):
+        return f"what follows it is not known: {reason}" + ask
+    return f"no norm follows: {follows}" + ask
 
 
 def _named_block(name: str, block: Block | Literal["auto"]) -> Block:

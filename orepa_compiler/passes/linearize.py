@@ -16,14 +16,16 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock, inserted_norm
 from orepa_compiler.branches import Identity, Kernel
-from orepa_compiler.capture import Call, Capture, join, trace
+from orepa_compiler.capture import Call, Capture, join
+from orepa_compiler.elementwise import is_add, is_difference
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.layers import conv_operator, is_batch_norm, is_idle, is_plain_conv
 from orepa_compiler.operators import ConvOperator
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.regions import Interpreter, is_add
+from orepa_compiler.regions import Interpreter
 from orepa_compiler.rewrite import Part, free_name, replace_regions, set_module
 from orepa_compiler.selection import Where, selection
+from orepa_compiler.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def _chains(capture: Capture, owner: str, node: fx.Node, source: fx.Node) -> Ite
         if not is_idle(capture.module(capture.path_of(Call(owner, node)))):
             break
         (node,) = node.all_input_nodes
+    if is_difference(node):
+        raise NotLinear("a branch is subtracted; linear blocks add their branches")
     if is_add(node):
         for operand in node.args:
             if isinstance(operand, fx.Node):
@@ -155,6 +159,8 @@ def _chains(capture: Capture, owner: str, node: fx.Node, source: fx.Node) -> Ite
     while node is not source:
         if is_add(node):
             raise NotLinear("a layer stands behind a sum of branches inside another sum")
+        if node.op != "call_module":
+            raise NotLinear(f"a branch is changed by {node.name} in the forward, not by a layer")
         call = Call(owner, node)
         paths = [*_leaves(capture, capture.path_of(call)), *paths]
         operand = node.args[0]

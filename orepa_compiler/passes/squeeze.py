@@ -37,7 +37,9 @@ class Squeeze:
                     f"the plan does not fit: it squeezes a block, here is a {type(block).__name__}",
                     path=edit.path,
                 )
-            model = set_module(model, edit.path, squeezed(block))
+            conv = squeezed(block)
+            for name in capture.aliases[edit.path]:
+                model = set_module(model, name, conv)
         return model, plan
 
     def _edit(self, path: str, block: LinearBlock) -> Edit:

@@ -291,37 +291,20 @@ def tied() -> Sequence:
 
 ASK = "; ask for it with where="
 SOUND = {  # these hold whatever where= says
-    "transposed": (
-        lambda: Sequence(nn.ConvTranspose2d(4, 4, 3, padding=1), plainly),
-        "ConvTranspose2d is transposed; blocks are for plain convs",
-    ),
-    "own forward": (
-        lambda: Sequence(Standardized(4, 4, 3), plainly),
-        "Standardized has a forward of its own",
-    ),
     "hook": (
         hooked,
         "it has a hook, which a rewrite would no longer call; remove the hook first",
     ),
     "parametrized": (
         lambda: Sequence(parametrizations.weight_norm(conv3()), plainly),
-        "ParametrizedConv2d has a forward of its own|its weight is parametrized; call "
+        "ParametrizedConv2d is no conv of torch.nn with one kernel, so no block can stand for it|"
+        "its weight is parametrized; call "
         "torch.nn.utils.parametrize.remove_parametrizations first",
     ),
-    "registered twice": (registered_twice, "it is registered as conv and as again"),
     "tied": (tied, "its weight is shared with other"),
     "read": (
         lambda: Sequence(conv3(), lambda net, x: plainly(net, x) * net.conv.weight.mean()),
         "the forward of the model reads its weight directly",
-    ),
-    "called twice": (
-        lambda: Sequence(conv3(), twice),
-        "it is called 2 times, so what follows it is not one thing",
-    ),
-    "not traced": (
-        lambda: Sequence(conv3(), by_value),
-        "the forward of the model cannot be traced (TraceError: symbolically traced variables "
-        "cannot be used as inputs to control flow)",
     ),
     "not called": (
         lambda: Sequence(conv3(), lambda net, x: net.norm(x)),
@@ -331,6 +314,13 @@ SOUND = {  # these hold whatever where= says
         lambda: Sequence(nn.LazyConv2d(4, 3, padding=1), plainly),
         "its shape is not known yet (lazy); run the model once first",
     ),
+}
+HANDLED = {  # convs that are hard to join with a neighbour, but not to replace
+    "transposed": lambda: Sequence(nn.ConvTranspose2d(4, 4, 3, padding=1), plainly),
+    "own forward": lambda: Sequence(Standardized(4, 4, 3), plainly),
+    "registered twice": registered_twice,
+    "called twice": lambda: Sequence(conv3(), twice),
+    "not traced": lambda: Sequence(conv3(), by_value),
 }
 DEFAULTS = {  # these give way to where=
     "pooled": (
@@ -372,6 +362,26 @@ def test_what_cannot_be_sound_is_refused_even_when_asked_for(
     with untouched(net) if text.find("lazy") < 0 else torch.no_grad():
         assert reason(net, "conv") in text.split("|")
         assert reason(net, "conv", where="conv") in text.split("|")
+
+
+@pytest.mark.parametrize("build", HANDLED.values(), ids=HANDLED)
+def test_what_is_hard_to_join_is_expanded_when_asked_for(build: Callable[[], nn.Module]) -> None:
+    net = build().eval()
+    x = torch.rand(2, 4, 5, 5)
+    with untouched(net):
+        expanded = orepa.expand(net, where="conv").eval()
+    assert isinstance(expanded.conv, LinearBlock)
+    assert expanded.conv.norm is None
+    for given in (expanded, orepa.collapse(expanded), orepa.collapse(expanded, fold_norm=False)):
+        torch.testing.assert_close(given(x), net(x), rtol=1e-4, atol=1e-5)
+    kept = orepa.collapse(expanded, fold_norm=False)
+    assert kept.state_dict().keys() == net.state_dict().keys()
+
+
+def test_a_conv_under_two_names_stays_one() -> None:
+    expanded = orepa.expand(registered_twice())
+    assert expanded.conv is expanded.again
+    assert isinstance(expanded.again, LinearBlock)
 
 
 @pytest.mark.parametrize(("build", "text"), DEFAULTS.values(), ids=DEFAULTS)

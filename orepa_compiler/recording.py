@@ -1,0 +1,278 @@
+"""Recording: the graph of a forward that cannot be traced, from a real call on the user's inputs.
+
+A trace follows symbols and stops where control flow asks for a value. A recording watches one real
+call instead: which child ran on which tensor, and what else read it. It holds for the inputs that
+it saw, so it is taken on every batch that is given and kept only if all of them agree.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.hooks import RemovableHandle
+
+# Reads of a tensor that tell its form and nothing of its values.
+_FORM = {
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse",
+    "is_quantized", "is_mkldnn", "is_nested", "requires_grad", "is_leaf", "grad_fn", "size", "dim",
+    "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
+    "get_device", "ndimension", "nelement", "names", "storage_offset", "_version", "__len__",
+    "is_tensor",
+}  # fmt: skip
+_PLAIN = (int, float, bool, str, type(None), slice, torch.dtype, torch.device, torch.Size)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was seen: owner path -> the graph of its forward, or why there is none.
+
+    doubtful: owners that looked at the values of a tensor, and what they asked: another input could
+    take another way through them. reads: module path -> owners whose forward uses its parameters,
+    or calls it from outside.
+    """
+
+    graphs: Mapping[str, fx.Graph] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    doubtful: Mapping[str, str] = field(default_factory=dict)
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def record(model: nn.Module, owners: Iterable[str], run: Callable[[], object]) -> Recording:
+    """The forwards of the modules at these paths, seen while `run` calls the model."""
+    recorder = _Recorder(model, set(owners))
+    with recorder.watching():
+        run()
+    return recorder.recording()
+
+
+@dataclass
+class _Frame:
+    """One running call of an owner's forward, and the graph that grows with it.
+
+    nodes: id of a tensor -> its node; alive: the same tensors, weakly, for what escapes the call.
+    """
+
+    owner: str
+    graph: fx.Graph
+    nodes: dict[int, fx.Node] = field(default_factory=dict)
+    alive: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    asked_values: str = ""
+
+    def give(self, tensor: Tensor, node: fx.Node) -> None:
+        """From now on this tensor is the value of the node."""
+        key = id(tensor)
+        self.nodes[key] = node
+        self.alive[key] = weakref.ref(tensor, lambda _: self._forget(key))
+
+    def give_all(self, value: Any, node: fx.Node) -> None:
+        """The tensors in a value that may be nested; parts of a tuple get nodes of their own."""
+        if isinstance(value, Tensor):
+            self.give(value, node)
+            return
+        for key, part in _parts(value):
+            if any(True for _ in _tensors(part)):
+                self.give_all(part, self.graph.call_function(operator.getitem, (node, key)))
+
+    def escaped(self, returned: set[int]) -> list[fx.Node]:
+        """The values that outlive the call without being returned in plain sight."""
+        alive = (key for key, tensor in self.alive.items() if tensor() is not None)
+        kept = [self.nodes[key] for key in alive if key not in returned]
+        return [node for node in dict.fromkeys(kept) if node.op != "placeholder"]
+
+    def _forget(self, key: int) -> None:
+        self.nodes.pop(key, None)
+        self.alive.pop(key, None)
+
+
+class _Recorder:
+    """Watches a model through hooks on its modules and a mode on torch's functions."""
+
+    def __init__(self, model: nn.Module, owners: set[str]) -> None:
+        self.model, self.owners = model, owners
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.parameters = {id(p): name for name, p in _named_tensors(model)}
+        self.stack: list[_Frame | None] = []
+        self.graphs: dict[str, fx.Graph] = {}
+        self.refused: dict[str, str] = {}
+        self.doubtful: dict[str, str] = {}
+        self.reads: dict[str, dict[str, None]] = {}
+
+    def recording(self) -> Recording:
+        graphs = {path: graph for path, graph in self.graphs.items() if path not in self.refused}
+        missed = dict.fromkeys(self.owners - self.graphs.keys(), "it did not run on the inputs")
+        reads = {path: tuple(owners) for path, owners in self.reads.items()}
+        return Recording(graphs, {**missed, **self.refused}, self.doubtful, reads)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        handles: list[RemovableHandle] = []
+        for module in self.model.modules():
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            leave = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            handles.append(leave)
+        try:
+            with _Functions(self):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def frame(self) -> _Frame | None:
+        return self.stack[-1] if self.stack else None
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        path = self.paths[id(module)]
+        if path not in self.owners:
+            self.stack.append(None)
+            return
+        frame = _Frame(path, fx.Graph())
+        named = [(f"arg_{number}", value) for number, value in enumerate(args)]
+        for name, value in [*named, *kwargs.items()]:
+            frame.give_all(value, frame.graph.placeholder(name))
+        self.stack.append(frame)
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        frame = self.stack.pop()
+        if frame is not None:
+            self._finish(frame, output)
+        caller = self.frame
+        if caller is not None:
+            target = _relative(self.paths[id(module)], caller.owner)
+            if target is None:
+                self.reads.setdefault(self.paths[id(module)], {})[caller.owner] = None
+                return
+            node = caller.graph.create_node(
+                "call_module",
+                target,
+                self._arguments(caller, args),
+                self._arguments(caller, kwargs),
+            )
+            caller.give_all(output, node)
+
+    def called(self, name: str, function: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """A torch function ran in the forward of the module on top of the stack."""
+        frame = self.frame
+        if frame is None or name.strip("_") in _FORM or name in _FORM:
+            return
+        touched = [*_tensors(args), *_tensors(list(kwargs.values()))]
+        if not any(id(t) in frame.nodes or id(t) in self.parameters for t in touched):
+            return  # made from constants alone
+        writes = name.endswith("_") and not name.endswith("__")
+        if not writes and not any(True for _ in _tensors(output)):
+            frame.asked_values = name
+        node = frame.graph.call_function(
+            function, self._arguments(frame, args), self._arguments(frame, kwargs)
+        )
+        frame.give_all(output, node)
+        if writes:
+            frame.give(touched[0], node)  # x[...] = y gives nothing back and changes x
+
+    def _arguments(self, frame: _Frame, value: Any) -> Any:
+        """The value with nodes in place of tensors, as a graph can hold it."""
+        if isinstance(value, Tensor):
+            return frame.nodes.get(id(value)) or self._parameter(frame, value)
+        if isinstance(value, dict):
+            return {str(key): self._arguments(frame, part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            parts = [self._arguments(frame, part) for part in value]
+            return parts if isinstance(value, list) else tuple(parts)
+        if isinstance(value, _PLAIN):
+            return value
+        return [self._arguments(frame, part) for _, part in _parts(value)] or repr(type(value))
+
+    def _parameter(self, frame: _Frame, tensor: Tensor) -> fx.Node | None:
+        name = self.parameters.get(id(tensor))
+        if name is None:
+            return None
+        self.reads.setdefault(name.rpartition(".")[0], {})[frame.owner] = None
+        target = _relative(name, frame.owner) or name
+        node = frame.graph.create_node("get_attr", target)
+        frame.nodes[id(tensor)] = node
+        return node
+
+    def _finish(self, frame: _Frame, output: Any) -> None:
+        returned = {id(tensor) for tensor in _tensors(output)}
+        escaped = frame.escaped(returned)
+        result = self._arguments(frame, output)
+        frame.graph.output((result, escaped) if escaped else result)
+        path = frame.owner
+        if frame.asked_values:
+            self.doubtful[path] = frame.asked_values
+        if _dataflow(self.graphs.setdefault(path, frame.graph)) != _dataflow(frame.graph):
+            self.refused[path] = "it ran in two different ways on the inputs"
+
+
+class _Functions(TorchFunctionMode):
+    """Tells the recorder of every torch function that runs."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        self.recorder.called(_name(func), func, args, kwargs, output)
+        return output
+
+
+def _name(function: Any) -> str:
+    name = getattr(function, "__name__", "") or str(resolve_name(function) or function)
+    if name in ("__get__", "__set__"):  # a property such as Tensor.shape
+        owner = getattr(function, "__self__", None)
+        name = getattr(owner, "__name__", name) + ("_" if name == "__set__" else "")
+    return "setitem_" if name == "__setitem__" else name
+
+
+def _dataflow(graph: fx.Graph) -> list[tuple[object, ...]]:
+    """What runs on what, without the numbers, which follow the size of the input."""
+    return [(node.op, str(node.target), *map(str, node.all_input_nodes)) for node in graph.nodes]
+
+
+def _relative(path: str, owner: str) -> str | None:
+    """The path as the owner sees it, or None for what is not inside it."""
+    if not owner:
+        return path
+    return path[len(owner) + 1 :] if path.startswith(owner + ".") else None
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    """What a container holds, with its keys; the attributes of an object of the user's."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(enumerate(value))
+    if isinstance(value, (Tensor, nn.Module, type, *_PLAIN)) or callable(value):
+        return []
+    return list(vars(value).items()) if hasattr(value, "__dict__") else []
+
+
+def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth < 8:
+        for _, part in _parts(value):
+            yield from _tensors(part, depth + 1)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
