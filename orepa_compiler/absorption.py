@@ -36,6 +36,7 @@ def absorb(conv: nn.Module, affine: ConvOperator) -> nn.Module:
     joined = copy.deepcopy(conv)
     weight, bias = joined.weight, joined.bias
     assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
     assert affine.bias is not None
     factor, shift = (
         t.to(weight.device, weight.dtype) for t in (affine.weight.flatten(), affine.bias)
@@ -51,5 +52,5 @@ def _scaled(conv: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
     ones = (1,) * (weight.dim() - 2)
     if not isinstance(conv, _ConvTransposeNd):
         return weight * factor.reshape(-1, 1, *ones)
-    split = weight.reshape(int(conv.groups), -1, *weight.shape[1:])  # type: ignore[arg-type]
+    split = weight.reshape(int(conv.groups), -1, *weight.shape[1:])
     return (split * factor.reshape(conv.groups, 1, -1, *ones)).flatten(0, 1)

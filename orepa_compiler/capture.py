@@ -192,11 +192,11 @@ class Capture:
 def capture(
     model: nn.Module,
     *,
-    training: bool,
+    training: bool | None,
     is_leaf: Callable[[nn.Module], bool],
     recording: Recording | None = None,
 ) -> Capture:
-    """The capture of a model as it runs in train or in eval mode.
+    """The capture of a model as it runs in train or in eval mode; None: as it is, no graph made.
 
     is_leaf: modules whose inside is of no interest, though they have children. recording: graphs
     for the forwards that cannot be traced.
@@ -204,6 +204,8 @@ def capture(
     """
     check_wrapper(model)
     skeleton = meta_copy(model)
+    if training is None:
+        return _captured(skeleton, lambda module: True, Recording())
     skeleton.train(training)
     with torch.random.fork_rng(devices=[]):  # a forward may draw random numbers while traced
         return _captured(skeleton, is_leaf, recording or Recording())

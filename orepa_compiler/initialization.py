@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from orepa_compiler.blocks import BranchSum, DeepStem
 from orepa_compiler.branches import Kernel
+from orepa_compiler.operators import ConvOperator
 
 # Branches beside the origin start at this part of the paper's scaling, so that the origin, which
 # takes the remainder, stays as large as the kernel it stands for.
@@ -28,19 +29,34 @@ def preserve(block: BranchSum, weight: Tensor, fresh: Iterable[str]) -> float:
     branches of a fresh kernel's size.
     """
     weight = weight.detach()
-    sizes = {name: op.weight.norm() for name, op in block.branch_operators().items()}
+    exact = {name: _exact(branch) for name, branch in block.branches.items()}
     for name in fresh:
-        bound = (weight.norm() / sizes[name].clamp_min(_TINY)).clamp(max=1.0)
+        size = _scaled(block, name, exact[name]).weight.norm().to(weight)
+        bound = (weight.norm() / size.clamp_min(_TINY)).clamp(max=1.0)
         _reduce(block, name, REDUCTION * bound)
+        if block.scaling is None:  # its kernel changed, and was rounded
+            exact[name] = _exact(block.branches[name])
     if block.scaling is not None:
         block.scaling[_index(block, "origin")] = 1.0
     origin = block.branches["origin"]
     assert isinstance(origin, Kernel)
-    exact = copy.deepcopy(block).double().branch_operators()
-    others = reduce(add, [operator for name, operator in exact.items() if name != "origin"])
-    aligned = exact["origin"].scale(weight.new_zeros(1).double()) + others
-    origin.weight.copy_(weight.double() - aligned.weight)
+    nothing = exact["origin"].scale(weight.new_zeros(1).double())
+    others = [_scaled(block, name, op) for name, op in exact.items() if name != "origin"]
+    origin.weight.copy_(weight.double() - reduce(add, others, nothing).weight)
     return float(origin.weight.norm() / weight.norm().clamp_min(_TINY))
+
+
+def _exact(branch: nn.Module) -> ConvOperator:
+    """The operator of a branch, composed in float64."""
+    operator: ConvOperator = copy.deepcopy(branch).double().operator()  # type: ignore[operator]
+    return operator
+
+
+def _scaled(block: BranchSum, name: str, operator: ConvOperator) -> ConvOperator:
+    """The operator behind the branch's scaling layer, as that is now."""
+    if block.scaling is None:
+        return operator
+    return operator.scale(block.scaling[_index(block, name)].double())
 
 
 @torch.no_grad()

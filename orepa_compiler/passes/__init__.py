@@ -30,13 +30,13 @@ class Pass(Protocol):
     """One rewrite of a model.
 
     preserves: the modes ("train", "eval") in which outputs stay the same. training: the mode whose
-    graphs it plans on.
+    graphs it plans on; None where it looks at no graph.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def training(self) -> bool: ...
+    def training(self) -> bool | None: ...
     @property
     def preserves(self) -> frozenset[str]: ...
     def plan(self, capture: Capture) -> Plan:

@@ -18,7 +18,7 @@ class Squeeze:
     """Every linear block runs as one conv whose kernel is made from its branches at each step."""
 
     name: str = "squeeze"
-    training: bool = True
+    training: None = None
     preserves: frozenset[str] = frozenset({"train", "eval"})
 
     def plan(self, capture: Capture) -> Plan:
