@@ -38,6 +38,8 @@ Scaling = Literal["vector", "scalar", "none"]
 
 # The kernel that is a large stem (Hu et al. 2022, Sec. 3.5) is at least this wide.
 LARGE_KERNEL = 7
+# A stem reads images; stacked convs in the place of a wide large kernel would dwarf it.
+STEM_CHANNELS = 16
 # The block name of what linearize makes: the branches that were there, in linear form.
 LINEARIZED = "LINEARIZED"
 
@@ -226,11 +228,10 @@ def large_only(maker: BranchMaker) -> BranchMaker:
 
 
 def is_large_stem(conv: ConvOperator) -> bool:
-    """Whether the conv is dense, with the same large odd kernel size on every axis."""
+    """Whether the conv is dense, reads few channels, and is large, odd and square (or cubic)."""
     sizes = set(conv.kernel_size)
-    return (
-        conv.groups == 1 and len(sizes) == 1 and (k := sizes.pop()) >= LARGE_KERNEL and k % 2 == 1
-    )
+    is_large = len(sizes) == 1 and (k := sizes.pop()) >= LARGE_KERNEL and k % 2 == 1
+    return is_large and conv.groups == 1 and conv.in_channels <= STEM_CHANNELS
 
 
 def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:

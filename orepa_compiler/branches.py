@@ -124,7 +124,7 @@ class PointwiseKernel(SequenceBranch):
         self.kernel = _kaiming(conv, shape)
 
     def layers(self) -> tuple[ConvOperator, ...]:
-        first = ConvOperator(_identity_kernel(self.pointwise) + self.pointwise, groups=self.groups)
+        first = ConvOperator(identity_kernel(self.pointwise) + self.pointwise, groups=self.groups)
         return first, self.spatial(self.kernel, self.groups)
 
 
@@ -197,7 +197,7 @@ class PointwisePointwise(SequenceBranch):
         first = (inside, conv.in_channels // groups, *ones)
         second = (conv.out_channels, inside // groups, *ones)
         square = conv.weight.new_empty(inside, inside // groups, *ones)
-        identity = nn.Parameter(_identity_kernel(square))
+        identity = nn.Parameter(identity_kernel(square))
         widens = conv.out_channels > conv.in_channels
         self.first = identity if widens else _kaiming(conv, first, negative_slope=1.0)
         self.second = _kaiming(conv, second, negative_slope=1.0) if widens else identity
@@ -213,7 +213,7 @@ class Identity(SequenceBranch):
 
     def __init__(self, conv: ConvOperator) -> None:
         super().__init__(conv)
-        self.register_buffer("one", _identity_kernel(conv.weight.new_empty(_point(conv.weight))))
+        self.register_buffer("one", identity_kernel(conv.weight.new_empty(_point(conv.weight))))
 
     def layers(self) -> tuple[ConvOperator, ...]:
         return (self.centred(self.one),)
@@ -239,7 +239,7 @@ def frequency_prior(channels: int, kernel_size: tuple[int, ...]) -> Tensor:
     return bank
 
 
-def _identity_kernel(like: Tensor) -> Tensor:
+def identity_kernel(like: Tensor) -> Tensor:
     """The 1 x 1 kernel (T, C / groups, 1, ...) whose row t reads channel t mod C / groups."""
     width = like.shape[1]
     eye = torch.eye(width, dtype=like.dtype, device=like.device)

@@ -332,6 +332,8 @@ def ancestors(path: str) -> Iterator[str]:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether the module is more than a container: children or parameters, and a forward."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     holds = bool(module._modules or module._parameters) and not isinstance(module, _ConvNd)
     return holds and type(module).forward is not nn.Module.forward
 

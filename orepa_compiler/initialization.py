@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from functools import reduce
-from operator import add
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
-def preserve(block: BranchSum, weight: Tensor, fresh: Iterable[str]) -> float:
+def preserve(block: BranchSum, weight: Tensor, fresh: Collection[str]) -> float:
     """Start the block at the kernel `weight`, up to its rounding; returns |origin| / |W|.
 
     v_m = REDUCTION * v_m(paper) * min(1, |W| / |v_m W_m|) for the fresh branches, v_origin = 1, and
@@ -29,20 +27,23 @@ def preserve(block: BranchSum, weight: Tensor, fresh: Iterable[str]) -> float:
     branches of a fresh kernel's size.
     """
     weight = weight.detach()
-    exact = {name: _exact(branch) for name, branch in block.branches.items()}
-    for name in fresh:
-        size = _scaled(block, name, exact[name]).weight.norm().to(weight)
-        bound = (weight.norm() / size.clamp_min(_TINY)).clamp(max=1.0)
-        _reduce(block, name, REDUCTION * bound)
-        if block.scaling is None:  # its kernel changed, and was rounded
-            exact[name] = _exact(block.branches[name])
-    if block.scaling is not None:
-        block.scaling[_index(block, "origin")] = 1.0
     origin = block.branches["origin"]
     assert isinstance(origin, Kernel)
-    nothing = exact["origin"].scale(weight.new_zeros(1).double())
-    others = [_scaled(block, name, op) for name, op in exact.items() if name != "origin"]
-    origin.weight.copy_(weight.double() - reduce(add, others, nothing).weight)
+    others = _exact(origin).scale(weight.new_zeros(1).double())
+    for name, branch in block.branches.items():  # one at a time: in float64 each is large
+        if name == "origin":
+            continue
+        operator = _exact(branch)
+        if name in fresh:
+            size = _scaled(block, name, operator).weight.norm().to(weight)
+            bound = (weight.norm() / size.clamp_min(_TINY)).clamp(max=1.0)
+            _reduce(block, name, REDUCTION * bound)
+            if block.scaling is None:  # its kernel changed, and was rounded
+                operator = _exact(branch)
+        others = others + _scaled(block, name, operator)
+    if block.scaling is not None:
+        block.scaling[_index(block, "origin")] = 1.0
+    origin.weight.copy_(weight.double() - others.weight)
     return float(origin.weight.norm() / weight.norm().clamp_min(_TINY))
 
 

@@ -114,6 +114,15 @@ def is_conv_like(layer: nn.Module) -> bool:
     return isinstance(layer, _ConvNd) and hasattr(layer, "weight")
 
 
+def computes_kernel(layer: nn.Module) -> bool:
+    """Whether a layer is a conv by its name and weight, and none of torch (CondConv2d).
+
+    Its forward makes, or applies, the kernel in a way of its own.
+    """
+    named = "Conv" in type(layer).__name__ and not isinstance(layer, _ConvNd)
+    return named and "weight" in dict(layer._parameters) and hasattr(layer, "kernel_size")
+
+
 def is_norm(layer: nn.Module) -> bool:
     """Whether the layer normalizes: torch norms and layers named for it, not blocks of layers."""
     if isinstance(layer, (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)):

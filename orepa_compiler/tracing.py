@@ -47,8 +47,20 @@ def trace(module: nn.Module) -> fx.Graph | str:
     """The graph of the module's own forward, or why there is none."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript"
+    if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
+        return _chain(list(module._modules))
     try:
         return _ChildrenAreLeaves().trace(module)
     except Exception as error:  # a forward is the user's code: anything may come out of it
         message = str(error).strip().split("\n")[0]
         return f"{type(error).__name__}: {message[:120]}"
+
+
+def _chain(names: list[str]) -> fx.Graph:
+    """The graph that a trace of nn.Sequential gives, at a hundredth of its cost."""
+    graph = fx.Graph()
+    node = graph.placeholder("input")
+    for name in names:
+        node = graph.call_module(name, (node,))
+    graph.output(node)
+    return graph

@@ -43,19 +43,19 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_pickle: bool = Fal
     model's; `model` is then as it was.
     """
     path = Path(path)
-    state = _without_prefix(_state_dict(path, _read(path, allow_pickle)), model)
+    state = _without_prefix(find_state(path, read_checkpoint(path, allow_pickle)), model)
     own = model.state_dict()
-    wrong = [key for key in state if key in own and _shape(state[key]) != _shape(own[key])]
+    wrong = [key for key in state if key in own and shape_of(state[key]) != shape_of(own[key])]
     # A trial on a copy lets the modules' own hooks rename keys, and leaves the model untouched.
     fitting = {key: value for key, value in state.items() if key not in wrong}
     result = copy.deepcopy(model).load_state_dict(fitting, strict=False)
     missing = [key for key in result.missing_keys if key not in wrong]
     if wrong or missing or result.unexpected_keys:
-        shapes = [f"{key} {_shape(state[key])} for {_shape(own[key])}" for key in wrong]
+        shapes = [f"{key} {shape_of(state[key])} for {shape_of(own[key])}" for key in wrong]
         raise CheckpointError(
             f"{path}: does not fit {type(model).__name__} with its {len(own)} keys: "
-            f"{_first('missing', missing)}; {_first('extra', result.unexpected_keys)}; "
-            f"{_first('of the wrong shape', shapes)}; {_remedy(result.unexpected_keys)}"
+            f"{first_few('missing', missing)}; {first_few('extra', result.unexpected_keys)}; "
+            f"{first_few('of the wrong shape', shapes)}; {_remedy(result.unexpected_keys)}"
         )
     model.load_state_dict(state)
 
@@ -73,7 +73,14 @@ def has_plan(path: str | Path) -> bool:
             return PLAN_KEY in (file.metadata() or {})
 
 
-def _read(path: Path, allow_pickle: bool) -> Any:
+def read_checkpoint(
+    path: Path, allow_pickle: bool, *, otherwise: str = ", or pass --allow-pickle if you trust it"
+) -> Any:
+    """What a safetensors file or a weights-only pickle holds.
+
+    otherwise: what else the error about a pickle that runs code advises.
+    Raises CheckpointError for any other file.
+    """
     with _reading(path):
         if _is_safetensors(path):
             return load_file(path)
@@ -85,7 +92,7 @@ def _read(path: Path, allow_pickle: bool) -> Any:
                 raise
             raise CheckpointError(
                 f"{path}: reading this pickle runs code (it names {named[1]}); save "
-                f"model.state_dict() instead, or pass --allow-pickle if you trust the file"
+                f"model.state_dict() instead{otherwise}"
             ) from error
 
 
@@ -112,19 +119,19 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _state_dict(path: Path, saved: Any) -> Mapping[str, Any]:
+def find_state(path: Path, saved: Any) -> Mapping[str, Any]:
     """The mapping from keys to tensors inside what a file held."""
     if isinstance(saved, nn.Module):
         return saved.state_dict()
     if isinstance(saved, Mapping):
         for wrapper in WRAPPERS:
             if isinstance(saved.get(wrapper), (Mapping, nn.Module)):
-                return _state_dict(path, saved[wrapper])
+                return find_state(path, saved[wrapper])
         if any(isinstance(value, Tensor) for value in saved.values()):
             return saved
         raise CheckpointError(
             f"{path}: holds no state_dict, neither itself nor under {', '.join(WRAPPERS)}; "
-            f"{_first('keys in it', [str(key) for key in saved])}"
+            f"{first_few('keys in it', [str(key) for key in saved])}"
         )
     raise CheckpointError(
         f"{path}: holds a {type(saved).__name__}, not a state_dict; save model.state_dict()"
@@ -145,11 +152,13 @@ def _remedy(extra: Sequence[str]) -> str:
     return "name the model that this checkpoint was trained with"
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """The shape of a tensor; None for anything else."""
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _first(what: str, keys: Sequence[str]) -> str:
+def first_few(what: str, keys: Sequence[str]) -> str:
+    """How many keys there are of a kind, and the first of them, for a message."""
     shown = ", ".join(keys[:SHOWN_KEYS])
     more = ", ..." if len(keys) > SHOWN_KEYS else ""
     return f"{len(keys)} {what}" + (f" ({shown}{more})" if keys else "")

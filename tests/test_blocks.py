@@ -137,6 +137,7 @@ def test_branches_that_do_not_apply_are_left_out() -> None:
         (conv(8, 8), "OREPA"),
         (conv(7, 1), "OREPA"),
         (conv(7, 7, groups=2), "OREPA"),
+        (conv(7, 7, channels=(17, 8)), "OREPA"),
     ],
 )
 def test_automatic_block(op: Any, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrizations
 from orepa_compiler.capture import Call, Capture, ancestors, capture, join, meta_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import is_leaf
-from orepa_compiler.tracing import trace
+from orepa_compiler.tracing import _ChildrenAreLeaves, trace
 from tests.compiler_nets import Inline
 
 
@@ -353,3 +354,20 @@ def test_path_of_a_call_is_the_first_path() -> None:
     (call,) = found.calls["a"]
     assert "b" not in found.calls
     assert found.path_of(Call("", call.node)) == "a"
+
+
+def test_the_graph_of_a_sequence_is_that_of_its_trace() -> None:
+    layers = OrderedDict(conv=nn.Conv2d(3, 4, 3), relu=nn.ReLU(), inner=nn.Sequential())
+    for net in (nn.Sequential(layers), nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential()):
+        made = trace(net)
+        traced = _ChildrenAreLeaves().trace(net)
+        assert str(made) == str(traced)
+        assert [node.name for node in made.nodes] == [node.name for node in traced.nodes]
+
+
+def test_a_sequence_with_a_forward_of_its_own_is_traced() -> None:
+    class Residual(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    assert "add" in str(trace(Residual(nn.ReLU())))

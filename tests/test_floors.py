@@ -24,7 +24,7 @@ FLOORS = (
     ("blocks", "own_forward", "regions", "crossing", "initialization"),
     ("planning", "nesting", "verification", "cost", "calibration"),
     ("passes",),
-    ("compiler", "checkpoints", "weights", "model_source", "export"),
+    ("compiler", "checkpoints", "weights", "model_source", "reference", "export"),
     ("__init__", "cli"),
 )
 

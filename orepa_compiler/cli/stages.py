@@ -118,7 +118,7 @@ class _Export:
 
     def collapse(self) -> Step:
         with announced("collapsing"):
-            self.deploy = collapse(self.model)
+            self.deploy = collapse(self.model, inputs=self.inputs)
         return Step("collapse", "done")
 
     def check_collapse(self) -> Step:

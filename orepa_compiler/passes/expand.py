@@ -24,6 +24,7 @@ from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.following import ACTIVATION, NORM, NOTHING, followed_by, reads_pooled
 from orepa_compiler.initialization import extend, preserve
 from orepa_compiler.layers import (
+    computes_kernel,
     conv_operator,
     is_channels_last,
     is_conv_like,
@@ -70,6 +71,10 @@ class Expand:
                 places = (path, path.rpartition(".")[0])  # linearize was asked for the owner
                 if any(is_selected(place, capture.module(place)) for place in places):
                     edits += self._extension(path, module)
+            if computes_kernel(module):
+                refusals.append(Refusal(self.name, path, type(module).__name__, _no_conv(module)))
+            if reason := _scripted(capture, path, module):
+                refusals.append(Refusal(self.name, path, "TorchScript", reason))
             if not is_conv_like(module):
                 continue
             if not is_selected(path, module):
@@ -243,8 +248,7 @@ def _unsound(capture: Capture, path: str, conv: nn.Module) -> str | None:
     if any(isinstance(p, LAZY) for p in conv.parameters()):
         return "its shape is not known yet (lazy); run the model once first"
     if not isinstance(conv, _ConvNd) or "weight" not in conv._parameters:
-        name = type(conv).__name__
-        return f"{name} is no conv of torch.nn with one kernel, so no block can stand for it"
+        return _no_conv(conv)
     if "forward" in vars(conv):
         return "its forward was replaced on this one module, which a block could not call"
     if reason := capture.swap_refusal(path):
@@ -252,6 +256,21 @@ def _unsound(capture: Capture, path: str, conv: nn.Module) -> str | None:
     if path and not capture.calls.get(path) and not capture.unknown_calls(path):
         return "no forward calls it"
     return None
+
+
+def _no_conv(layer: nn.Module) -> str:
+    name = type(layer).__name__
+    return f"{name} is no conv of torch.nn with one kernel, so no block can stand for it"
+
+
+def _scripted(capture: Capture, path: str, module: nn.Module) -> str | None:
+    """Why nothing inside a scripted part is expanded, or None where it holds no kernel."""
+    parent = capture.module(path.rpartition(".")[0])
+    is_scripted = isinstance(module, torch.jit.ScriptModule)
+    if not is_scripted or isinstance(parent, torch.jit.ScriptModule):
+        return None
+    has_kernel = any(p.dim() > 2 for p in module.parameters())
+    return "put the nn.Module that it was scripted from in its place" if has_kernel else None
 
 
 def _takes_norm(capture: Capture, path: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -376,6 +377,32 @@ def test_what_is_hard_to_join_is_expanded_when_asked_for(build: Callable[[], nn.
         torch.testing.assert_close(given(x), net(x), rtol=1e-4, atol=1e-5)
     kept = orepa.collapse(expanded, fold_norm=False)
     assert kept.state_dict().keys() == net.state_dict().keys()
+
+
+def test_a_layer_that_computes_its_kernel_is_named() -> None:
+    net = nn.Sequential(
+        timm.layers.CondConv2d(4, 4, 3, num_experts=2), nn.BatchNorm2d(4), conv3(), nn.ReLU()
+    )
+    (refusal,) = orepa.plan(net).refusals
+    assert (refusal.path, refusal.layer) == ("0", "CondConv2d")
+    assert refusal.reason == (
+        "CondConv2d is no conv of torch.nn with one kernel, so no block can stand for it"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_part_stays_as_it_is() -> None:
+    inner = torch.jit.script(nn.Sequential(conv3(), nn.BatchNorm2d(4)))
+    net = nn.Sequential(conv3(), nn.BatchNorm2d(4), inner, conv3(), nn.BatchNorm2d(4)).eval()
+    expanded = orepa.expand(net).eval()
+    assert blocks_of(expanded) == {"0": "OREPA", "3": "OREPA"}
+    (refusal,) = recorded_plans(expanded)[-1].refusals
+    assert (refusal.path, refusal.layer) == ("2", "TorchScript")
+    assert refusal.reason == "put the nn.Module that it was scripted from in its place"
+    x = torch.rand(2, 4, 9, 9)
+    deploy = orepa.collapse(expanded)
+    for found in (expanded(x), deploy(x)):
+        torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_conv_under_two_names_stays_one() -> None:
