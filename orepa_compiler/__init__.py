@@ -33,6 +33,7 @@ from orepa_compiler.passes import Pipeline as Pipeline
 from orepa_compiler.planning import Plan as Plan
 from orepa_compiler.planning import recorded_plans as recorded_plans
 from orepa_compiler.reference import load_reference as load_reference
+from orepa_compiler.stepping import kernels_once as kernels_once
 from orepa_compiler.verification import verify as verify
 
 __version__ = "0.1.0"

@@ -28,10 +28,12 @@ from orepa_compiler.branches import (
     PointwisePointwise,
     SequenceBranch,
 )
+from orepa_compiler.composition import sum_biases
 from orepa_compiler.errors import NotLinear
+from orepa_compiler.generation import generate
+from orepa_compiler.kernel_store import KernelStore
 from orepa_compiler.layers import conv_operator
 from orepa_compiler.operators import ConvOperator
-from orepa_compiler.squeeze import squeeze
 
 BranchMaker = Callable[[ConvOperator], "nn.Module | None"]
 Scaling = Literal["vector", "scalar", "none"]
@@ -85,7 +87,7 @@ class BranchSum(Geometry):
 
     def operator(self) -> ConvOperator:
         """The branches squeezed into one operator (Hu et al. 2022, Eq. 3 and 4)."""
-        return squeeze(self.branches.values(), self.scaling)  # type: ignore[arg-type]
+        return generate(self)
 
     def branch_operators(self) -> dict[str, ConvOperator]:
         """Each branch behind its scaling layer, by name: what the plots of Fig. 7 compare."""
@@ -121,6 +123,7 @@ class LinearBlock(BranchSum):
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.padding = conv.padding
         self.norm = norm
+        self.store = KernelStore()
         self.replaces_bias = conv.bias is not None
         # behind a norm a bias has no effect in train mode: the norm's own bias takes it over
         bias = None if conv.bias is None or norm is not None else conv.bias.detach().clone()
@@ -155,8 +158,8 @@ class ReparamConv(LinearBlock):
     """The squeezed form of a block: one conv with the kernel that its branches make."""
 
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.spatial(self.weight, self.groups)
-        y = conv.with_bias(self.bias)(x)
+        made = self.store.operator(self)
+        y = made.with_bias(sum_biases(made.bias, self.bias))(x)
         return y if self.norm is None else self.norm(y)
 
 
@@ -286,7 +289,8 @@ def automatic_block(conv: ConvOperator) -> Block:
 
 @conv_operator.register(LinearBlock)
 def _(layer: LinearBlock, in_channels: int | None = None) -> ConvOperator:
-    operator = layer.operator().with_bias(layer.bias)
+    operator = layer.operator()
+    operator = operator.with_bias(sum_biases(operator.bias, layer.bias))
     if layer.norm is None:
         return operator
     try:

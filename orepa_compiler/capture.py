@@ -231,8 +231,8 @@ def _captured(
             untraced[path] = f"{graph}; when it was recorded, {recording.refused[path]}"
         else:
             untraced[path] = f"{graph}; give inputs= to record a real forward"
-    for path in _never_called(graphs, untraced, aliases):
-        del graphs[path]  # a container whose children its owner calls one by one
+    for path in _doubtful_owners(graphs, untraced, recorded, aliases):
+        del graphs[path]
     reads: dict[str, list[str]] = defaultdict(list)
     for path, owners in recording.reads.items():
         reads[path] += owners
@@ -261,19 +261,38 @@ def _fits(graph: fx.Graph | None, module: nn.Module) -> bool:
     )
 
 
-def _never_called(
-    graphs: dict[str, fx.Graph], untraced: dict[str, str], aliases: dict[str, tuple[str, ...]]
+def _doubtful_owners(
+    graphs: dict[str, fx.Graph],
+    untraced: dict[str, str],
+    recorded: set[str],
+    aliases: dict[str, tuple[str, ...]],
 ) -> set[str]:
-    """Owners that no graph reaches from the root, where graphs tell all calls."""
+    """Owners that nobody calls, though their children are called one by one, or may be.
+
+    Two graphs would then tell of one child. What nobody calls at all (the auxiliary heads of a
+    net in eval mode) is as good as called, unless a recorded forward may call it another time.
+    """
     reached: set[str] = set()
+    called: set[str] = set()
     open_ends = ["", *(path for path in graphs if untraced.keys() & set(ancestors(path)))]
     while open_ends:
         path = open_ends.pop()
         if path in graphs and path not in reached:
             reached.add(path)
-            nodes = (node for node in graphs[path].nodes if node.op == "call_module")
-            open_ends += [aliases[join(path, node.target)][0] for node in nodes]
-    return graphs.keys() - reached
+            called.update(targets := _targets(path, graphs[path], aliases))
+            open_ends += targets
+    return {
+        path
+        for path in graphs.keys() - reached
+        if recorded & set(ancestors(path))
+        or called.intersection(_targets(path, graphs[path], aliases))
+    }
+
+
+def _targets(owner: str, graph: fx.Graph, aliases: dict[str, tuple[str, ...]]) -> list[str]:
+    """The modules that a graph calls, by their first paths."""
+    nodes = (node for node in graph.nodes if node.op == "call_module")
+    return [aliases[join(owner, node.target)][0] for node in nodes]
 
 
 def _calls(

@@ -37,7 +37,7 @@ class OwnForwardConv(ReparamConv):
         return kernel_operator(conv)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kernel = {"weight": self.weight}
+        kernel = {"weight": self.store.operator(self).weight}
         if self.bias is not None:
             kernel["bias"] = self.bias
         output: Tensor = functional_call(self.conv, kernel, (x, *args), kwargs)

@@ -1,7 +1,7 @@
-"""Kernel generation: the branches of a block, squeezed into one kernel at every step.
+"""The squeeze by the algebra: the branches of a block as one kernel, for branches of any kind.
 
 This is where the cost of re-parameterization falls from O(H W) to O(K_H K_W) (Hu et al. 2022, Sec.
-3.3).
+3.3). `generation` does the same at less cost, and is tested against this.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def squeeze(branches: Iterable[Branch], scaling: Tensor | None) -> ConvOperator:
 
     scaling: (M, C_out) vectors, (M, 1) scalars, or None for no scaling layer.
     """
-    with _full_precision():
+    with full_precision():
         operators = [branch.operator() for branch in branches]
         if scaling is not None:
             operators = [op.scale(v) for op, v in zip(operators, scaling, strict=True)]
@@ -32,7 +32,7 @@ def squeeze(branches: Iterable[Branch], scaling: Tensor | None) -> ConvOperator:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Autocast off: kernels are generated in the parameters' own precision and cast once."""
     devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     if not devices:

@@ -18,11 +18,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "dependencies", "operators", "composition", "kernels"),
+    (
+        *("errors", "dependencies", "operators", "composition", "kernels"),
+        *("contraction", "separable", "channelwise"),
+    ),
     ("capture", "tracing", "recording", "elementwise", "branches", "selection"),
-    ("layers", "rewrite", "squeeze", "following", "absorption"),
+    (
+        *("layers", "rewrite", "following", "absorption", "squeeze", "generation", "kernel_store"),
+        "kernel_rules",
+    ),
     ("blocks", "own_forward", "regions", "crossing", "initialization"),
-    ("planning", "nesting", "verification", "cost", "calibration"),
+    ("planning", "nesting", "verification", "cost", "calibration", "stepping", "reduction"),
     ("passes",),
     ("compiler", "checkpoints", "weights", "model_source", "reference", "export"),
     ("__init__", "cli"),

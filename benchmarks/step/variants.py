@@ -1,0 +1,110 @@
+"""The forms of a model that are compared, and how each takes a step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import orepa_compiler as orepa
+from benchmarks.step.dbb import with_diverse_branches
+from benchmarks.step.naive import naive
+from orepa_compiler.stepping import kernels_once
+
+MICRO_BATCHES = 4
+
+MODELS = ("resnet18", "resnet50", "resnext50_32x4d", "repvgg_a0", "mobilenet_v2")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form of the model, and its step.
+
+    passes: micro-batches of a step, each as large as the batch. base: the variant that its time is
+    divided by.
+    """
+
+    form: Callable[[nn.Module], nn.Module]
+    passes: int = 1
+    once: bool = False
+    compiled: bool = False
+    base: str = "plain"
+    means: str = ""
+
+
+def _expanded(model: nn.Module) -> nn.Module:
+    return orepa.expand(model)
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+VARIANTS = {
+    "plain": Variant(_as_it_is, means="the model as it is"),
+    "orepa": Variant(_expanded, means="an ordinary step"),
+    "two-phase": Variant(_expanded, once=True, means="one pass inside kernels_once"),
+    "naive": Variant(lambda m: naive(_expanded(m)), means="the paper's formulas, an einsum each"),
+    "dbb": Variant(with_diverse_branches, means="diverse branch blocks on feature maps"),
+    "plain x4": Variant(_as_it_is, MICRO_BATCHES, means="gradients of four batches added"),
+    "orepa x4": Variant(
+        _expanded, MICRO_BATCHES, once=True, base="plain x4", means="four passes in kernels_once"
+    ),
+    "plain compiled": Variant(_as_it_is, compiled=True, means="torch.compile"),
+    "orepa compiled": Variant(_expanded, compiled=True, means="torch.compile(fullgraph=True)"),
+}
+
+
+class Stepper:
+    """One variant of a model that trains on one random batch."""
+
+    def __init__(
+        self, name: str, model: str, *, batch: int, size: int, device: str, amp: bool
+    ) -> None:
+        torch.manual_seed(0)
+        self.variant = VARIANTS[name]
+        net = self.variant.form(build(model)).train().to(device)
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.forward = (
+            torch.compile(self.net, fullgraph=True) if self.variant.compiled else self.net
+        )
+        images = torch.randn(batch, 3, size, size, device=device)
+        self.images = images.to(memory_format=torch.channels_last)
+        self.targets = torch.randint(1000, (batch,), device=device)
+        parameters = self.net.parameters()
+        self.optimizer = torch.optim.SGD(
+            parameters, lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=True
+        )
+        self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp)
+
+    def step(self) -> None:
+        """zero_grad, forward and backward of each pass, and the optimizer."""
+        self.optimizer.zero_grad()
+        with kernels_once(self.net) if self.variant.once else nullcontext():
+            for _ in range(self.variant.passes):
+                self.loss().backward()
+        self.optimizer.step()
+
+    def loss(self) -> Tensor:
+        with self.autocast:
+            return nn.functional.cross_entropy(self.forward(self.images), self.targets)
+
+
+def build(model: str) -> nn.Module:
+    """A model of torchvision, or else of timm, with fresh weights."""
+    from orepa_compiler.model_source import declare_torchvision_operators
+
+    declare_torchvision_operators()
+    import torchvision
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if hasattr(torchvision.models, model):
+            return torchvision.models.get_model(model)
+        import timm
+
+        return timm.create_model(model)

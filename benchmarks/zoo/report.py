@@ -1,0 +1,249 @@
+"""docs/zoo.md: what the rows say, as one page of markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.zoo.checks import TOLERANCE
+from benchmarks.zoo.examining import Row
+
+_WHY_SHOWN = 3  # reasons in a family's row; the table of reasons has all
+_TEXT = 220  # characters of an error in the table of failures
+
+_INTRODUCTION = """\
+# The zoo
+
+Every conv-bearing model of timm and torchvision, each with random weights and random norm
+statistics, on the smallest input that is useful. For each model:
+
+1. `plan`: every conv is expanded or has a reason.
+2. `expand(init="preserve")` gives the model's own outputs.
+3. One step of SGD in train mode changes them, and all stays finite.
+4. `collapse` gives the outputs of the expanded model, in eval mode.
+5. `collapse(fold_norm=False)` loads with `strict=True` into a fresh stock model, which gives the
+   same outputs. Where a norm was inserted behind a conv without a bias, the stock model has no
+   place for it: the library refuses, and the row says so.
+
+An error is the largest difference over the largest output, for the worst output tensor. A model
+passes in float32 with {float32:.0e}; where float32 itself is noisier, all checks are made again in
+float64, with {float64:.0e}. Detectors return boxes after thresholds, so their feature maps and head
+outputs are compared, for given boxes.
+"""
+
+
+def report(rows: Iterable[Row], environment: dict[str, Any]) -> str:
+    """The page for these rows. Models without a conv are counted, not listed."""
+    every = sorted(rows, key=lambda row: (row["library"], row["family"], row["name"]))
+    bearing = [row for row in every if row["status"] != "no conv"]
+    tolerances = {str(dtype).removeprefix("torch."): t for dtype, t in TOLERANCE.items()}
+    parts = [
+        _INTRODUCTION.format(**tolerances),
+        _headline(bearing, without=len(every) - len(bearing)),
+        "## Why convs are left alone\n\n" + _reasons(bearing),
+        "## Families\n\n" + _families(bearing),
+        "## Failed or not compared\n\n" + _failures(bearing),
+        "## Stock model refused\n\n" + _refusals(bearing),
+        "## Checked on a depth-reduced model\n\n" + _reduced(bearing),
+        "## How it was run\n\n" + _environment(bearing, environment),
+    ]
+    return "\n".join(parts)
+
+
+def _headline(rows: Sequence[Row], *, without: int) -> str:
+    status = Counter(row["status"] for row in rows)
+    stock = Counter(row["checks"]["stock"]["outcome"] for row in rows if "checks" in row)
+    planned = [row for row in rows if "plan" in row]
+    convs, spatial = (sum(row[key] for row in planned) for key in ("convs", "spatial"))
+    found = sum(row.get("norms_behind_conv", 0) for row in rows)
+    left = sum(len(row.get("norms_behind_conv_after", ())) for row in rows)
+    failed = len(rows) - status["pass"] - status["not compared"]
+    silent = sum(len(row["plan"]["silent"]) for row in planned)
+    lines = [
+        ("models with a conv", f"{len(rows):,} ({without} more have none)"),
+        ("pass", _share(status["pass"], len(rows))),
+        ("fail", f"{failed:,}"),
+        ("not compared", f"{status['not compared']:,}"),
+        ("pass in float32", f"{_passed(rows, 'float32'):,}"),
+        ("pass in float64, float32 being noisier", f"{_passed(rows, 'float64'):,}"),
+        ("strict load into the stock model", f"{stock['pass']:,} ({stock['refused']:,} refused)"),
+        ("convs", f"{convs:,}, of which {silent} without a word"),
+        ("convs expanded by default", _share(_sum(planned, "plan", "expanded"), convs)),
+        ('convs expanded with `where="**"`', _share(_sum(planned, "plan_all", "expanded"), convs)),
+        ("spatial convs (k > 1, no patch embeddings, not transposed)", f"{spatial:,}"),
+        (
+            "spatial convs expanded by default",
+            _share(_sum(planned, "plan", "spatial_expanded"), spatial),
+        ),
+        (
+            'spatial convs expanded with `where="**"`',
+            _share(_sum(planned, "plan_all", "spatial_expanded"), spatial),
+        ),
+        ("batch norms right behind a conv or linear layer", f"{found:,}"),
+        ("of these left by `collapse`", f"{left:,}"),
+    ]
+    return _table(("", ""), lines)
+
+
+def _reasons(rows: Sequence[Row]) -> str:
+    """Each reason with how many convs it keeps: by default, and when everything is asked for."""
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        for plan, kind in (("plan", "reasons"), ("plan", "spatial_reasons"),
+                           ("plan_all", "reasons"), ("plan_all", "spatial_reasons")):  # fmt: skip
+            for reason, count in row.get(plan, {}).get(kind, {}).items():
+                counts.setdefault(reason, Counter())[f"{plan}.{kind}"] += count
+    keys = ("plan.reasons", "plan.spatial_reasons", "plan_all.reasons", "plan_all.spatial_reasons")
+    ordered = sorted(counts.items(), key=lambda item: -item[1][keys[0]])
+    lines = [(_cell(reason), *(f"{found[key]:,}" for key in keys)) for reason, found in ordered]
+    titles = ("reason", "convs", "spatial", 'convs, `where="**"`', 'spatial, `where="**"`')
+    return _table(titles, lines, right=(1, 2, 3, 4))
+
+
+def _families(rows: Sequence[Row]) -> str:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["library"], row["family"]), []).append(row)
+    lines = [_family(library, family, group) for (library, family), group in groups.items()]
+    titles = (
+        "library", "family", "models", "pass", "convs", "expanded", "spatial", "expanded",
+        "left alone, the main reasons", "error, float32", "float64", "seconds a model",
+    )  # fmt: skip
+    return _table(titles, lines, right=(2, 3, 4, 5, 6, 7, 9, 10, 11))
+
+
+def _family(library: str, family: str, rows: list[Row]) -> tuple[str, ...]:
+    planned = [row for row in rows if "plan" in row]
+    convs, spatial = (sum(row[key] for row in planned) for key in ("convs", "spatial"))
+    reasons: Counter[str] = Counter()
+    for row in planned:
+        reasons.update(row["plan"]["reasons"])
+    shown = [f"{count:,} {_cell(reason)}" for reason, count in reasons.most_common(_WHY_SHOWN)]
+    rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(_WHY_SHOWN))
+    return (
+        library,
+        family,
+        str(len(rows)),
+        str(sum(row["status"] == "pass" for row in rows)),
+        f"{convs:,}",
+        f"{_sum(planned, 'plan', 'expanded'):,}",
+        f"{spatial:,}",
+        f"{_sum(planned, 'plan', 'spatial_expanded'):,}",
+        "<br>".join([*shown, *([f"{rest:,} for other reasons"] if rest else [])]),
+        _largest(rows, "float32"),
+        _largest(rows, "float64"),
+        f"{sum(row.get('total_s', 0.0) for row in rows) / len(rows):.1f}",
+    )
+
+
+def _largest(rows: Sequence[Row], precision: str) -> str:
+    errors = [
+        check["error"]
+        for row in rows
+        if row.get("precision") == precision
+        for check in row["checks"].values()
+        if check["error"] is not None
+    ]
+    return f"{max(errors):.1e}" if errors else "-"
+
+
+def _failures(rows: Sequence[Row]) -> str:
+    bad = [row for row in rows if row["status"] != "pass"]
+    lines = [(_name(row), row["status"], _cell(why_of(row))) for row in bad]
+    return _table(("model", "status", "why"), lines) if lines else "None.\n"
+
+
+def why_of(row: Row) -> str:
+    """What went wrong, in one line: the last of an error's text, or the checks that failed."""
+    if "why" in row:
+        return _last_line(row["why"])
+    found = []
+    for name, check in row.get("checks", {}).items():
+        if check["outcome"] not in ("pass", "refused"):
+            error = "" if check["error"] is None else f" {check['error']:.1e}"
+            text = _last_line(check["message"])
+            found.append(f"{name}: {check['outcome']}{error}{' ' if text else ''}{text}")
+    for plan in ("plan", "plan_all"):
+        if silent := row.get(plan, {}).get("silent"):
+            found.append(f"{plan}: {len(silent)} convs neither expanded nor refused")
+    if "plan_error" in row:
+        found.append(f"plan: {_last_line(row['plan_error'])}")
+    return "; ".join(found)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().split("\n")
+    return lines[-1].strip()[:_TEXT]
+
+
+def _refusals(rows: Sequence[Row]) -> str:
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        stock = row.get("checks", {}).get("stock", {})
+        if stock.get("outcome") == "refused":
+            found.setdefault(stock["message"], []).append(row["name"])
+    lines = [
+        (_cell(text), str(len(names)), ", ".join(names[:8]) + (" ..." if len(names) > 8 else ""))
+        for text, names in sorted(found.items(), key=lambda item: -len(item[1]))
+    ]
+    return _table(("what the library says", "models", "which"), lines) if lines else "None.\n"
+
+
+def _reduced(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if "reduced_for" in row:
+            how = f"{row['reduced_by']} blocks left out" if "sibling" not in row else row["sibling"]
+            seconds = f"{row['meta_plan_s']:.1f}" if "meta_plan_s" in row else "-"
+            size = f"{row['parameters'] / 1e6:,.0f} M"
+            lines.append((_name(row), size, row["reduced_for"], how, seconds))
+        elif "float64_reduced" in row:
+            how = f"{row['float64_reduced']} blocks left out, in float64 only"
+            lines.append((_name(row), f"{row['parameters'] / 1e6:,.0f} M", "memory", how, "-"))
+    if not lines:
+        return "None.\n"
+    text = (
+        "The plan, and every count on this page, is of the full model, made on the `meta` device. "
+        "The checks ran on a model with two blocks of each run of equal ones, or on the smaller "
+        "model of the same class that is named.\n\n"
+    )
+    titles = ("model", "parameters", "to save", "what was checked", "seconds to plan the full one")
+    return text + _table(titles, lines, right=(1, 4))
+
+
+def _environment(rows: Sequence[Row], environment: dict[str, Any]) -> str:
+    hours = sum(row.get("total_s", 0.0) for row in rows) / 3600
+    sources = len({row.get("source") for row in rows})
+    facts = dict(environment) | {
+        "time": f"{hours:.1f} hours of one core",
+        "rows": "all from one version of the library's source"
+        if sources == 1
+        else f"from {sources} versions of the library's source",
+    }
+    return _table(("", ""), [(name, _cell(str(value))) for name, value in facts.items()])
+
+
+def _passed(rows: Sequence[Row], precision: str) -> int:
+    return sum(row["status"] == "pass" and row.get("precision") == precision for row in rows)
+
+
+def _sum(rows: Sequence[Row], plan: str, key: str) -> int:
+    return sum(row[plan][key] for row in rows)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({100 * part / whole:.1f} %)" if whole else "0 of 0"
+
+
+def _name(row: Row) -> str:
+    return f"{row['library']} {row['name']}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _table(titles: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    rule = ["---:" if index in right else "---" for index in range(len(titles))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, rule, *lines))

@@ -1,0 +1,116 @@
+"""The rows on disk: one JSON file, written whole, that a later run continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+import orepa_compiler
+from benchmarks.zoo.examining import Row
+
+_EVERY = 5.0  # seconds between two writes
+
+FAILED = frozenset({"fail", "error", "crash", "time", "memory"})
+REDO = ("none", "failed", "reduced", "old", "all")
+
+
+class Results:
+    """Rows by model. add keeps one; save writes all of them, and add does so now and then."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        self.environment: dict[str, Any] = {}
+        self._written = 0.0
+        if path.exists():
+            known = json.loads(path.read_text())
+            self.rows = {key_of(row): row for row in known["rows"]}
+            self.environment = known["environment"]
+
+    def add(self, row: Row) -> None:
+        self.rows[key_of(row)] = row
+        if time.monotonic() - self._written > _EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """One row a line, in the order of their names; the file is replaced in one step."""
+        rows = ",\n".join(json.dumps(self.rows[key]) for key in sorted(self.rows))
+        text = f'{{"environment": {json.dumps(self.environment)},\n"rows": [\n{rows}\n]}}\n'
+        write_whole(self.path, text)
+        self._written = time.monotonic()
+
+    def is_due(self, key: str, redo: str, source: str) -> bool:
+        """Whether a model is to be run: it has no row, or one that `redo` names."""
+        row = self.rows.get(key)
+        if row is None or redo == "all":
+            return True
+        if redo == "failed":
+            return row["status"] in FAILED
+        if redo == "reduced":
+            return "reduced_for" in row
+        return redo == "old" and row.get("source") != source
+
+
+def key_of(row: Row) -> str:
+    return f"{row['library']}:{row['name']}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def source_version() -> str:
+    """A short hash of the library's source, so that rows of different versions can be told."""
+    digest = hashlib.sha256()
+    folder = Path(orepa_compiler.__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def environment(command: str) -> dict[str, Any]:
+    """The machine, the versions, the command and the day."""
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "torchvision": torchvision.__version__,
+        "orepa-compiler": orepa_compiler.__version__,
+        "revision": _revision(),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _memory_gb() -> int:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
+
+
+def _revision() -> str:
+    folder = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True
+    )
+    return found.stdout.strip() or "unknown"

@@ -1,0 +1,215 @@
+"""Kernel generation at each step: W_e with a backward that keeps nothing but the parameters.
+
+Autograd through the algebra of `squeeze` holds every kernel on the way to W_e until backward. Here
+the paper's branches go through one autograd Function, with gradients derived by hand
+(`kernel_rules`); any other branch goes through the algebra, which runs once more in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from orepa_compiler.kernel_rules import RULES, Rule, Term, TermGradient
+from orepa_compiler.operators import ConvOperator
+from orepa_compiler.squeeze import full_precision, squeeze
+
+# What a branch must have in common with its block for its kernel to need no placing.
+GEOMETRY = ("kernel_size", "stride", "pads", "dilation", "groups", "padding_mode")
+
+
+class SqueezableBlock(Protocol):
+    """What kernel generation reads of a block: its branches, its scaling layers, its geometry."""
+
+    branches: Any
+    scaling: nn.Parameter | None
+    groups: int
+
+    def spatial(self, weight: Tensor, groups: int) -> ConvOperator: ...
+
+
+def generate(block: SqueezableBlock) -> ConvOperator:
+    """The block's branches squeezed into one operator, differentiable in their parameters.
+
+    W_e = sum_m diag(v_m) W_m                             (Hu et al. 2022, Eq. 4 and Sec. 3.2)
+
+    What is recorded for backward is the parameters. They must be the same then: an edit in between
+    raises. While torch.compile, torch.export, torch.func or forward-mode differentiation look on,
+    it is plain operations, those of `squeeze`.
+    """
+    branches = list(block.branches.values())
+    if is_watched():
+        return squeeze(branches, block.scaling)
+    recipe = _recipe(block)
+    rows = [row for row in range(len(branches)) if row not in recipe.rows]
+    others = _recomputed(block, rows) if rows else None
+    if not recipe.rows:
+        assert others is not None
+        return others
+    weight = _Squeeze.apply(recipe, block.scaling, *recipe.parameters())
+    whole = block.spatial(weight, block.groups)
+    return whole if others is None else whole.beside(others)
+
+
+def is_watched() -> bool:
+    """Whether operations are being recorded or transformed."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The branches of a block that have a rule, and their rows in its scaling parameter."""
+
+    block: SqueezableBlock
+    rows: tuple[int, ...]
+    branches: tuple[Any, ...]
+    rules: tuple[Rule, ...]
+
+    def parameters(self) -> list[Tensor]:
+        """Branch by branch, as the rules name them."""
+        pairs = zip(self.branches, self.rules, strict=True)
+        return [getattr(branch, name) for branch, rule in pairs for name in rule.names]
+
+    def names(self) -> list[str]:
+        """The scaling parameter and these parameters, as `_Reference` names them."""
+        keys = {id(branch): key for key, branch in self.block.branches.items()}
+        paths = [f"block.branches.{keys[id(branch)]}." for branch in self.branches]
+        pairs = zip(paths, self.rules, strict=True)
+        return ["block.scaling", *(path + name for path, rule in pairs for name in rule.names)]
+
+    def kernel(self, scaling: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
+        """W_e, (C_out, C_in / groups, *K), in the memory layout of the parameters."""
+        total: Tensor | None = None
+        for rule, terms in self._by_rule(scaling, parameters):
+            total = rule.add(total, [term for _, term in terms])
+        assert total is not None
+        return total.unflatten(2, self.branches[0].kernel_size)
+
+    def gradients(
+        self, grad: Tensor, scaling: Tensor | None, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradients of the scaling parameter and of the others, from that of W_e."""
+        found: dict[int, TermGradient] = {}
+        taps = grad.flatten(2)
+        for rule, terms in self._by_rule(scaling, parameters):
+            gradients = rule.gradients(taps, [term for _, term in terms])
+            found.update(zip([number for number, _ in terms], gradients, strict=True))
+        ordered = [found[number] for number in range(len(self.rows))]
+        flat = [g for gradient in ordered for g in gradient.parameters]
+        others = [g.reshape(p.shape) for g, p in zip(flat, parameters, strict=True)]
+        return self._scaling_gradient(scaling, [gradient.factor for gradient in ordered]), others
+
+    def _scaling_gradient(
+        self, scaling: Tensor | None, factors: Sequence[Tensor | None]
+    ) -> Tensor | None:
+        if scaling is None:
+            return None
+        own = torch.stack([factor for factor in factors if factor is not None])
+        own = own.sum_to_size(len(factors), scaling.shape[1])
+        if len(self.rows) == len(scaling):
+            return own
+        rows = torch.tensor(self.rows, device=scaling.device)
+        return torch.zeros_like(scaling).index_copy_(0, rows, own)
+
+    def _by_rule(
+        self, scaling: Tensor | None, parameters: Sequence[Tensor]
+    ) -> Iterator[tuple[Rule, list[tuple[int, Term]]]]:
+        """The terms of each rule, in the order of RULES, with their numbers in the recipe."""
+        left = iter(parameters)
+        factors = [None] * (max(self.rows) + 1) if scaling is None else scaling.unbind()
+        terms = [
+            Term(branch, factors[row], tuple(next(left) for _ in rule.names))
+            for row, branch, rule in zip(self.rows, self.branches, self.rules, strict=True)
+        ]
+        for rule in dict.fromkeys(RULES.values()):
+            own = [(n, term) for n, term in enumerate(terms) if self.rules[n] is rule]
+            if own:
+                yield rule, own
+
+
+class _Squeeze(torch.autograd.Function):
+    """The kernel of a recipe."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, scaling: Tensor | None, *parameters: Tensor) -> Tensor:
+        ctx.recipe = recipe
+        ctx.save_for_backward(scaling, *parameters)
+        with full_precision():
+            return recipe.kernel(scaling, parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaling, *parameters = ctx.saved_tensors
+        with full_precision():
+            if torch.is_grad_enabled():  # a second derivative will be asked for
+                return None, *_through_algebra(ctx.recipe, grad, scaling, parameters)
+            of_scaling, others = ctx.recipe.gradients(grad, scaling, parameters)
+        return None, of_scaling, *others
+
+
+class _Reference(nn.Module):
+    """A recipe's kernel by the algebra, as a module, so that its parameters can be exchanged."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.block, self.recipe = recipe.block, recipe
+
+    def forward(self) -> Tensor:
+        scaling = self.block.scaling
+        rows = None if scaling is None else scaling[list(self.recipe.rows)]
+        return squeeze(self.recipe.branches, rows).weight
+
+
+def _through_algebra(
+    recipe: Recipe, grad: Tensor, scaling: Tensor | None, parameters: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The same gradients, themselves differentiable."""
+    given = [scaling, *parameters]
+    # New tensors on the way to the parameters, so that hooks on these run once and not twice.
+    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
+    named = {n: t for n, t in zip(recipe.names(), inputs, strict=True) if t is not None}
+    weight = torch.func.functional_call(_Reference(recipe), named, ())
+    wanted = [tensor for tensor in named.values() if tensor.requires_grad]
+    found = iter(torch.autograd.grad(weight, wanted, grad, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _recipe(block: SqueezableBlock) -> Recipe:
+    """The branches whose kernels have the block's own shape and place, and a rule."""
+    rows = [row for row, branch in enumerate(block.branches.values()) if _is_ruled(block, branch)]
+    branches = tuple(list(block.branches.values())[row] for row in rows)
+    recipe = Recipe(block, tuple(rows), branches, tuple(RULES[type(b)] for b in branches))
+    tensors = [*recipe.parameters(), *([] if block.scaling is None else [block.scaling])]
+    alike = len({(t.dtype, t.device) for t in tensors}) <= 1
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+    return recipe if alike and plain else Recipe(block, (), (), ())
+
+
+def _is_ruled(block: SqueezableBlock, branch: nn.Module) -> bool:
+    return type(branch) in RULES and all(
+        getattr(branch, name) == getattr(block, name) for name in GEOMETRY
+    )
+
+
+def _recomputed(block: SqueezableBlock, rows: Sequence[int]) -> ConvOperator:
+    """The branches of these rows by the algebra, which runs once more in backward."""
+    branches = [list(block.branches.values())[row] for row in rows]
+    scaling = None if block.scaling is None else block.scaling[list(rows)]
+    tensors = [p for branch in branches for p in branch.parameters()]
+    tensors += [] if block.scaling is None else [block.scaling]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return squeeze(branches, scaling)
+    # checkpoint keeps these tensors: torch then sees an edit of them before backward, and gives the
+    # random state of their device back, should a branch draw.
+    return checkpoint(lambda *_: squeeze(branches, scaling), *tensors, use_reentrant=False)

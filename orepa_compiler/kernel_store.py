@@ -1,0 +1,195 @@
+"""The kernel of a block, kept for as long as it is the one that its branches make.
+
+Two reasons to keep one: nothing is trained (eval, torch.no_grad), or several backward passes share
+one step (`stepping`). What is kept is no part of the block: not of its state_dict, of a pickle, or
+of a copy.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.generation import SqueezableBlock, generate, is_watched
+from orepa_compiler.operators import ConvOperator
+
+# A tensor's bits are read in the widest of these words that it is a whole number of, and summed
+# along the rows and the columns of a table as wide as this.
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_COLUMNS = 1024
+
+
+class KernelStore:
+    """Where a block looks for its kernel before it makes one."""
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+        self.leaf: KernelLeaf | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelStore:
+        return KernelStore()
+
+    def __reduce__(self) -> tuple[type[KernelStore], tuple[()]]:
+        return KernelStore, ()
+
+    def operator(self, block: SqueezableBlock) -> ConvOperator:
+        """The block's operator: kept from before where it is still the same, or made now."""
+        if self.leaf is not None:
+            return self.leaf.operator(block)
+        if is_watched():
+            return generate(block)
+        if torch.is_grad_enabled() and _is_trained(block):
+            self._kept = None
+            return generate(block)
+        tensors = sources(block)
+        if not _can_be_kept(block, tensors):
+            return generate(block)
+        kept = self._kept
+        if kept is None or not kept.fits(tensors):
+            kept = self._kept = _Kept.of(block, tensors)
+        return kept.made
+
+
+class KernelLeaf:
+    """A block's kernel as a leaf of the autograd graph: it gathers the gradients of many passes."""
+
+    def __init__(self, block: SqueezableBlock, path: str) -> None:
+        self.path = path
+        self._stamp = Stamp(sources(block))
+        self._made = generate(block)
+        bias = self._made.bias
+        self._leaf = replace(
+            self._made,
+            weight=_leaf(self._made.weight),
+            bias=None if bias is None else _leaf(bias),
+        )
+
+    def operator(self, block: SqueezableBlock) -> ConvOperator:
+        """The operator with the leaf as its kernel. Raises ReparamError if it is out of date."""
+        if not is_watched():
+            self.check(block)
+        return self._leaf
+
+    def check(self, block: SqueezableBlock) -> None:
+        if not self._stamp.fits(sources(block)):
+            raise ReparamError(
+                "its parameters changed, or were exchanged, while kernels_once kept the kernel "
+                "made of them; call optimizer.step() and load weights outside of the with block",
+                path=self.path,
+            )
+
+    def leaves(self) -> list[Tensor]:
+        """What gathers: the kernel, and the bias where branches have one."""
+        return [leaf for _, leaf in self._pairs()]
+
+    def backward(self) -> None:
+        """Hand what was gathered on to the parameters, and drop it."""
+        pairs = [(made, leaf.grad) for made, leaf in self._pairs() if leaf.grad is not None]
+        if pairs:
+            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        made, leaf = self._made, self._leaf
+        pairs = [(made.weight, leaf.weight), (made.bias, leaf.bias)]
+        return [(a, b) for a, b in pairs if a is not None and b is not None and a.requires_grad]
+
+
+class Stamp:
+    """Which tensors, where in memory, and after how many edits: what torch counts of a change.
+
+    It does not see an edit through .data or NumPy, or one by a fused optimizer.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._places = [_place(tensor) for tensor in tensors]
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        return (
+            len(tensors) == len(self._tensors)
+            and all(ref() is t for ref, t in zip(self._tensors, tensors, strict=True))
+            and [_place(tensor) for tensor in tensors] == self._places
+        )
+
+
+def sources(block: SqueezableBlock) -> list[Tensor]:
+    """The tensors that a block's kernel is made of."""
+    branches: nn.Module = block.branches
+    scaling = [] if block.scaling is None else [block.scaling]
+    return [*scaling, *branches.parameters(), *branches.buffers()]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An operator whose kernel needs no gradient, and what it was made of."""
+
+    made: ConvOperator
+    stamp: Stamp
+    sums: list[list[Tensor]]
+
+    @classmethod
+    def of(cls, block: SqueezableBlock, tensors: Sequence[Tensor]) -> _Kept:
+        # outside of inference mode, so that a later pass may save the kernel for backward
+        with torch.inference_mode(False), torch.no_grad():
+            return cls(generate(block), Stamp(tensors), [bit_sums(t) for t in tensors])
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        return self.stamp.fits(tensors) and all(
+            all(map(torch.equal, sums, bit_sums(tensor)))
+            for sums, tensor in zip(self.sums, tensors, strict=True)
+        )
+
+
+@torch.no_grad()
+def bit_sums(tensor: Tensor) -> list[Tensor]:
+    """The sums of the tensor's bits along rows and columns, and the bits that fill no row.
+
+    They show an edit that torch does not count. To hide, it must leave all the rows' and all the
+    columns' sums as they are; one or two changed numbers never do.
+    """
+    words = _words(tensor)
+    rows = words.numel() // _COLUMNS
+    table = words[: rows * _COLUMNS].view(rows, _COLUMNS)
+    return [table.sum(0), table.sum(1), words[rows * _COLUMNS :].clone()]
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The tensor's bits, as numbers in the order of memory."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    flat = tensor.detach().permute(order).flatten()
+    for word in _WORDS:
+        if flat.numel() * flat.itemsize % word.itemsize == flat.storage_offset() % word.itemsize:
+            return flat.view(word)
+    raise AssertionError("a byte fits everything")
+
+
+def _is_trained(block: SqueezableBlock) -> bool:
+    first = block.scaling is not None and block.scaling.requires_grad
+    return first or any(tensor.requires_grad for tensor in sources(block))
+
+
+def _can_be_kept(block: SqueezableBlock, tensors: Sequence[Tensor]) -> bool:
+    """Whether a change would be seen.
+
+    On a GPU, to look costs as much as a new kernel. What a user's branch depends on is not known.
+    """
+    ours = (__name__.split(".")[0], "torch")
+    modules = block.branches.modules()
+    return all(
+        type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not t.is_inference()
+        for t in tensors
+    ) and all(type(module).__module__.split(".")[0] in ours for module in modules)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor._version
+
+
+def _leaf(made: Tensor) -> Tensor:
+    return made.detach().requires_grad_(made.requires_grad)
