@@ -94,7 +94,8 @@ class Recipe:
         for rule, terms in self._by_rule(scaling, parameters):
             total = rule.add(total, [term for _, term in terms])
         assert total is not None
-        return total.unflatten(2, self.branches[0].kernel_size)
+        weight = total.unflatten(2, self.branches[0].kernel_size)
+        return _laid_out_like(parameters, weight)
 
     def gradients(
         self, grad: Tensor, scaling: Tensor | None, parameters: Sequence[Tensor]
@@ -213,3 +214,16 @@ def _recomputed(block: SqueezableBlock, rows: Sequence[int]) -> ConvOperator:
     # checkpoint keeps these tensors: torch then sees an edit of them before backward, and gives the
     # random state of their device back, should a branch draw.
     return checkpoint(lambda *_: squeeze(branches, scaling), *tensors, use_reentrant=False)
+
+
+def _laid_out_like(parameters: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """A kernel of one tap with the strides of the parameters.
+
+    Its memory is the same in every layout, but a conv takes channels_last strides as a wish, and
+    would turn the feature maps of a whole net around.
+    """
+    like = next((p for p in parameters if p.shape == weight.shape), None)
+    one_tap = weight.shape[2:].numel() == 1
+    if like is None or not one_tap or like.stride()[:2] != (weight.shape[1], 1):
+        return weight
+    return weight.contiguous().as_strided(weight.shape, like.stride())

@@ -430,3 +430,16 @@ def test_autocast_around_backward_leaves_gradients_in_float32() -> None:
     for name in exact:
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name], exact[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_kernel_and_the_maps_lie_in_memory_as_in_the_plain_net(
+    kernel: int, layout: torch.memory_format
+) -> None:
+    plain = nn.Conv2d(8, 16, kernel).to(memory_format=layout)
+    block = squeezed(LinearBlock(plain, automatic_block(conv_operator(plain))))
+    block.to(memory_format=layout)
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=layout)
+    assert generate(block).weight.stride() == plain.weight.stride()
+    assert block(x).stride() == plain(x).stride()
