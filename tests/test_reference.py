@@ -31,7 +31,6 @@ from orepa_compiler.reference.architectures import (
     widened,
 )
 from orepa_compiler.reference.blocks import recognised
-from orepa_compiler.reference.branches import OREPA_3X3_REPVGG
 from orepa_compiler.reference.keys import checked
 from tests import reference_checkpoints as authors
 from tests.reference_checkpoints import GEOMETRIES, Conv, Net, State, checkpoint, part
@@ -269,8 +268,7 @@ def test_an_expanded_network_is_saved_loaded_and_collapsed(arch: str, tmp_path: 
     architecture, state, x = ARCHITECTURE[arch], made(arch), images()
     expanded = loaded(state, architecture, "expanded")
     path = orepa.save(expanded, tmp_path / "model.safetensors")
-    block: Any = OREPA_3X3_REPVGG if arch == "RepVGG-A0" else "auto"
-    again = orepa.load(lambda: architecture.build().double(), path, block=block)
+    again = orepa.load(lambda: architecture.build().double(), path)
     own = expanded.state_dict()
     assert again.state_dict().keys() == own.keys()
     assert all(torch.equal(value, own[key]) for key, value in again.state_dict().items())

@@ -22,8 +22,10 @@ from orepa_compiler.nesting import is_finite, tensors_in
 CHECKS = ("preserve", "step", "collapse", "stock")
 # Relative to the largest output: what float32 keeps through a deep net, and float64.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-_STEP = 1e-3  # the length of the step, relative to that of all weights
-_LEAST_CHANGE = 1e-6  # of the output, by the step
+_STEP = (
+    1e-4  # the length of the step, relative to that of all weights: small steps add up over layers
+)
+_LEAST_CHANGE = 1e-5  # of the output, by the step
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class NotFinite(Exception):
 
 
 def train_step(model: nn.Module, instance: Instance, dtype: torch.dtype) -> int:
-    """One step of SGD whose length is a thousandth of the weights'; blocks without a gradient.
+    """One step of SGD whose length is a ten-thousandth of the weights'; blocks without a gradient.
 
     Raises NotFinite where a gradient is not finite.
     """

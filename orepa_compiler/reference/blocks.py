@@ -8,11 +8,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import OREPA, OREPA_1X1, Block, BranchSum
+from orepa_compiler.blocks import OREPA, OREPA_1X1, OREPA_3X3_REPVGG, Block, BranchSum
 from orepa_compiler.layers import conv_operator
 from orepa_compiler.operators import ConvOperator
 from orepa_compiler.reference.branches import (
-    OREPA_3X3_REPVGG,
     PLAIN_DEEP_STEM,
     Tensors,
     deep_stem_parameters,

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from orepa_compiler.blocks import DEEP_STEM, OREPA
+from orepa_compiler.blocks import DEEP_STEM
 from orepa_compiler.branches import identity_kernel
 
 Tensors = Mapping[str, Tensor]
@@ -28,15 +28,6 @@ ROWS = (
     "depthwise_pointwise",
 )
 REPVGG_ROWS = tuple(row for row in ROWS if row != "pointwise")
-
-# The dense branch of their RepVGG block: an OREPA kernel without the 1 x 1 branch, which stands
-# beside it with a norm of its own (Hu et al. 2022, supplement Sec. 2.4 and Fig. 5).
-OREPA_3X3_REPVGG = replace(
-    OREPA,
-    name="OREPA_3X3_REPVGG",
-    branches={name: make for name, make in OREPA.branches.items() if name in REPVGG_ROWS},
-    scaling={**OREPA.scaling, "average": 0.25},  # the authors' code; the paper has 0.5
-)
 
 # Their deep stem ends without a scaling layer of its own.
 PLAIN_DEEP_STEM = replace(DEEP_STEM, scaling_layer="none")

@@ -516,8 +516,8 @@ def test_a_plan_for_a_block_that_is_not_known() -> None:
     with pytest.raises(ReparamError) as caught:
         orepa.expand(stem_net(), plan=made)
     assert str(caught.value) == (
-        "the plan asks for block 'mine', which is none of OREPA, OREPA_1X1, DEEP_STEM; "
-        "give yours with block="
+        "the plan asks for block 'mine', which is none of OREPA, OREPA_1X1, DEEP_STEM, "
+        "OREPA_3X3_REPVGG; give yours with block="
     )
     assert set(blocks_of(orepa.expand(stem_net(), plan=made, block=mine)).values()) == {"mine"}
 
