@@ -277,9 +277,9 @@ OREPA_1X1 = Block(
 
 DEEP_STEM = Block("DEEP_STEM", {"deep_stem": large_only(DeepStem)}, {"deep_stem": 1.0})
 
-# The dense branch of the authors' RepVGG block: OREPA without the 1 x 1, which stands beside it with
-# a norm of its own (Hu et al. 2022, supplement Sec. 2.4 and Fig. 5). Their average branch starts at
-# 0.25; the paper has 0.5.
+# The dense branch of the authors' RepVGG block: OREPA without the 1 x 1, which stands beside it and
+# has a norm of its own (Hu et al. 2022, supplement Sec. 2.4 and Fig. 5). Their average branch
+# starts at 0.25; the paper has 0.5.
 OREPA_3X3_REPVGG = Block(
     "OREPA_3X3_REPVGG",
     {name: make for name, make in OREPA.branches.items() if name != "pointwise"},

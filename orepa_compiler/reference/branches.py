@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from orepa_compiler.blocks import DEEP_STEM
+from orepa_compiler.blocks import DEEP_STEM, OREPA
 from orepa_compiler.branches import identity_kernel
 
 Tensors = Mapping[str, Tensor]
