@@ -22,9 +22,8 @@ from orepa_compiler.nesting import is_finite, tensors_in
 CHECKS = ("preserve", "step", "collapse", "stock")
 # Relative to the largest output: what float32 keeps through a deep net, and float64.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-_STEP = (
-    1e-4  # the length of the step, relative to that of all weights: small steps add up over layers
-)
+# The length of the step, relative to that of all weights: small steps add up over the layers.
+_STEP = 1e-4
 _LEAST_CHANGE = 1e-5  # of the output, by the step
 
 

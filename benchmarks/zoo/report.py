@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.zoo.building import subjects
 from benchmarks.zoo.checks import TOLERANCE
 from benchmarks.zoo.examining import Row
 
@@ -61,6 +62,7 @@ def _headline(rows: Sequence[Row], *, without: int) -> str:
     failed = len(rows) - status["pass"] - status["not compared"]
     silent = sum(len(row["plan"]["silent"]) for row in planned)
     lines = [
+        ("models gone over, in a random order", _share(len(rows) + without, len(subjects("*")))),
         ("models with a conv", f"{len(rows):,} ({without} more have none)"),
         ("pass", _share(status["pass"], len(rows))),
         ("fail", f"{failed:,}"),
