@@ -75,8 +75,8 @@ class Verbs:
     engine_error: Exception | None = None
     runner_error: Exception | None = None
 
-    def collapse(self, model: nn.Module) -> nn.Module:
-        self.calls["model"] = model
+    def collapse(self, model: nn.Module, *, inputs: Any) -> nn.Module:
+        self.calls["model"], self.calls["recorded on"] = model, inputs
         return nn.Identity()
 
     def verify(self, reference: Any, candidate: Any, inputs: Any, **options: Any) -> FakeReport:
@@ -362,6 +362,7 @@ def test_a_checkpoint_is_loaded_before_the_collapse(
     assert code == 0
     assert "no --checkpoint" not in out
     assert torch.equal(verbs.calls["model"][0].weight, trained[0].weight)
+    assert verbs.calls["recorded on"] is verbs.calls["inputs"]
 
 
 def test_a_pickle_is_read_only_when_allowed(

@@ -86,6 +86,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # of the libraries, about models that they deprecate
 @pytest.mark.parametrize("key", MODELS)
 def test_model(key: str) -> None:
     detection.provide_suppression()
