@@ -175,8 +175,7 @@ def why_of(row: Row) -> str:
 
 
 def _last_line(text: str) -> str:
-    lines = text.strip().split("\n")
-    return lines[-1].strip()[:_TEXT]
+    return text.strip().split("\n")[-1].strip()[:_TEXT]
 
 
 def _refusals(rows: Sequence[Row]) -> str:
