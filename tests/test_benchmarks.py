@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import orepa_compiler as orepa
 from benchmarks.zoo import checks, command, detection, examining, inputs
 from benchmarks.zoo.building import Subject, shorten, subjects
-from benchmarks.zoo.comparing import relative_error
+from benchmarks.zoo.checks import relative_error
 from benchmarks.zoo.counting import convs_of, count_plan, normalised, watching_norms
 from benchmarks.zoo.examining import Limits, Row, examine
 from benchmarks.zoo.report import report

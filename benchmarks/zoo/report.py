@@ -175,7 +175,8 @@ def why_of(row: Row) -> str:
 
 
 def _last_line(text: str) -> str:
-    return text.strip().split("\n")[-1].strip()[:_TEXT]
+    lines = text.strip().split("\n")
+    return lines[-1].strip()[:_TEXT]
 
 
 def _refusals(rows: Sequence[Row]) -> str:
