@@ -31,7 +31,7 @@ from orepa_compiler.branches import (
 from orepa_compiler.composition import sum_biases
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.generation import generate
-from orepa_compiler.kernel_store import KernelStore
+from orepa_compiler.generation.store import KernelStore
 from orepa_compiler.layers import conv_operator
 from orepa_compiler.operators import ConvOperator
 

@@ -7,19 +7,17 @@ found again by its name.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
-from orepa_compiler.errors import ReparamError
 from orepa_compiler.recording import Recording
+from orepa_compiler.skeleton import check_wrapper, meta_copy, names_of, tied_modules
 from orepa_compiler.tracing import trace
 
 _HOOKS = (
@@ -28,13 +26,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_WRAPPERS = {
-    "DistributedDataParallel": "model.module",
-    "DataParallel": "model.module",
-    "FullyShardedDataParallel": "the model before wrapping it",
-    "OptimizedModule": "the model before torch.compile",
-}
-LAZY = (UninitializedParameter, UninitializedBuffer)
 _HARMLESS_READS = {"dtype", "device", "shape", "ndim", "size", "dim"}
 
 
@@ -101,10 +92,12 @@ class Capture:
 
     def refusal(self, path: str) -> str | None:
         """Why the module at this path may not be joined with its neighbours, or None."""
+        if reason := self.swap_refusal(path):
+            return reason
         names = self.aliases[path]
-        if len(names) > 1 and self.swap_refusal(path) is None:
+        if len(names) > 1:
             return f"it is registered as {' and as '.join(names)}"
-        return self.swap_refusal(path) or self._call_refusal(path)
+        return self._call_refusal(path)
 
     def _call_refusal(self, path: str) -> str | None:
         calls = self.calls.get(path, [])
@@ -211,10 +204,21 @@ def capture(
         return _captured(skeleton, is_leaf, recording or Recording())
 
 
+def untraced_owners(model: nn.Module, *, is_leaf: Callable[[nn.Module], bool]) -> set[str]:
+    """The modules whose forward cannot be traced, in eval or in train mode."""
+    skeleton = meta_copy(model)
+    owners: set[str] = set()
+    for training in (False, True):
+        skeleton.train(training)
+        with torch.random.fork_rng(devices=[]):
+            owners |= _captured(skeleton, is_leaf, Recording()).untraced.keys()
+    return owners
+
+
 def _captured(
     skeleton: nn.Module, is_leaf: Callable[[nn.Module], bool], recording: Recording
 ) -> Capture:
-    aliases = _aliases(skeleton)
+    aliases = names_of(skeleton)
     graphs: dict[str, fx.Graph] = {}
     untraced: dict[str, str] = {}
     recorded: set[str] = set()
@@ -247,7 +251,7 @@ def _captured(
         _calls(graphs, aliases),
         aliases,
         dict(reads),
-        _tied(skeleton, aliases),
+        tied_modules(skeleton),
         frozenset(recorded & graphs.keys()),
         doubtful,
     )
@@ -314,29 +318,6 @@ def _reads(graphs: dict[str, fx.Graph]) -> Iterator[tuple[str, str]]:
                 yield owner, holder
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model without values: every tensor is on the meta device, sharing is kept."""
-    memo: dict[int, object] = {}
-    keep_alive = []
-    for module in model.modules():
-        tensors = [*module._parameters.values(), *module._buffers.values()]
-        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
-        for tensor in tensors:
-            if tensor is None or isinstance(tensor, LAZY):
-                continue
-            empty = torch.empty_like(tensor, device="meta")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-            keep_alive.append(tensor)
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ReparamError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
-            "remove what copy.deepcopy cannot copy"
-        ) from error
-
-
 def join(owner: str, path: str) -> str:
     """The path of a child seen from the root."""
     return f"{owner}.{path}" if owner and path else owner or path
@@ -367,34 +348,3 @@ def _read_module(node: fx.Node) -> str | None:
         and not (user.op == "call_method" and user.target in _HARMLESS_READS)
     ]  # fmt: skip
     return holder if holder and uses else None
-
-
-def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    paths: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths[id(module)].append(path)
-    return {path: tuple(group) for group in paths.values() for path in group}
-
-
-def _tied(model: nn.Module, aliases: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Modules that share a parameter with another module: path -> the other's path."""
-    holders: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders[id(parameter)].append(path)
-    tied: dict[str, str] = {}
-    for paths in holders.values():
-        others = list(dict.fromkeys(paths))
-        if len(others) > 1:
-            tied |= {path: next(o for o in others if o != path) for path in others}
-    return tied
-
-
-def check_wrapper(model: nn.Module) -> None:
-    """Nothing, for a model that can be rewritten; ReparamError for a wrapped or scripted one."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ReparamError("the model is TorchScript; pass the nn.Module it was scripted from")
-    name = type(model).__name__
-    if name in _WRAPPERS:
-        raise ReparamError(f"the model is wrapped in {name}; pass {_WRAPPERS[name]}")

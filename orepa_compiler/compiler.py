@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.blocks import Block, LinearBlock
 from orepa_compiler.calibration import calibrate
-from orepa_compiler.capture import capture, check_wrapper, meta_copy
+from orepa_compiler.capture import untraced_owners
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.layers import is_conv_like
@@ -22,6 +22,7 @@ from orepa_compiler.passes.expand import Init, PostNorm
 from orepa_compiler.planning import Plan, record_plan
 from orepa_compiler.recording import Recording, record
 from orepa_compiler.selection import Where
+from orepa_compiler.skeleton import check_wrapper, meta_copy
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 
 Inputs = Any
@@ -182,8 +183,7 @@ def _recording(model: nn.Module, inputs: Inputs) -> Recording:
     """The forwards that cannot be traced, as they run on the inputs in eval mode."""
     if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
         return Recording()
-    captures = [capture(model, training=mode, is_leaf=is_leaf) for mode in (False, True)]
-    owners = {path for captured in captures for path in captured.untraced}
+    owners = untraced_owners(model, is_leaf=is_leaf)
     if not owners:
         return Recording()
     side = Side("model", model, hint="; give inputs= that it takes")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.capture import meta_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.layers import is_conv_like
 from orepa_compiler.nesting import map_tensors
+from orepa_compiler.skeleton import meta_copy
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
 
 

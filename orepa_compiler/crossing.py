@@ -15,21 +15,16 @@ from torch import fx
 from orepa_compiler.absorption import absorbs_norm
 from orepa_compiler.capture import Call
 from orepa_compiler.layers import is_batch_norm, linear_part
+from orepa_compiler.linear import Linear, maximal
 from orepa_compiler.own_forward import own_conv
-from orepa_compiler.regions import Interpreter, Linear, Read, Region, maximal
+from orepa_compiler.regions import Interpreter, Read, Region
 
 
-def crossings(interpreter: Interpreter) -> list[tuple[Region, str]]:
-    """Regions that end in a conv, each with the path of the norm that alone reads its output."""
-    return [(end, norm) for end, norm in _ends(interpreter) if isinstance(end, Region)]
+def crossings(interpreter: Interpreter) -> Iterator[tuple[Region | str, str]]:
+    """What ends in a conv, each with the path of the norm that alone reads its output.
 
-
-def absorptions(interpreter: Interpreter) -> list[tuple[str, str]]:
-    """Paths of convs that are no operator but can take a norm, each with that norm's path."""
-    return [(end, norm) for end, norm in _ends(interpreter) if isinstance(end, str)]
-
-
-def _ends(interpreter: Interpreter) -> Iterator[tuple[Region | str, str]]:
+    A region; or, of a conv that is no operator but can take a norm, its path.
+    """
     for owner in interpreter.capture.graphs:
         for value in maximal(interpreter.values(owner)):
             norm = value.nodes[0] if value.layers == 1 and not value.convs else None

@@ -6,7 +6,6 @@ x + y, x - y and gamma * x stand in forwards as functions or methods of tensors,
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.operators import ConvOperator
 
-ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-DIFFERENCES = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_DIFFERENCES = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 # What may be done to a parameter before it scales a map: its form changes, its values do not.
 _RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", operator.getitem, torch.unsqueeze,
@@ -24,11 +23,11 @@ _RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", operator.getitem, torch.
 
 def is_add(node: fx.Node) -> bool:
     """Whether the node adds two values, or subtracts one."""
-    return _is_one_of(node, ADDITIONS | DIFFERENCES)
+    return _is_one_of(node, _ADDITIONS | _DIFFERENCES)
 
 
 def is_difference(node: fx.Node) -> bool:
-    return _is_one_of(node, DIFFERENCES)
+    return _is_one_of(node, _DIFFERENCES)
 
 
 def scaled_operand(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -89,7 +88,7 @@ def _evaluated(node: fx.Node, owner: nn.Module) -> Any:
         return value
     args = fx.node.map_arg(node.args, lambda arg: _evaluated(arg, owner))
     kwargs = fx.node.map_arg(node.kwargs, lambda arg: _evaluated(arg, owner))
-    call: Callable[..., Any] = (
-        getattr(args[0], node.target) if isinstance(node.target, str) else node.target
-    )
-    return call(*args[1:], **kwargs) if isinstance(node.target, str) else call(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    call: Any = node.target
+    return call(*args, **kwargs)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from orepa_compiler.kernel_store import KernelLeaf
+from orepa_compiler.generation.store import KernelLeaf
 
 
 def reduce_gradients(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -25,31 +23,13 @@ from orepa_compiler.elementwise import (
 )
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.layers import holds_kernel, is_batch_norm, is_dropout, is_idle, linear_part
-from orepa_compiler.operators import ConvOperator, identity
+from orepa_compiler.linear import Linear, absorbable, beside, joined, maximal, mean_other_axes
 from orepa_compiler.tracing import IN_PLACE_OPERATORS
 
 # Gives the module at a path, to be read: without values when planning, in float64 when applying.
 Read = Callable[[str], nn.Module]
 
 _IN_PLACE = {*IN_PLACE_OPERATORS, "add_", "sub_", "mul_"}
-
-
-@dataclass(frozen=True)
-class Linear:
-    """The value of a node: `operator` applied to the value of `source`, then `rest`.
-
-    operator: None stands for the identity, whose width no neighbour has told yet.
-    nodes: those that compute it from the source, in order. macs: what they cost for one output
-    position of the last. layers: how many of them do something. convs: how many are convs.
-    """
-
-    source: fx.Node
-    operator: ConvOperator | None
-    nodes: tuple[fx.Node, ...] = ()
-    macs: int = 0
-    layers: int = 0
-    convs: int = 0
-    rest: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +109,7 @@ class Interpreter:
             if layer is None:
                 raise ReparamError("the plan does not fit: it is not linear", path=path)
             node, before = source.graph.call_module(path, (node,)), values.get(node)
-            values[node] = _joined(layer, before, node) if before else replace(layer, nodes=(node,))
+            values[node] = joined(layer, before, node) if before else replace(layer, nodes=(node,))
         return values[node]
 
     def regions(self, *, sums_only: bool = False) -> list[Region]:
@@ -207,10 +187,12 @@ class Interpreter:
     ) -> Linear | None:
         """norm(x.flatten(0, 1)).reshape_as(x): how BatchNorm1d follows a linear layer on tokens."""
         norm, tokens = node.args
-        before = _absorbed_by(values, tokens, 2)
-        if before is None or not isinstance(norm, fx.Node) or norm.op != "call_module":
+        if not isinstance(norm, fx.Node) or norm.op != "call_module":
             return None
         flat, path = norm.all_input_nodes[0], self.capture.path_of(Call(owner, norm))
+        before = absorbable(values, tokens, [flat, node])
+        if before is None:
+            return None
         shown = flat.target == "flatten" and flat.args == (tokens, 0, 1) and not flat.kwargs
         alone = list(flat.users) == [norm] and list(norm.users) == [node]
         is_norm = is_batch_norm(self.capture.module(path)) and not self.capture.refusal(path)
@@ -219,8 +201,7 @@ class Interpreter:
         layer = self._layer(path, flat, values)
         if layer is None or layer.rest is not None:
             return None
-        joined = _joined(layer, before, node)
-        return replace(joined, nodes=(*before.nodes, flat, norm, node))
+        return replace(joined(layer, before, node), nodes=(*before.nodes, flat, norm, node))
 
     def _call_value(
         self, owner: str, node: fx.Node, operand: fx.Node, values: dict[fx.Node, Linear]
@@ -248,9 +229,7 @@ class Interpreter:
             if path in self.capture.graphs:
                 whole = self.whole(path)
                 if whole and self._fits(module, whole, operand, before):
-                    return replace(
-                        whole, layers=min(max(whole.layers, 1), 1)
-                    )  # one layer from here
+                    return replace(whole, layers=int(whole.operator is not None))  # one, from here
             self.reasons[path, ""] = error.reason
             return None
         has_values = any(True for _ in (*module.parameters(), *module.buffers()))
@@ -282,19 +261,19 @@ class Interpreter:
     ) -> Linear:
         """The layer after what its operand is, or from its operand on where that is not exact."""
         alone = replace(layer, source=operand, nodes=(node,))
-        before = _absorbable(values.get(operand), operand, node)
+        before = absorbable(values, operand, [node])
         if before is None:
             return alone
         if self._is_overwritten(owner, before, node):
             return alone
-        if _mean_other_axes(before.operator, layer.operator):
+        if mean_other_axes(before.operator, layer.operator):
             self.reasons[owner, node.name] = (
                 "a linear layer works on the last axis, a conv or a norm on the second; they may "
                 "be joined only behind flatten(0, 1)"
             )
             return alone
         try:
-            return _joined(layer, before, node)
+            return joined(layer, before, node)
         except NotLinear as error:
             self.reasons[owner, node.name] = error.reason
             return alone
@@ -308,8 +287,7 @@ class Interpreter:
     ) -> Linear | None:
         """Two values of one source side by side; an operand may be the source itself."""
         options = [
-            [v for v in (_absorbable(values.get(x), x, node), Linear(x, None)) if v]
-            for x in operands
+            [v for v in (absorbable(values, x, [node]), Linear(x, None)) if v] for x in operands
         ]
         if node.target in _IN_PLACE:  # the sum is written over its first operand
             options[0] = [value for value in options[0] if value.nodes]
@@ -318,13 +296,13 @@ class Interpreter:
                 if left.source is not right.source or left.operator is right.operator is None:
                     continue
                 try:
-                    op, macs = _beside(left, right, is_difference(node))
+                    op, macs = beside(left, right, is_difference(node))
                 except NotLinear as error:
                     self.reasons[owner, node.name] = error.reason
                     continue
                 order = {n: i for i, n in enumerate(node.graph.nodes)}
                 nodes = sorted({*left.nodes, *right.nodes}, key=order.__getitem__)
-                joined = Linear(
+                value = Linear(
                     left.source,
                     op,
                     (*nodes, node),
@@ -332,7 +310,7 @@ class Interpreter:
                     left.layers + right.layers + 1,
                     left.convs + right.convs,
                 )
-                return None if self._is_overwritten(owner, joined, node) else joined
+                return None if self._is_overwritten(owner, value, node) else value
         return None
 
     def _is_overwritten(self, owner: str, value: Linear, last: fx.Node) -> bool:
@@ -358,82 +336,3 @@ class Interpreter:
         name = node.target if isinstance(node.target, str) else node.target.__name__
         is_named = name.endswith("_") and not name.endswith("__")
         return is_named or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
-
-
-def _mean_other_axes(left: ConvOperator | None, right: ConvOperator | None) -> bool:
-    """Whether one is a linear layer and the other is not: equal widths may be a coincidence."""
-    return left is not None and right is not None and (left.rank == 0) != (right.rank == 0)
-
-
-def _joined(layer: Linear, before: Linear, node: fx.Node) -> Linear:
-    """The layer that `node` calls, after the value of its operand. Raises NotLinear."""
-    op, macs = _after(layer, before)
-    return Linear(
-        before.source,
-        op,
-        (*before.nodes, node),
-        macs,
-        before.layers + layer.layers,
-        before.convs + layer.convs,
-        layer.rest,
-    )
-
-
-def _after(layer: Linear, before: Linear) -> tuple[ConvOperator | None, int]:
-    """layer @ before, where that costs no more than the two apart."""
-    if layer.operator is None or before.operator is None:
-        known = layer.operator or before.operator
-        return known, layer.macs + before.macs
-    joined = layer.operator @ before.operator
-    apart = layer.macs + before.macs * prod(layer.operator.stride)
-    _check_cost(joined, apart)
-    return joined, joined.macs
-
-
-def _beside(left: Linear, right: Linear, is_difference: bool) -> tuple[ConvOperator, int]:
-    """left + right, or left - right, where that costs no more than the two apart."""
-    ops = [
-        value.operator or _identity_beside(other.operator)
-        for value, other in ((left, right), (right, left))
-    ]
-    if is_difference:
-        ops[1] = ops[1].scale(-torch.ones_like(ops[1].weight[:1].flatten()[:1]))
-    joined = ops[0] + ops[1]
-    _check_cost(joined, left.macs + right.macs)
-    return joined, joined.macs
-
-
-def _identity_beside(other: ConvOperator | None) -> ConvOperator:
-    assert other is not None
-    return identity(other.in_channels, other.rank, like=other.weight)
-
-
-def _check_cost(joined: ConvOperator, apart: int) -> None:
-    if joined.macs > apart:
-        raise NotLinear(
-            f"as one conv it would cost {joined.macs} MACs for each output position, "
-            f"apart it costs {apart}; kept apart"
-        )
-
-
-def _absorbable(value: Linear | None, operand: fx.Node, user: fx.Node) -> Linear | None:
-    """The operand's value, if nobody but `user` needs it."""
-    alone = value is not None and value.rest is None and list(operand.users) == [user]
-    return value if alone else None
-
-
-def _absorbed_by(values: dict[fx.Node, Linear], node: Any, users: int) -> Linear | None:
-    """The value of a node that just so many others read."""
-    value = values.get(node) if isinstance(node, fx.Node) and len(node.users) == users else None
-    return value if value and value.rest is None else None
-
-
-def maximal(values: dict[fx.Node, Linear]) -> list[Linear]:
-    """The values that are part of no larger one, in the order of the graph."""
-    covered: set[fx.Node] = set()
-    found = []
-    for node, value in reversed(values.items()):
-        if node not in covered:
-            covered |= set(value.nodes)
-            found.append(value)
-    return found[::-1]

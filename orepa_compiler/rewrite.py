@@ -50,6 +50,13 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     return root
 
 
+def set_module_everywhere(root: nn.Module, paths: Sequence[str], module: nn.Module) -> nn.Module:
+    """The root with `module` at each of the paths under which another was registered."""
+    for path in paths:
+        root = set_module(root, path, module)
+    return root
+
+
 def replace_regions(owner: nn.Module, graph: fx.Graph, parts: Sequence[Part]) -> fx.GraphModule:
     """The owner with parts of its graph replaced by one module each, as a GraphModule.
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from orepa_compiler.blocks import ReparamConv
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.kernel_store import KernelLeaf, sources
+from orepa_compiler.generation.store import KernelLeaf, sources
 from orepa_compiler.reduction import reduce_gradients
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import orepa_compiler as orepa
-from benchmarks.zoo import checks, command, detection, examining, inputs
+from benchmarks.zoo import checks, command, detection, examining, inputs, training
 from benchmarks.zoo.building import Subject, shorten, subjects
-from benchmarks.zoo.checks import relative_error
+from benchmarks.zoo.comparing import relative_error
 from benchmarks.zoo.counting import convs_of, count_plan, normalised, watching_norms
 from benchmarks.zoo.examining import Limits, Row, examine
 from benchmarks.zoo.report import report
@@ -137,7 +137,7 @@ def test_a_refusal_to_give_back_the_stock_model_is_no_failure(
 
 def test_a_step_that_changes_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
-    monkeypatch.setattr(checks, "_STEP", 0.0)
+    monkeypatch.setattr(training, "_STEP", 0.0)
     monkeypatch.setattr(
         orepa, "expand", lambda model, **options: model
     )  # no norm, whose statistics would move

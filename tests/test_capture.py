@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from orepa_compiler.capture import Call, Capture, ancestors, capture, join, meta_copy
+from orepa_compiler.capture import Call, Capture, ancestors, capture, join
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import is_leaf
+from orepa_compiler.skeleton import meta_copy
 from orepa_compiler.tracing import _ChildrenAreLeaves, trace
 from tests.compiler_nets import Inline
 

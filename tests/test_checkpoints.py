@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import orepa_compiler as orepa
-from orepa_compiler.capture import meta_copy
 from orepa_compiler.errors import CheckpointError, ExportError
 from orepa_compiler.planning import recorded_plans
+from orepa_compiler.skeleton import meta_copy
 from orepa_compiler.weights import PLAN_KEY
 from tests.compiler_nets import (
     bare_net,

@@ -18,15 +18,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
+    ("errors", "dependencies", "operators", "composition", "kernels"),
     (
-        *("errors", "dependencies", "operators", "composition", "kernels"),
-        *("contraction", "separable", "channelwise"),
+        *("skeleton", "capture", "tracing", "recording", "elementwise", "branches", "selection"),
+        "linear",
     ),
-    ("capture", "tracing", "recording", "elementwise", "branches", "selection"),
-    (
-        *("layers", "rewrite", "following", "absorption", "squeeze", "generation", "kernel_store"),
-        "kernel_rules",
-    ),
+    ("layers", "rewrite", "following", "absorption", "generation"),
     ("blocks", "own_forward", "regions", "crossing", "initialization"),
     ("planning", "nesting", "verification", "cost", "calibration", "stepping", "reduction"),
     ("passes",),

@@ -11,7 +11,6 @@ import torchvision
 from timm.layers import norm_act
 from torch import Tensor, nn
 
-from orepa_compiler.capture import meta_copy
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.layers import (
     conv_operator,
@@ -27,6 +26,7 @@ from orepa_compiler.layers import (
     own_forward_reason,
 )
 from orepa_compiler.operators import ConvOperator
+from orepa_compiler.skeleton import meta_copy
 from tests.convolution_reference import assert_same, reference
 from tests.norms import randomise_norms
 from tests.operator_factories import random_tensor

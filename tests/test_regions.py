@@ -260,6 +260,11 @@ def test_a_hook_on_a_norm_keeps_it() -> None:
     assert interpreter.reasons["", "_2"].startswith("it has a hook")
 
 
+def test_a_container_of_nothing_is_no_layer() -> None:
+    assert not interpreted(chain(conv(), chain(nn.Identity()))).regions()
+    assert interpreted(chain(conv(), chain(norm()))).regions()
+
+
 def test_dropout_in_train_mode_is_not_idle() -> None:
     model = chain(conv(), nn.Dropout(), norm())
     found = capture(model, training=True, is_leaf=is_leaf)

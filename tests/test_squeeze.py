@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from orepa_compiler import channelwise, contraction, generation
+from orepa_compiler import generation
 from orepa_compiler.blocks import (
     OREPA,
     OREPA_1X1,
@@ -24,10 +24,10 @@ from orepa_compiler.blocks import (
     squeezed,
 )
 from orepa_compiler.branches import AveragePool, DepthwisePointwise, Kernel, SequenceBranch
-from orepa_compiler.generation import generate
+from orepa_compiler.generation import channelwise, contraction, generate
+from orepa_compiler.generation.algebra import squeeze
 from orepa_compiler.layers import conv_operator
 from orepa_compiler.operators import ConvOperator
-from orepa_compiler.squeeze import squeeze
 from tests.convolution_reference import assert_same
 from tests.operator_factories import random_tensor
 

@@ -15,13 +15,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from orepa_compiler import kernel_store
 from orepa_compiler.blocks import OREPA, Block, LinearBlock, ReparamConv, squeezed
 from orepa_compiler.branches import SequenceBranch
 from orepa_compiler.compiler import collapse, expand
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import generate
-from orepa_compiler.kernel_store import bit_sums
+from orepa_compiler.generation import store as kernel_store
+from orepa_compiler.generation.store import bit_sums
 from orepa_compiler.operators import ConvOperator
 from orepa_compiler.stepping import kernels_once
 from tests.convolution_reference import assert_same

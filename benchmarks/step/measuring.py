@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.step.naive import NaiveConv
 from benchmarks.step.variants import VARIANTS, Stepper
-from orepa_compiler import kernel_store
 from orepa_compiler.generation import generate
+from orepa_compiler.generation import store as kernel_store
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,17 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from benchmarks.zoo import detection
+from benchmarks.zoo.comparing import relative_error
 from benchmarks.zoo.counting import convs_of, normalised, watching_norms
 from benchmarks.zoo.inputs import Instance, observe
+from benchmarks.zoo.training import NotFinite, train_step
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.nesting import is_finite, tensors_in
+from orepa_compiler.nesting import is_finite
 
 CHECKS = ("preserve", "step", "collapse", "stock")
 # Relative to the largest output: what float32 keeps through a deep net, and float64.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-# The length of the step, relative to that of all weights: small steps add up over the layers.
-_STEP = 1e-4
 _LEAST_CHANGE = 1e-5  # of the output, by the step
 
 
@@ -62,24 +62,6 @@ class Findings:
     def as_row(self) -> dict[str, Any]:
         return {"checks": {name: asdict(check) for name, check in self.checks.items()},
                 "seconds": self.seconds, **self.facts}  # fmt: skip
-
-
-def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """max |found - expected| / max |expected|, the largest of all outputs; inf for another form."""
-    if not expected or len(found) != len(expected):
-        return float("inf")
-    return max(map(_tensor_error, found, expected))
-
-
-def _tensor_error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape or not is_finite([found, expected]):
-        return float("inf")
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(found, expected) else float("inf")
-    distance, size = (
-        float(t.abs().max()) if t.numel() else 0.0 for t in (found - expected, expected)
-    )
-    return distance / size if size else (0.0 if not distance else float("inf"))
 
 
 def run_checks(
@@ -158,7 +140,7 @@ class _Run:
                 "norms_behind_conv_after": {
                     path: why.get(path, "no reason given") for path in sorted(norms.behind)
                 },
-                "norm_reasons": _counted(why.values()),
+                "norm_reasons": dict(Counter(why.values())),
             }
             conclude(relative_error(found, trained))
 
@@ -207,60 +189,7 @@ class _Run:
         self.findings.seconds[f"check {name}"] = round(time.perf_counter() - start, 2)
 
 
-class NotFinite(Exception):
-    """A step after which there is nothing to compare."""
-
-
-def train_step(model: nn.Module, instance: Instance, dtype: torch.dtype) -> int:
-    """One step of SGD whose length is a ten-thousandth of the weights'; blocks without a gradient.
-
-    Raises NotFinite where a gradient is not finite.
-    """
-    torch.manual_seed(0)
-    model.train()
-    inputs = instance.inputs(dtype)
-    if detection.is_detector(model):
-        inputs = (*inputs, detection.targets(model, instance.size, dtype))
-    loss = _loss(model(*inputs))
-    loss.backward()
-    trained = [p for p in model.parameters() if p.grad is not None]
-    slopes, weights = (
-        torch.stack([t.norm().double() for t in tensors]).norm()
-        for tensors in (
-            [p.grad for p in trained if p.grad is not None],
-            [p.detach() for p in trained],
-        )
-    )
-    if not slopes.isfinite():
-        raise NotFinite("the gradients are not finite")
-    rate = _STEP * float(weights) / max(float(slopes), 1e-30)
-    torch.optim.SGD(trained, lr=rate, foreach=False).step()
-    idle = sum(
-        all(p.grad is None for p in module.parameters())
-        for module in model.modules()
-        if isinstance(module, LinearBlock)
-    )
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    return idle
-
-
-def _loss(outputs: Any) -> Tensor:
-    """The mean square of every output that the weights reach; a detector's own losses."""
-    reached = [t for t in tensors_in(outputs) if t.requires_grad and t.is_floating_point()]
-    if not reached:
-        raise NotFinite("no output in train mode has a gradient")
-    return torch.stack([t.square().mean() for t in reached]).sum()
-
-
 def described(problem: Exception) -> str:
     """The error, and where in the code it came from: the last lines of its traceback."""
     lines = traceback.format_exception(problem)
     return "".join(lines)[-1500:]
-
-
-def _counted(reasons: Any) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for reason in reasons:
-        found[reason] = found.get(reason, 0) + 1
-    return found

@@ -15,7 +15,7 @@ from benchmarks.zoo.building import Subject, parameter_count, shorten, smaller_s
 from benchmarks.zoo.checks import Asked, Findings, described, run_checks
 from benchmarks.zoo.counting import convs_of, count_plan, watching_norms
 from benchmarks.zoo.inputs import Instance, NotComparable, find, memory_needed, observe
-from orepa_compiler.capture import capture
+from orepa_compiler.capture import untraced_owners
 from orepa_compiler.passes import is_leaf
 
 Row = dict[str, Any]
@@ -160,8 +160,8 @@ def _plans(instance: Instance, model: nn.Module) -> tuple[Row, Asked]:
     plan = orepa.plan(model)
     row["plan_s"] = round(time.perf_counter() - start, 3)
     inputs = None
-    if untraced := _untraced(model):
-        row["untraced"] = untraced
+    if untraced := untraced_owners(model, is_leaf=is_leaf):  # only a recording can reach these
+        row["untraced"] = len(untraced)
         try:
             plan = orepa.plan(model, inputs=instance.inputs())
             inputs = instance.inputs()
@@ -174,12 +174,6 @@ def _plans(instance: Instance, model: nn.Module) -> tuple[Row, Asked]:
     row |= {"plan": counted, "plan_all": count_plan(convs, everything)}
     row["grown"] = [sum(edit.parameters[i] for edit in plan.of("expand").edits) for i in (0, 1)]
     return row, Asked(where, inputs is not None)
-
-
-def _untraced(model: nn.Module) -> int:
-    """How many forwards only a recording can reach."""
-    captures = [capture(model, training=mode, is_leaf=is_leaf) for mode in (False, True)]
-    return len({path for captured in captures for path in captured.untraced})
 
 
 def _in_float64(instance: Instance, before: Findings, asked: Asked, limits: Limits) -> Row:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from orepa_compiler.absorption import absorb
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join
-from orepa_compiler.crossing import absorptions, crossings, with_norm
+from orepa_compiler.crossing import crossings, with_norm
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.layers import (
     conv_operator,
@@ -29,11 +29,12 @@ from orepa_compiler.layers import (
     is_idle,
     linear_part,
 )
+from orepa_compiler.linear import Linear
 from orepa_compiler.operators import CONV_MODULES, ConvOperator
 from orepa_compiler.own_forward import OwnForwardConv, own_conv
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.regions import Interpreter, Linear, Region
-from orepa_compiler.rewrite import free_name, replace_regions, set_module
+from orepa_compiler.regions import Interpreter, Region
+from orepa_compiler.rewrite import free_name, replace_regions, set_module, set_module_everywhere
 from orepa_compiler.tracing import trace
 
 
@@ -50,8 +51,9 @@ class Collapse:
         interpreter = Interpreter(capture, capture.module)
         edits: list[Edit] = []
         if self.fold_norm:
-            edits += self._region_edits(capture, interpreter)
-            pairs = absorptions(interpreter)
+            behind = list(crossings(interpreter))
+            edits += self._region_edits(capture, interpreter, behind)
+            pairs = [(conv, norm) for conv, norm in behind if isinstance(conv, str)]
             edits += [_absorption_edit(self.name, capture, conv, norm) for conv, norm in pairs]
         taken = {path for edit in edits for path in edit.options["modules"]}
         refusals: list[Refusal] = []
@@ -66,13 +68,16 @@ class Collapse:
             refusals += self._left_norms(capture, interpreter, taken)
         return Plan(tuple(edits), tuple(refusals))
 
-    def _region_edits(self, capture: Capture, interpreter: Interpreter) -> list[Edit]:
+    def _region_edits(
+        self, capture: Capture, interpreter: Interpreter, norms: list[tuple[Region | str, str]]
+    ) -> list[Edit]:
         regions = {(r.owner, r.node_names[-1]): r for r in interpreter.regions()}
         behind: dict[tuple[str, str], str] = {}
-        for region, norm in crossings(interpreter):
-            key = (region.owner, region.node_names[-1])
-            regions.setdefault(key, region)
-            behind[key] = norm
+        for region, norm in norms:
+            if isinstance(region, Region):
+                key = (region.owner, region.node_names[-1])
+                regions.setdefault(key, region)
+                behind[key] = norm
         order = {owner: number for number, owner in enumerate(capture.graphs)}
         keys = sorted(regions, key=lambda key: order[key[0]])  # one owner's regions together
         return [_region_edit(self.name, capture, regions[k], behind.get(k)) for k in keys]
@@ -87,8 +92,7 @@ class Collapse:
                     model = _apply_absorption(model, edit)
                     continue
                 conv = _plain_conv(model.get_submodule(edit.path), edit.path)
-                for name in capture.aliases[edit.path]:
-                    model = set_module(model, name, conv)
+                model = set_module_everywhere(model, capture.aliases[edit.path], conv)
         return model.eval(), plan
 
     def _left_norms(
@@ -218,11 +222,11 @@ def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[E
 
 def _apply_absorption(model: nn.Module, edit: Edit) -> nn.Module:
     conv_path, norm_path = edit.options["modules"]
-    module = model.get_submodule(conv_path)
-    exact = copy.deepcopy(module).double()
+    read = _in_float64(model)
+    exact = read(conv_path)
     exact = exact.plain() if isinstance(exact, OwnForwardConv) else exact
-    affine, rest = linear_part(_in_float64(model)(norm_path))
-    conv = _like(absorb(exact, affine), list(module.parameters()))
+    affine, rest = linear_part(read(norm_path))
+    conv = _like(absorb(exact, affine), list(model.get_submodule(conv_path).parameters()))
     rest = _rest(model, norm_path) if rest is not None else None
     return set_module(set_module(model, conv_path, conv), norm_path, rest or nn.Identity())
 

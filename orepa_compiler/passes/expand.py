@@ -19,7 +19,7 @@ from orepa_compiler.blocks import (
     inserted_norm,
 )
 from orepa_compiler.branches import Kernel
-from orepa_compiler.capture import LAZY, Capture
+from orepa_compiler.capture import Capture
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.following import ACTIVATION, NORM, NOTHING, followed_by, reads_pooled
 from orepa_compiler.initialization import extend, preserve
@@ -34,8 +34,9 @@ from orepa_compiler.layers import (
 from orepa_compiler.operators import ConvOperator
 from orepa_compiler.own_forward import OwnForwardConv
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.rewrite import set_module
+from orepa_compiler.rewrite import set_module_everywhere
 from orepa_compiler.selection import Where, is_asked_for, selection
+from orepa_compiler.skeleton import LAZY
 
 Init = Literal["preserve", "paper"]
 PostNorm = Literal["auto", "none"]
@@ -100,8 +101,7 @@ class Expand:
                         message = f"the plan does not fit this model: {reason}"
                         raise ReparamError(message, path=edit.path)
                     block, ratio = self._build(module, edit)
-                    for name in capture.aliases[edit.path]:
-                        model = set_module(model, name, block)
+                    model = set_module_everywhere(model, capture.aliases[edit.path], block)
             except NotLinear as error:
                 raise ReparamError(error.reason, path=edit.path) from error
             note = f"|origin| / |W| = {ratio:.2f}" if ratio is not None else ""

@@ -10,7 +10,7 @@ from orepa_compiler.blocks import LinearBlock, ReparamConv, squeezed
 from orepa_compiler.capture import Capture
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan
-from orepa_compiler.rewrite import set_module
+from orepa_compiler.rewrite import set_module_everywhere
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Squeeze:
                     path=edit.path,
                 )
             conv = squeezed(block)
-            for name in capture.aliases[edit.path]:
-                model = set_module(model, name, conv)
+            model = set_module_everywhere(model, capture.aliases[edit.path], conv)
         return model, plan
 
     def _edit(self, path: str, block: LinearBlock) -> Edit:

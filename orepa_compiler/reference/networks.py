@@ -115,7 +115,7 @@ def _with_blocks(stock: nn.Module, blocks: Mapping[str, Block]) -> nn.Module:
         for path, module in captured.skeleton.named_modules()
         if isinstance(module, nn.Conv2d) and path not in blocks
     ]
-    squeeze, blocks_only = Squeeze(), capture(stock, training=True, is_leaf=lambda module: True)
+    squeeze, blocks_only = Squeeze(), capture(stock, training=None, is_leaf=is_leaf)
     model, squeezed = squeeze.apply(stock, blocks_only, squeeze.plan(blocks_only))
     record_plan(model, done + Plan((), tuple(plain)) + squeezed)
     return model

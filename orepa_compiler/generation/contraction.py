@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.channelwise import PART, parts, scaled
+from orepa_compiler.generation.channelwise import PART, parts, scaled
 
 # As many images as a 1 x 1 conv needs to run in oneDNN, and so many products to be worth it.
 _IMAGES = 16

@@ -1,8 +1,8 @@
 """Kernel generation at each step: W_e with a backward that keeps nothing but the parameters.
 
-Autograd through the algebra of `squeeze` holds every kernel on the way to W_e until backward. Here
+Autograd through `algebra.squeeze` holds every kernel on the way to W_e until backward. Here
 the paper's branches go through one autograd Function, with gradients derived by hand
-(`kernel_rules`); any other branch goes through the algebra, which runs once more in backward.
+(`rules`); any other branch goes through the algebra, which runs once more in backward.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from orepa_compiler.kernel_rules import RULES, Rule, Term, TermGradient
+from orepa_compiler.generation.algebra import full_precision, squeeze
+from orepa_compiler.generation.rules import RULES, Rule, Term, TermGradient
 from orepa_compiler.operators import ConvOperator
-from orepa_compiler.squeeze import full_precision, squeeze
 
 # What a branch must have in common with its block for its kernel to need no placing.
 GEOMETRY = ("kernel_size", "stride", "pads", "dilation", "groups", "padding_mode")

@@ -29,14 +29,14 @@ from orepa_compiler.branches import (
     PointwiseKernel,
     PointwisePointwise,
 )
-from orepa_compiler.channelwise import dot, scale_, scaled
-from orepa_compiler.contraction import (
+from orepa_compiler.generation.channelwise import dot, scale_, scaled
+from orepa_compiler.generation.contraction import (
     contract,
     gradient_of_inner,
     gradient_of_outer,
     is_taps_major,
 )
-from orepa_compiler.separable import add_separable, separable_gradients
+from orepa_compiler.generation.separable import add_separable, separable_gradients
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The squeeze by the algebra: the branches of a block as one kernel, for branches of any kind.
 
 This is where the cost of re-parameterization falls from O(H W) to O(K_H K_W) (Hu et al. 2022, Sec.
-3.3). `generation` does the same at less cost, and is tested against this.
+3.3). The package does the same at less cost, and is tested against this.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.channelwise import parts
+from orepa_compiler.generation.channelwise import parts
 
 
 def add_separable(total: Tensor, depthwise: Tensor, pointwise: Tensor, factor: Tensor) -> None:

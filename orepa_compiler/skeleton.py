@@ -1,0 +1,79 @@
+"""A model without values, and what can be seen of it without running it.
+
+The copy is on the meta device: it costs little memory, and nothing done to it reaches the user's
+model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from orepa_compiler.errors import ReparamError
+
+_WRAPPERS = {
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "FullyShardedDataParallel": "the model before wrapping it",
+    "OptimizedModule": "the model before torch.compile",
+}
+LAZY = (UninitializedParameter, UninitializedBuffer)
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Nothing, for a model that can be rewritten; ReparamError for a wrapped or scripted one."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReparamError("the model is TorchScript; pass the nn.Module it was scripted from")
+    name = type(model).__name__
+    if name in _WRAPPERS:
+        raise ReparamError(f"the model is wrapped in {name}; pass {_WRAPPERS[name]}")
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model without values: every tensor is on the meta device, sharing is kept."""
+    memo: dict[int, object] = {}
+    keep_alive = []
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        for tensor in tensors:
+            if tensor is None or isinstance(tensor, LAZY):
+                continue
+            empty = torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            keep_alive.append(tensor)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ReparamError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "remove what copy.deepcopy cannot copy"
+        ) from error
+
+
+def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Path -> all the paths under which the same module is registered."""
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path)
+    return {path: tuple(group) for group in paths.values() for path in group}
+
+
+def tied_modules(model: nn.Module) -> dict[str, str]:
+    """Modules that share a parameter with another module: path -> the other's path."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[id(parameter)].append(path)
+    tied: dict[str, str] = {}
+    for paths in holders.values():
+        others = list(dict.fromkeys(paths))
+        if len(others) > 1:
+            tied |= {path: next(o for o in others if o != path) for path in others}
+    return tied
