@@ -1,15 +1,16 @@
 """Blocks: which branches stand in for a conv, and the modules that hold them.
 
 A Block is a value: names, and for each a function from the conv's operator to a branch, or None
-where the branch does not apply. LinearBlock runs its branches on feature maps; ReparamConv, its
-squeezed form, runs one conv.
+where the branch does not apply (`catalogue` has those that are published). LinearBlock runs its
+branches on feature maps; ReparamConv, its squeezed form, runs one conv. A block whose branches
+normalize cannot be squeezed (`offline`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -17,31 +18,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.branches import (
-    AveragePool,
-    DepthwisePointwise,
-    FrequencyFilter,
-    Geometry,
-    Kernel,
-    Pointwise,
-    PointwiseKernel,
-    PointwisePointwise,
-    SequenceBranch,
-)
+from orepa_compiler.branches import Geometry
 from orepa_compiler.composition import sum_biases
-from orepa_compiler.errors import NotLinear
+from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.generation import generate
 from orepa_compiler.generation.store import KernelStore
 from orepa_compiler.layers import conv_operator
 from orepa_compiler.operators import ConvOperator
 
 BranchMaker = Callable[[ConvOperator], "nn.Module | None"]
-Scaling = Literal["vector", "scalar", "none"]
+Scaling = Literal["vector", "scalar", "none", "norm"]
 
-# The kernel that is a large stem (Hu et al. 2022, Sec. 3.5) is at least this wide.
-LARGE_KERNEL = 7
-# A stem reads images; stacked convs in the place of a wide large kernel would dwarf it.
-STEM_CHANNELS = 16
 # The block name of what linearize makes: the branches that were there, in linear form.
 LINEARIZED = "LINEARIZED"
 
@@ -54,7 +41,9 @@ class Block:
 
     branches: name -> function from the conv's operator to a branch module (None: not applicable).
     scaling: name -> initial scaling factor; 1 where a name is absent.
-    scaling_layer: a vector per branch, one scalar per branch, or none (Hu et al. 2022, Table 3).
+    scaling_layer: a vector per branch, one scalar per branch, or none (Hu et al. 2022, Table 3);
+    or "norm": a BatchNorm behind each layer of each branch, on feature maps (Fig. 3, left). It
+    starts as the identity, whatever `scaling` says.
     """
 
     name: str
@@ -75,15 +64,24 @@ class BranchSum(Geometry):
 
     def __init__(self, conv: ConvOperator, block: Block) -> None:
         super().__init__(conv)
-        branches = block.make(conv)
+        branches = self.make(conv, block)
         self.block_name, self.scaling_layer = block.name, block.scaling_layer
         self.branches = nn.ModuleDict(branches)
-        columns = {"vector": conv.out_channels, "scalar": 1, "none": 0}[block.scaling_layer]
+        columns = {"vector": conv.out_channels, "scalar": 1}.get(block.scaling_layer, 0)
         if columns:
             factors = conv.weight.new_tensor([block.scaling.get(name, 1.0) for name in branches])
             self.scaling = nn.Parameter(factors.unsqueeze(1).repeat(1, columns))
         else:
             self.register_parameter("scaling", None)
+
+    def make(self, conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
+        """The branches for a conv. Raises NotLinear for a block whose branches normalize."""
+        if block.scaling_layer == "norm":
+            raise NotLinear(
+                f"the branches of block {block.name} end in norms, so no kernel can be made of "
+                "them; use replace(block, scaling_layer='vector')"
+            )
+        return block.make(conv)
 
     def operator(self) -> ConvOperator:
         """The branches squeezed into one operator (Hu et al. 2022, Eq. 3 and 4)."""
@@ -106,7 +104,19 @@ class BranchSum(Geometry):
         if self.scaling is not None:
             shape = (1, -1, *(1,) * len(self.kernel_size))
             outputs = [v.reshape(shape) * y for v, y in zip(self.scaling, outputs, strict=True)]
-        return torch.stack(outputs).sum(0)
+        return reduce(torch.add, outputs)
+
+
+class SqueezedSum(BranchSum):
+    """Parallel branches as one conv: what a sum of branches is inside an offline block."""
+
+    def __init__(self, branches: BranchSum) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(branches.__dict__)
+        self.store = KernelStore()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.store.operator(self)(x)
 
 
 class LinearBlock(BranchSum):
@@ -146,6 +156,29 @@ class LinearBlock(BranchSum):
             y = y + self.bias.reshape(1, -1, *(1,) * len(self.kernel_size))
         return y if self.norm is None else self.norm(y)
 
+    def fuse(self) -> nn.Module:
+        """The plain conv that the block stands for: what timm's reparameterize_model asks for.
+
+        In float64, cast once. Raises NotLinear where an inserted norm is not affine.
+        """
+        from orepa_compiler.plain import plain_conv
+
+        return plain_conv(self)
+
+    def switch_to_deploy(self) -> None:
+        """Become that conv, in place: for converters that were written for RepVGG or MobileOne."""
+        conv = self.fuse()
+        self.__class__ = type(conv)  # type: ignore[assignment]
+        self.__dict__ = vars(conv)
+
+    reparameterize = switch_to_deploy
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks of each module first."""
+        raise ReparamError(
+            "torch.jit.script cannot read a model in training form; script orepa.collapse(model)"
+        )
+
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
@@ -178,63 +211,13 @@ class ReparamConv3d(ReparamConv):
 REPARAM_CONVS: dict[int, type[ReparamConv]] = {1: ReparamConv1d, 2: ReparamConv2d, 3: ReparamConv3d}
 
 
-class DeepStem(SequenceBranch):
-    """Stacked k x k as 3 x 3 - 3 x 3 - ...: the linear deep stem (Hu et al. 2022, Sec. 3.5).
-
-    (K - 1) / 2 layers, each an OREPA 3 x 3 kernel with C_out channels. All the padding is on the
-    first and the stride on the last, so that their composition is exactly one K x K conv.
-    """
-
-    def __init__(self, conv: ConvOperator) -> None:
-        super().__init__(conv)
-        depth = (conv.kernel_size[0] - 1) // 2
-        self.stack = nn.ModuleList(
-            BranchSum(_stem_layer(conv, index, depth), OREPA) for index in range(depth)
-        )
-
-    def layers(self) -> tuple[ConvOperator, ...]:
-        return tuple(layer.operator() for layer in self.stack)  # type: ignore[operator]
-
-
 def squeezed(block: LinearBlock) -> ReparamConv:
     """The squeezed form of a block: the same parameters, another forward."""
+    assert block.scaling_layer != "norm"
     cls = REPARAM_CONVS[len(block.kernel_size)]
     squeezed_block = cls.__new__(cls)
     squeezed_block.__dict__.update(block.__dict__)
     return squeezed_block
-
-
-def _stem_layer(conv: ConvOperator, index: int, depth: int) -> ConvOperator:
-    width = conv.in_channels if index == 0 else conv.out_channels
-    return ConvOperator(
-        conv.weight.new_empty(conv.out_channels, width, *(3,) * conv.rank),
-        stride=conv.stride if index == depth - 1 else (),
-        padding=conv.padding if index == 0 else (),
-        dilation=conv.dilation,
-        padding_mode=conv.padding_mode,
-    )
-
-
-def spatial_only(maker: BranchMaker) -> BranchMaker:
-    """The branch, for convs with more than one tap."""
-    return lambda conv: maker(conv) if prod(conv.kernel_size) > 1 else None
-
-
-def pointwise_only(maker: BranchMaker) -> BranchMaker:
-    """The branch, for convs with a single tap."""
-    return lambda conv: maker(conv) if prod(conv.kernel_size) == 1 else None
-
-
-def large_only(maker: BranchMaker) -> BranchMaker:
-    """The branch, for large kernels that 3 x 3 convs can be stacked to."""
-    return lambda conv: maker(conv) if is_large_stem(conv) else None
-
-
-def is_large_stem(conv: ConvOperator) -> bool:
-    """Whether the conv is dense, reads few channels, and is large, odd and square (or cubic)."""
-    sizes = set(conv.kernel_size)
-    is_large = len(sizes) == 1 and (k := sizes.pop()) >= LARGE_KERNEL and k % 2 == 1
-    return is_large and conv.groups == 1 and conv.in_channels <= STEM_CHANNELS
 
 
 def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:
@@ -245,55 +228,6 @@ def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:
     norm = _NORMS[operator.rank](operator.out_channels, device=like.device, dtype=like.dtype)
     nn.init.constant_(norm.weight, (1 + norm.eps) ** 0.5)
     return norm
-
-
-# Initial scaling factors: Hu et al. 2022, supplement Sec. 2.1.
-OREPA = Block(
-    "OREPA",
-    {
-        "origin": spatial_only(Kernel),
-        "pointwise": spatial_only(Pointwise),
-        "pointwise_kernel": spatial_only(PointwiseKernel),
-        "average": spatial_only(AveragePool),
-        "frequency": spatial_only(FrequencyFilter),
-        "depthwise_pointwise": spatial_only(DepthwisePointwise),
-    },
-    {
-        "origin": 0.25,
-        "pointwise": 1.0,
-        "pointwise_kernel": 0.5,
-        "average": 0.5,
-        "frequency": 0.0,
-        "depthwise_pointwise": 0.5,
-    },
-)
-
-# Two convs 1x1 - 1x1 beside the 1x1 itself: Hu et al. 2022, Sec. 3.5.
-OREPA_1X1 = Block(
-    "OREPA_1X1",
-    {"origin": pointwise_only(Kernel), "pointwise_pointwise": pointwise_only(PointwisePointwise)},
-    {"origin": 1.0, "pointwise_pointwise": 0.5},
-)
-
-DEEP_STEM = Block("DEEP_STEM", {"deep_stem": large_only(DeepStem)}, {"deep_stem": 1.0})
-
-# The dense branch of the authors' RepVGG block: OREPA without the 1 x 1, which stands beside it and
-# has a norm of its own (Hu et al. 2022, supplement Sec. 2.4 and Fig. 5). Their average branch
-# starts at 0.25; the paper has 0.5.
-OREPA_3X3_REPVGG = Block(
-    "OREPA_3X3_REPVGG",
-    {name: make for name, make in OREPA.branches.items() if name != "pointwise"},
-    {**OREPA.scaling, "average": 0.25},
-)
-
-BLOCKS = {block.name: block for block in (OREPA, OREPA_1X1, DEEP_STEM, OREPA_3X3_REPVGG)}
-
-
-def automatic_block(conv: ConvOperator) -> Block:
-    """The block that fits the conv's kernel: 1 x 1, large stem, or k x k."""
-    if prod(conv.kernel_size) == 1:
-        return OREPA_1X1
-    return DEEP_STEM if is_large_stem(conv) else OREPA
 
 
 @conv_operator.register(LinearBlock)

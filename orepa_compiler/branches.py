@@ -11,11 +11,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from functools import reduce
 from math import pi, prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from orepa_compiler.kernels import pad
 from orepa_compiler.operators import ConvOperator
 
 # A depthwise layer gives this many channels per input channel (Hu et al. 2022, Sec. 3.5).
@@ -50,20 +51,22 @@ class Geometry(nn.Module):
             weight, None, self.stride, self.pads, self.dilation, groups, self.padding_mode
         )
 
-    def centred(self, weight: Tensor) -> ConvOperator:
-        """A one-tap kernel at the centre tap, floor((K - 1) / 2) (supplement Eq. 1)."""
-        offsets = [d * ((k - 1) // 2) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        ends = [
-            d * (k - 1) - o
-            for d, k, o in zip(self.dilation, self.kernel_size, offsets, strict=True)
-        ]
-        padding = tuple(
-            (before - o, after - e)
-            for (before, after), o, e in zip(self.pads, offsets, ends, strict=True)
+    def centred(self, weight: Tensor, groups: int, *, rate: int = 1) -> ConvOperator:
+        """A smaller kernel, its centre tap on the conv's, floor((K - 1) / 2) (supplement Eq. 1).
+
+        rate: its taps lie this many taps of the conv apart.
+        """
+        dilation = tuple(rate * d for d in self.dilation)
+        padding = []
+        sizes = zip(
+            self.pads, self.dilation, self.kernel_size, dilation, weight.shape[2:], strict=True
         )
-        mode = self.padding_mode
+        for (before, after), d, k, own, taps in sizes:
+            start = d * ((k - 1) // 2) - own * ((taps - 1) // 2)
+            end = d * (k - 1) - start - own * (taps - 1)
+            padding.append((before - start, after - end))
         return ConvOperator(
-            weight, None, self.stride, padding, groups=self.groups, padding_mode=mode
+            weight, None, self.stride, tuple(padding), dilation, groups, self.padding_mode
         )
 
 
@@ -88,7 +91,7 @@ class Kernel(SequenceBranch):
 
     def __init__(self, conv: ConvOperator) -> None:
         super().__init__(conv)
-        self.weight = _kaiming(conv, conv.weight.shape)
+        self.weight = kaiming(conv, conv.weight.shape)
 
     def layers(self) -> tuple[ConvOperator, ...]:
         return (self.spatial(self.weight, self.groups),)
@@ -99,10 +102,10 @@ class Pointwise(SequenceBranch):
 
     def __init__(self, conv: ConvOperator) -> None:
         super().__init__(conv)
-        self.weight = _kaiming(conv, _point(conv.weight))
+        self.weight = kaiming(conv, point_shape(conv.weight))
 
     def layers(self) -> tuple[ConvOperator, ...]:
-        return (self.centred(self.weight),)
+        return (self.centred(self.weight, self.groups),)
 
 
 class PointwiseKernel(SequenceBranch):
@@ -110,18 +113,19 @@ class PointwiseKernel(SequenceBranch):
 
     The 1 x 1 is stored as its difference from the identity, so weight decay pulls it to the
     identity and not to zero. pointwise: (T, C_in / groups, 1, ...), kernel: (C_out, T / groups,
-    *K), with T = C_in, or 2 C_in in many groups.
+    *K), with T = copies C_in: 2 of them in many groups.
     """
 
-    def __init__(self, conv: ConvOperator) -> None:
+    def __init__(self, conv: ConvOperator, *, copies: int | None = None) -> None:
         super().__init__(conv)
         width = conv.weight.shape[1]
-        inside = conv.in_channels * (1 if conv.groups <= WIDE_GROUPS else 2)
+        copies = copies or (1 if conv.groups <= WIDE_GROUPS else 2)
+        inside = conv.in_channels * copies
         ones = (1,) * conv.rank
         like = conv.weight
         self.pointwise = nn.Parameter(like.new_zeros(inside, width, *ones))
         shape = (conv.out_channels, inside // conv.groups, *conv.kernel_size)
-        self.kernel = _kaiming(conv, shape)
+        self.kernel = kaiming(conv, shape)
 
     def layers(self) -> tuple[ConvOperator, ...]:
         first = ConvOperator(identity_kernel(self.pointwise) + self.pointwise, groups=self.groups)
@@ -136,7 +140,7 @@ class AveragePool(SequenceBranch):
 
     def __init__(self, conv: ConvOperator) -> None:
         super().__init__(conv)
-        self.weight = _kaiming(conv, _point(conv.weight))
+        self.weight = kaiming(conv, point_shape(conv.weight))
 
     def layers(self) -> tuple[ConvOperator, ...]:
         first = ConvOperator(self.weight, groups=self.groups)
@@ -156,9 +160,14 @@ class FrequencyFilter(SequenceBranch):
 
     def __init__(self, conv: ConvOperator) -> None:
         super().__init__(conv)
-        self.weight = _kaiming(conv, _point(conv.weight))
-        prior = frequency_prior(conv.out_channels, conv.kernel_size).to(conv.weight)
+        self.weight = kaiming(conv, point_shape(conv.weight))
+        prior = self.filters(conv.out_channels, conv.kernel_size).to(conv.weight)
         self.register_buffer("prior", prior.unsqueeze(1))
+
+    @staticmethod
+    def filters(channels: int, kernel_size: tuple[int, ...]) -> Tensor:
+        """The fixed filters, (C_out, *K)."""
+        return frequency_prior(channels, kernel_size)
 
     def layers(self) -> tuple[ConvOperator, ...]:
         first = ConvOperator(self.weight, groups=self.groups)
@@ -175,9 +184,9 @@ class DepthwisePointwise(SequenceBranch):
         super().__init__(conv)
         inside = DEPTHWISE_MULTIPLIER * conv.in_channels
         self.in_channels = conv.in_channels
-        self.depthwise = _kaiming(conv, (inside, 1, *conv.kernel_size))
+        self.depthwise = kaiming(conv, (inside, 1, *conv.kernel_size))
         shape = (conv.out_channels, inside // conv.groups, *(1,) * conv.rank)
-        self.pointwise = _kaiming(conv, shape)
+        self.pointwise = kaiming(conv, shape)
 
     def layers(self) -> tuple[ConvOperator, ...]:
         first = self.spatial(self.depthwise, self.in_channels)
@@ -199,8 +208,8 @@ class PointwisePointwise(SequenceBranch):
         square = conv.weight.new_empty(inside, inside // groups, *ones)
         identity = nn.Parameter(identity_kernel(square))
         widens = conv.out_channels > conv.in_channels
-        self.first = identity if widens else _kaiming(conv, first, negative_slope=1.0)
-        self.second = _kaiming(conv, second, negative_slope=1.0) if widens else identity
+        self.first = identity if widens else kaiming(conv, first, negative_slope=1.0)
+        self.second = kaiming(conv, second, negative_slope=1.0) if widens else identity
 
     def layers(self) -> tuple[ConvOperator, ...]:
         return ConvOperator(self.first, groups=self.groups), self.spatial(self.second, self.groups)
@@ -213,10 +222,16 @@ class Identity(SequenceBranch):
 
     def __init__(self, conv: ConvOperator) -> None:
         super().__init__(conv)
-        self.register_buffer("one", identity_kernel(conv.weight.new_empty(_point(conv.weight))))
+        ones = conv.weight.new_ones(conv.in_channels, 1, *(1,) * conv.rank)
+        self.register_buffer("one", ones)
 
     def layers(self) -> tuple[ConvOperator, ...]:
-        return (self.centred(self.one),)
+        return (self.centred(self.one, self.one.shape[0]),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (one,) = self.layers()
+        places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+        return pad(x, one.padding, one.padding_mode)[places]
 
 
 def frequency_prior(channels: int, kernel_size: tuple[int, ...]) -> Tensor:
@@ -246,11 +261,11 @@ def identity_kernel(like: Tensor) -> Tensor:
     return eye.repeat(like.shape[0] // width, 1).reshape(like.shape)
 
 
-def _point(weight: Tensor) -> tuple[int, ...]:
+def point_shape(weight: Tensor) -> tuple[int, ...]:
     return (*weight.shape[:2], *(1,) * (weight.dim() - 2))
 
 
-def _kaiming(
+def kaiming(
     conv: ConvOperator, shape: tuple[int, ...], *, negative_slope: float = 0.0
 ) -> nn.Parameter:
     """A fresh parameter: uniform in +-sqrt(6 / ((1 + a^2) fan_in)) (He et al. 2015)."""

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.offline import branch_norms
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
 
 
@@ -33,12 +34,14 @@ class _Moments:
 
 
 def inserted_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The norms that expand inserted, by the path of their block."""
-    return {
-        path: block.norm
-        for path, block in model.named_modules()
-        if isinstance(block, LinearBlock) and isinstance(block.norm, _BatchNorm)
-    }
+    """The norms that expand inserted, behind blocks and in their branches, by path."""
+    found: dict[str, _BatchNorm] = {}
+    for path, block in model.named_modules():
+        if isinstance(block, LinearBlock):
+            behind = [("norm", block.norm)] if isinstance(block.norm, _BatchNorm) else []
+            norms = [*branch_norms(block), *behind]
+            found.update({f"{path}.{name}" if path else name: norm for name, norm in norms})
+    return found
 
 
 @torch.no_grad()

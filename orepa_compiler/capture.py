@@ -74,8 +74,11 @@ class Capture:
             return "it has a hook, which a rewrite would no longer call; remove the hook first"
         return None
 
-    def swap_refusal(self, path: str) -> str | None:
-        """Why no other layer with the same function may stand at this path, or None."""
+    def swap_refusal(self, path: str, reader: str | None = None) -> str | None:
+        """Why no other layer with the same function may stand at this path, or None.
+
+        reader: a module whose forward may read the weight, since what it reads goes too.
+        """
         if reason := self.hook_refusal(path):
             return reason
         if parametrize.is_parametrized(self.module(path)):
@@ -85,14 +88,14 @@ class Capture:
             )
         if path in self.tied:
             return f"its weight is shared with {self.tied[path]}"
-        if path in self.reads:
-            owner = self.reads[path][0]
-            return f"the forward of {owner or 'the model'} reads its weight directly"
+        for owner in self.reads.get(path, []):
+            if owner != reader:
+                return f"the forward of {owner or 'the model'} reads its weight directly"
         return None
 
-    def refusal(self, path: str) -> str | None:
+    def refusal(self, path: str, reader: str | None = None) -> str | None:
         """Why the module at this path may not be joined with its neighbours, or None."""
-        if reason := self.swap_refusal(path):
+        if reason := self.swap_refusal(path, reader):
             return reason
         names = self.aliases[path]
         if len(names) > 1:

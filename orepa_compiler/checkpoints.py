@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from orepa_compiler.compiler import replay
 from orepa_compiler.errors import CheckpointError, ReparamError
 from orepa_compiler.export.atomic import staged
 from orepa_compiler.planning import Plan, recorded_plans
+from orepa_compiler.skeleton import is_sharded
 from orepa_compiler.weights import PLAN_KEY, has_plan, load_weights
 
 _FORMAT = 1
@@ -26,7 +28,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """The path of a checkpoint that holds the model's weights and the plans that made its form.
 
     The file is safetensors, readable by anything that reads them. It is written beside its place
-    and renamed, so a killed process leaves the old file whole.
+    and renamed, so a killed process leaves the old file whole. A sharded model (fully_shard) is
+    gathered: every process calls save, and the first one writes.
 
     Raises CheckpointError for a model wrapped by DDP or torch.compile, or without values;
     ExportError when the path cannot be written.
@@ -39,6 +42,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
                 f"every key begins with {prefix!r}: save the model inside the wrapper, "
                 f"model.{prefix[:-1]}"
             )
+    if any(is_sharded(value) for value in state.values()):
+        state = {k: t.full_tensor() if is_sharded(t) else t for k, t in state.items()}
+        if torch.distributed.get_rank() > 0:
+            return path
     plans = [plan.to_json() for plan in recorded_plans(model)]
     metadata = {PLAN_KEY: json.dumps({"format": _FORMAT, "plans": plans})}
     with staged(path) as temporary:

@@ -1,28 +1,43 @@
-"""The verbs: plan, expand, collapse."""
+"""The verbs: plan, expand, cut, collapse."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.blocks import Block
 from orepa_compiler.calibration import calibrate
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.layers import is_conv_like
-from orepa_compiler.passes import Collapse, Expand, Linearize, Pipeline, Squeeze, is_leaf
+from orepa_compiler.passes import (
+    Adopt,
+    Collapse,
+    Cut,
+    Expand,
+    Linearize,
+    Pass,
+    Pipeline,
+    Squeeze,
+    is_leaf,
+)
+from orepa_compiler.passes.adopt import own_method, unfinished
 from orepa_compiler.passes.expand import Init, PostNorm
 from orepa_compiler.planning import Plan, record_plan
+from orepa_compiler.preconditions import (
+    check_cut,
+    check_inputs,
+    check_model,
+    check_plan,
+    check_values,
+)
 from orepa_compiler.recording import Recording, record
 from orepa_compiler.selection import Where
-from orepa_compiler.skeleton import check_wrapper, meta_copy
+from orepa_compiler.skeleton import meta_copy
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 
 Inputs = Any
@@ -44,12 +59,12 @@ def plan(
     be traced; the rest as in expand.
     Raises ReparamError as expand does.
     """
-    _check_model(model)
-    _check_inputs(inputs)
+    check_model(model)
+    check_inputs(inputs)
     pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
     recording = _recording(model, inputs)
     made = pipeline.run(meta_copy(model), recording=recording)[1]
-    return made if inputs is None else _with_macs(made, conv_macs(model, inputs))
+    return made if inputs is None else made.with_macs(conv_macs(model, inputs))
 
 
 def expand(
@@ -67,29 +82,62 @@ def expand(
 
     W_e = sum_m diag(v_m) W_m, made anew at each step     (Hu et al. 2022, Eq. 3 and 4, Fig. 6)
 
-    block: which block; "auto" chooses by kernel size. init: "preserve" starts at the present
-    kernels, so outputs do not change; "paper" is the published from-scratch recipe and discards
-    them. where: a glob on paths, several, or a predicate (path, module). post_norm: "auto" inserts
-    a BatchNorm behind an expanded conv that no norm follows, "none" does not. plan: apply this
-    plan, made with the same init. inputs: a batch, to calibrate inserted norms and to record the
-    forwards that cannot be traced. inplace: rewrite the model itself.
+    block: which block; "auto" chooses by the kernel's size, and by whether the net has residual
+    connections. init: "preserve" starts at the present kernels, so outputs do not change; "paper"
+    is the published from-scratch recipe and discards them. where: a glob on paths, several, or a
+    predicate (path, module). post_norm: "auto" inserts a BatchNorm behind an expanded conv that no
+    norm follows, "none" does not. plan: apply this plan, made with the same init. inputs: a batch,
+    to calibrate inserted norms and to record the forwards that cannot be traced. inplace: rewrite
+    the model itself.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then.
     """
-    _check_model(model)
-    _check_inputs(inputs)
+    check_model(model)
+    check_inputs(inputs)
     if init == "preserve":
-        _check_values(model, "no kernel to preserve; load weights or use init='paper'")
+        check_values(model, "no kernel to preserve; load weights or use init='paper'")
     pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
     if plan is not None:
-        _check_plan(plan, init=init, post_norm=post_norm)
+        check_plan(plan, init=init, post_norm=post_norm)
     if plan is not None and plan.of("linearize").edits:
         pipeline = Pipeline((Linearize(), *(p for p in pipeline.passes if p.name != "linearize")))
-    expanded = _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
+    expanded, applied = _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
+    record_plan(expanded, applied)
     if inputs is not None:
         calibrate(expanded, inputs)
     return expanded
+
+
+def cut(
+    model: nn.Module,
+    *,
+    where: Where = None,
+    branches: str | Iterable[str] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """The model with blocks made plain convs again, or with some of their branches gone.
+
+    W_origin' = v_origin W_origin + sum_m v_m W_m over the branches that go, v_origin' = 1
+
+    Outputs stay the same in both modes: norms stay as they are, and the model stays in training.
+    An inserted norm stays too, behind the one branch that is left. map_optimizer then carries the
+    optimizer over.
+
+    where: which blocks; branches: names of the branches to cut, None for all of them.
+    Raises ReparamError where no block is selected, none has such a branch, or nothing may be cut.
+    """
+    check_model(model)
+    check_values(model, "there is nothing to add to the origin; load the weights first")
+    names = (branches,) if isinstance(branches, str) else branches
+    names = None if names is None else tuple(names)
+    check_cut(model, where, names)
+    pipeline = Pipeline((Cut(where=where, branches=names),))
+    less, applied = _run(pipeline, model, plan=None, inputs=None, inplace=inplace)
+    if not applied.edits:
+        raise ReparamError(applied.refusals[0].reason, path=applied.refusals[0].path)
+    record_plan(less, applied)
+    return less
 
 
 def collapse(
@@ -104,7 +152,9 @@ def collapse(
 
     W' = diag(g / sqrt(var + eps)) W_e, b' = g (b - mean) / sqrt(var + eps) + beta, in float64, cast
     once. The running statistics are used whatever mode the model is in; the result is in eval mode.
-    Two convs are joined only where that costs no more MACs.
+    Two convs are joined only where that costs no more MACs. A module in which norms would be left,
+    and that has a fuse(), reparameterize() or switch_to_deploy() of its own, is replaced by what
+    that makes of it, if the outputs agree.
 
     fold_norm: False gives back the architecture that was passed to expand, norms kept. inputs: a
     batch, or a list with one of each size that will be used: where a module's forward cannot be
@@ -112,11 +162,18 @@ def collapse(
     alone.
     Raises ReparamError for a model without convs or without values. The model is then untouched.
     """
-    _check_model(model)
-    _check_inputs(inputs)
-    _check_values(model, "there is nothing to fold; load the weights first")
+    check_model(model, also_functional=True)
+    check_inputs(inputs)
+    check_values(model, "there is nothing to fold; load the weights first")
+    adopted = Plan()
+    while fold_norm and plan is None and (paths := _unfinished(model, inputs, adopted)):
+        own = Pipeline((Adopt(paths=paths, inputs=inputs),))
+        model, more = _run(own, model, plan=None, inputs=inputs, inplace=inplace)
+        adopted, inplace = adopted + more, True
     pipeline = Pipeline((Collapse(fold_norm=fold_norm),))
-    return _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
+    deploy, applied = _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
+    record_plan(deploy, adopted + applied)
+    return deploy
 
 
 def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "auto") -> nn.Module:
@@ -125,13 +182,13 @@ def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "au
     Raises ReparamError where the plan does not fit the model.
     """
     names = {edit.done_by for edit in plan.edits}
-    passes = [
-        step
-        for step in (Linearize(), Expand(block=block), Squeeze(), Collapse())
-        if step.name in names
-    ]
+    known: tuple[Pass, ...] = (
+        *(Linearize(), Expand(block=block), Squeeze(), Cut()),
+        *(Adopt(checks=False), Collapse()),
+    )
+    passes = tuple(step for step in known if step.name in names)
     with torch.no_grad():
-        model, applied = Pipeline(tuple(passes)).run(model, plan=plan)
+        model, applied = Pipeline(passes).run(model, plan=plan)
     record_plan(model, applied)
     return model
 
@@ -148,35 +205,30 @@ def _expansion(
     if where is not None and not callable(where) and not isinstance(where, str):
         where = tuple(where) if isinstance(where, Iterable) else where  # each pass reads it
     expansion = Expand(block=block, init=init, where=where, post_norm=post_norm)
-    if block == "auto":  # branches with norms of their own stay as they are
+    if block == "auto" or block.scaling_layer == "norm":  # norms in branches stay as they are
         return Pipeline((expansion, Squeeze()))
     return Pipeline((Linearize(where=where), expansion, Squeeze()))
 
 
-def _check_plan(plan: Plan, *, init: Init, post_norm: PostNorm) -> None:
-    """A plan says how blocks start and where norms go: another wish beside it is an error."""
-    for edit in plan.of("expand").edits:
-        made = edit.options.get("init")
-        if made != init:
-            raise ReparamError(
-                f"the plan was made with init={made!r}, not {init!r}; make it with plan(init=...)",
-                path=edit.path,
-            )
-        if edit.options.get("norm") and post_norm == "none":
-            raise ReparamError(
-                "the plan inserts a norm here; make it with plan(post_norm='none')", path=edit.path
-            )
-
-
 def _run(
     pipeline: Pipeline, model: nn.Module, *, plan: Plan | None, inputs: Inputs, inplace: bool
-) -> nn.Module:
+) -> tuple[nn.Module, Plan]:
     recording = _recording(model, inputs)
     target = model if inplace else _copy(model)
     with torch.no_grad():
-        target, applied = pipeline.run(target, plan=plan, recording=recording)
-    record_plan(target, applied)
-    return target
+        return pipeline.run(target, plan=plan, recording=recording)
+
+
+def _unfinished(model: nn.Module, inputs: Inputs, done: Plan) -> tuple[str, ...]:
+    """The modules with a way of their own to collapse that the analysis would not finish.
+
+    The analysis is tried on a copy without values.
+    """
+    if not any(map(own_method, model.modules())):
+        return ()
+    recording = _recording(model, inputs)
+    left, _ = Pipeline((Collapse(),)).run(meta_copy(model), recording=recording)
+    return unfinished(left, done)
 
 
 def _recording(model: nn.Module, inputs: Inputs) -> Recording:
@@ -194,41 +246,3 @@ def _recording(model: nn.Module, inputs: Inputs) -> Recording:
 def _copy(model: nn.Module) -> nn.Module:
     meta_copy(model)  # names what cannot be copied before anything large is
     return copy.deepcopy(model)
-
-
-def _with_macs(plan: Plan, macs: dict[str, int]) -> Plan:
-    """The plan with what each conv costs; a block costs the same, its kernel being one conv's."""
-    edits = [
-        replace(edit, macs=(macs[edit.path],) * 2) if edit.path in macs else edit
-        for edit in plan.edits
-    ]
-    return Plan(tuple(edits), plan.refusals)
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ReparamError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
-    check_wrapper(model)
-    convs = [(p, m) for p, m in model.named_modules() if is_conv_like(m)]
-    if not convs and not any(isinstance(m, LinearBlock) for m in model.modules()):
-        raise ReparamError(
-            f"{type(model).__name__} has no conv, so there is nothing to re-parameterize"
-        )
-    for path, conv in convs:
-        assert isinstance(conv, _ConvNd)
-        if not conv.weight.is_floating_point():
-            raise ReparamError(
-                f"its weight is {conv.weight.dtype}; only floating-point convs can be rewritten",
-                path=path,
-            )
-
-
-def _check_inputs(inputs: Inputs) -> None:
-    if inputs is not None and not batches_of(inputs):
-        raise ReparamError("inputs: an empty list; give at least one batch")
-
-
-def _check_values(model: nn.Module, why: str) -> None:
-    for path, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ReparamError(f"the weights are on the meta device: {why}", path=path)

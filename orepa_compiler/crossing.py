@@ -14,10 +14,11 @@ from torch import fx
 
 from orepa_compiler.absorption import absorbs_norm
 from orepa_compiler.capture import Call
+from orepa_compiler.forwards import Read
 from orepa_compiler.layers import is_batch_norm, linear_part
 from orepa_compiler.linear import Linear, maximal
 from orepa_compiler.own_forward import own_conv
-from orepa_compiler.regions import Interpreter, Read, Region
+from orepa_compiler.regions import Interpreter, Region
 
 
 def crossings(interpreter: Interpreter) -> Iterator[tuple[Region | str, str]]:
@@ -29,6 +30,8 @@ def crossings(interpreter: Interpreter) -> Iterator[tuple[Region | str, str]]:
         for value in maximal(interpreter.values(owner)):
             norm = value.nodes[0] if value.layers == 1 and not value.convs else None
             if norm is None or norm.op != "call_module":
+                continue
+            if interpreter.remaining_reads(owner, value.nodes):
                 continue
             path = interpreter.capture.path_of(Call(owner, norm))
             if not is_batch_norm(interpreter.capture.module(path)):

@@ -29,3 +29,11 @@ class CheckpointError(ReparamError):
 
 class ExportError(ReparamError):
     """An artifact that could not be written, or that would not be what was asked for."""
+
+
+class TrainingFormWarning(UserWarning):
+    """A model that still makes its kernels at each call goes where a collapsed one belongs."""
+
+
+class NotRun(ExportError):
+    """What is needed to run an artifact is not here (a GPU, a provider): no verdict on it."""

@@ -16,6 +16,7 @@ from orepa_compiler.layers import is_activation, is_conv_like, is_dropout, is_no
 from orepa_compiler.tracing import IN_PLACE_OPERATORS
 
 NORM, ACTIVATION, NOTHING = "norm", "activation", "nothing reads its output"
+PASSED, GATE = "passed", "followed by the gate"
 
 # A gate closes a side path; an activation on the main path is any other.
 _GATES = ("Sigmoid", "Hardsigmoid", "HardSigmoid", "Softmax", "Tanh", "LogSigmoid")
@@ -62,15 +63,15 @@ def _kinds(capture: Capture, call: Call, depth: int) -> Iterator[str]:
         if consumer is None:
             yield "its output is the model's"
             continue
-        kind = _kind(capture, consumer)
-        if kind == "passed" and depth < 16:
+        kind = kind_of(capture, consumer)
+        if kind == PASSED and depth < 16:
             yield from _kinds(capture, consumer, depth + 1)
         elif kind:
             yield kind
 
 
-def _kind(capture: Capture, consumer: Call) -> str | None:
-    """NORM, ACTIVATION, "passed" to look behind it, None to ignore it, or a description."""
+def kind_of(capture: Capture, consumer: Call) -> str | None:
+    """NORM, ACTIVATION, PASSED to look behind it, None to ignore it, or a description."""
     node = consumer.node
     if node.op == "call_module":
         return _module_kind(capture.module(capture.path_of(consumer)))
@@ -84,7 +85,7 @@ def _kind(capture: Capture, consumer: Call) -> str | None:
             return kind
     if node.target in IN_PLACE_OPERATORS:
         name = name[1:]
-    return "passed" if name in _PASSED_NAMES else f"followed by {name.strip('_')}"
+    return PASSED if name in _PASSED_NAMES else f"followed by {name.strip('_')}"
 
 
 def _module_kind(module: nn.Module) -> str:
@@ -92,9 +93,9 @@ def _module_kind(module: nn.Module) -> str:
     if is_norm(module):
         return NORM
     if isinstance(module, _PASSED_MODULES) or is_dropout(module) or name == "Permute":
-        return "passed"
+        return PASSED
     if name in _GATES:
-        return f"followed by the gate {name}"
+        return f"{GATE} {name}"
     if is_activation(module) or (name.endswith("Act") and not module._modules):
         return ACTIVATION
     return f"followed by {'a conv' if is_conv_like(module) else name}"
@@ -115,7 +116,7 @@ def _is_pooled(capture: Capture, call: Call, rank: int) -> bool:
             return node.args[1] in (1, (1, 1), [1, 1])
         elif node.target in ("mean", torch.mean):
             return _is_global_mean(node, rank)
-        elif _kind(capture, producer) not in (NORM, ACTIVATION, "passed"):
+        elif kind_of(capture, producer) not in (NORM, ACTIVATION, PASSED):
             return False
         producer = capture.producer(producer)
     return False

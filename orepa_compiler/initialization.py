@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import BranchSum, DeepStem
+from orepa_compiler.blocks import Block, BranchSum
 from orepa_compiler.branches import Kernel
+from orepa_compiler.catalogue import DeepStem
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.field_branches import OverParameterized
+from orepa_compiler.offline import OfflineBranch
 from orepa_compiler.operators import ConvOperator
 
 # Branches beside the origin start at this part of the paper's scaling, so that the origin, which
@@ -28,7 +33,6 @@ def preserve(block: BranchSum, weight: Tensor, fresh: Collection[str]) -> float:
     """
     weight = weight.detach()
     origin = block.branches["origin"]
-    assert isinstance(origin, Kernel)
     others = _exact(origin).scale(weight.new_zeros(1).double())
     for name, branch in block.branches.items():  # one at a time: in float64 each is large
         if name == "origin":
@@ -43,8 +47,48 @@ def preserve(block: BranchSum, weight: Tensor, fresh: Collection[str]) -> float:
         others = others + _scaled(block, name, operator)
     if block.scaling is not None:
         block.scaling[_index(block, "origin")] = 1.0
-    origin.weight.copy_(weight.double() - others.weight)
-    return float(origin.weight.norm() / weight.norm().clamp_min(_TINY))
+    remainder = weight.double() - others.weight
+    hold(origin, remainder)
+    return float(remainder.norm() / weight.norm().clamp_min(_TINY))
+
+
+def with_origin(block: Block) -> Block:
+    """The block with a branch that can hold any kernel, so that a given one can be preserved."""
+    given = block.branches.get("origin", Kernel)
+
+    def origin(conv: ConvOperator) -> nn.Module:
+        branch = given(conv)
+        if branch is not None and not holds_any_kernel(branch):
+            raise ReparamError(
+                f"the origin of block {block.name} is a {type(branch).__name__}, which cannot be "
+                "set to any kernel; make it a Kernel, or use init='paper'"
+            )
+        return Kernel(conv) if branch is None else branch
+
+    rest = {name: maker for name, maker in block.branches.items() if name != "origin"}
+    return replace(block, branches={"origin": origin, **rest})
+
+
+def holds_any_kernel(branch: nn.Module) -> bool:
+    """Whether a fresh branch can be set to any kernel of its conv, as an origin must be."""
+    if isinstance(branch, BranchSum):
+        return "origin" in branch.branches and holds_any_kernel(branch.branches["origin"])
+    return isinstance(branch, (Kernel, OverParameterized))
+
+
+@torch.no_grad()
+def hold(branch: nn.Module, kernel: Tensor) -> None:
+    """Set a fresh branch to a kernel, (C_out, C_in / groups, *K): its norms are the identity yet.
+
+    A sum of branches gives it to its own origin.
+    """
+    if isinstance(branch, OfflineBranch):
+        hold(branch.branch, kernel)
+    elif isinstance(branch, BranchSum):
+        preserve(branch, kernel, [name for name in branch.branches if name != "origin"])
+    else:
+        assert isinstance(branch, (Kernel, OverParameterized))
+        branch.weight.copy_(kernel)
 
 
 def _exact(branch: nn.Module) -> ConvOperator:
@@ -84,7 +128,9 @@ def shrink(branch: nn.Module, factor: Tensor) -> None:
 
     A branch without parameters is fixed, and stays as it is.
     """
-    if isinstance(branch, DeepStem):
+    if isinstance(branch, OfflineBranch):
+        branch.norms[-1].weight.mul_(factor)  # type: ignore[operator]
+    elif isinstance(branch, DeepStem):
         shrink(branch.stack[-1], factor)
     elif isinstance(branch, BranchSum):
         for inner in branch.branches.values():

@@ -196,7 +196,7 @@ def _(layer: _ConvNd, in_channels: int | None = None) -> ConvOperator:
 
 @conv_operator.register(nn.Linear)
 def _(layer: nn.Linear, in_channels: int | None = None) -> ConvOperator:
-    _check_torch_forward(layer)
+    check_torch_forward(layer)
     return ConvOperator(layer.weight, layer.bias)
 
 
@@ -207,7 +207,7 @@ def _(layer: nn.Linear, in_channels: int | None = None) -> ConvOperator:
 def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
     if qualified_name(layer) in _NORMS_WITH_ACTIVATION:
         return conv_operator.dispatch(object)(layer, in_channels)
-    _check_torch_forward(layer)
+    check_torch_forward(layer)
     ranks = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
     rank = next((r for base, r in ranks.items() if isinstance(layer, base)), 2)
     return _norm_operator(layer, rank=rank)
@@ -216,16 +216,16 @@ def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
 @conv_operator.register(nn.Identity)
 @conv_operator.register(_DropoutNd)
 def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
-    _check_torch_forward(layer)
-    return identity(_known(in_channels, layer), 0, like=torch.empty((), dtype=torch.float64))
+    check_torch_forward(layer)
+    return identity(known_width(in_channels, layer), 0, like=torch.empty((), dtype=torch.float64))
 
 
 @conv_operator.register(nn.AvgPool1d)
 @conv_operator.register(nn.AvgPool2d)
 @conv_operator.register(nn.AvgPool3d)
 def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
-    _check_torch_forward(layer)
-    channels = _known(in_channels, layer)
+    check_torch_forward(layer)
+    channels = known_width(in_channels, layer)
     rank = next(r for r, c in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), 1)
                 if isinstance(layer, c))  # fmt: skip
     kernel, stride, padding = (
@@ -251,14 +251,19 @@ def _norm_operator(layer: nn.Module, *, rank: int) -> ConvOperator:
             f"{type(layer).__name__} keeps no running statistics (track_running_stats=False), "
             "so it is not affine in eval mode"
         )
-    factor = torch.rsqrt(var + float(layer.eps))  # type: ignore[arg-type]
-    if isinstance(layer.weight, Tensor):
-        factor = factor * layer.weight
-    bias = -mean * factor
-    if isinstance(layer.bias, Tensor):
-        bias = bias + layer.bias
-    weight = factor.reshape(-1, 1, *(1,) * rank)
-    return ConvOperator(weight, bias, groups=weight.shape[0])
+    weight, bias = (t if isinstance(t, Tensor) else None for t in (layer.weight, layer.bias))
+    return norm_operator(mean, var, weight, bias, float(layer.eps), rank=rank)  # type: ignore[arg-type]
+
+
+def norm_operator(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rank: int
+) -> ConvOperator:
+    """y = weight (x - mean) / sqrt(var + eps) + bias; all are (C,)."""
+    factor = torch.rsqrt(var + eps)
+    if weight is not None:
+        factor = factor * weight
+    shift = -mean * factor if bias is None else bias - mean * factor
+    return ConvOperator(factor.reshape(-1, 1, *(1,) * rank), shift, groups=factor.shape[0])
 
 
 def has_torch_forward(layer: nn.Module) -> bool:
@@ -267,12 +272,12 @@ def has_torch_forward(layer: nn.Module) -> bool:
     return forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(layer)
 
 
-def _check_torch_forward(layer: nn.Module) -> None:
+def check_torch_forward(layer: nn.Module) -> None:
     if not has_torch_forward(layer):
         raise NotLinear(f"{type(layer).__name__} has a forward of its own")
 
 
-def _known(in_channels: int | None, layer: nn.Module) -> int:
+def known_width(in_channels: int | None, layer: nn.Module) -> int:
     if in_channels is None:
         raise NotLinear(f"the number of channels that {type(layer).__name__} sees is not known")
     return in_channels

@@ -40,9 +40,9 @@ def mean_other_axes(left: ConvOperator | None, right: ConvOperator | None) -> bo
     return left is not None and right is not None and (left.rank == 0) != (right.rank == 0)
 
 
-def joined(layer: Linear, before: Linear, node: fx.Node) -> Linear:
+def joined(layer: Linear, before: Linear, node: fx.Node, *, at_any_cost: bool = False) -> Linear:
     """The layer that `node` calls, after the value of its operand. Raises NotLinear."""
-    op, macs = _after(layer, before)
+    op, macs = _after(layer, before, at_any_cost)
     return Linear(
         before.source,
         op,
@@ -54,19 +54,20 @@ def joined(layer: Linear, before: Linear, node: fx.Node) -> Linear:
     )
 
 
-def _after(layer: Linear, before: Linear) -> tuple[ConvOperator | None, int]:
-    """layer @ before, where that costs no more than the two apart."""
+def _after(layer: Linear, before: Linear, at_any_cost: bool) -> tuple[ConvOperator | None, int]:
+    """layer @ before, and what the two cost in the cheaper way: as one conv or apart."""
     if layer.operator is None or before.operator is None:
         known = layer.operator or before.operator
         return known, layer.macs + before.macs
     one = layer.operator @ before.operator
     apart = layer.macs + before.macs * prod(layer.operator.stride)
-    _check_cost(one, apart)
-    return one, one.macs
+    return one, _cost(one, apart, at_any_cost)
 
 
-def beside(left: Linear, right: Linear, is_difference: bool) -> tuple[ConvOperator, int]:
-    """left + right, or left - right, where that costs no more than the two apart."""
+def beside(
+    left: Linear, right: Linear, is_difference: bool, *, at_any_cost: bool = False
+) -> tuple[ConvOperator, int]:
+    """left + right, or left - right, and what it costs in the cheaper way. Raises NotLinear."""
     ops = [
         value.operator or _identity_beside(other.operator)
         for value, other in ((left, right), (right, left))
@@ -74,8 +75,7 @@ def beside(left: Linear, right: Linear, is_difference: bool) -> tuple[ConvOperat
     if is_difference:
         ops[1] = ops[1].scale(-torch.ones_like(ops[1].weight[:1].flatten()[:1]))
     one = ops[0] + ops[1]
-    _check_cost(one, left.macs + right.macs)
-    return one, one.macs
+    return one, _cost(one, left.macs + right.macs, at_any_cost)
 
 
 def _identity_beside(other: ConvOperator | None) -> ConvOperator:
@@ -83,12 +83,13 @@ def _identity_beside(other: ConvOperator | None) -> ConvOperator:
     return identity(other.in_channels, other.rank, like=other.weight)
 
 
-def _check_cost(one: ConvOperator, apart: int) -> None:
-    if one.macs > apart:
+def _cost(one: ConvOperator, apart: int, at_any_cost: bool) -> int:
+    if one.macs > apart and not at_any_cost:
         raise NotLinear(
             f"as one conv it would cost {one.macs} MACs for each output position, "
             f"apart it costs {apart}; kept apart"
         )
+    return min(one.macs, apart)
 
 
 def absorbable(
@@ -96,7 +97,7 @@ def absorbable(
 ) -> Linear | None:
     """The operand's value, if nobody but these users needs it."""
     value = values.get(operand) if isinstance(operand, fx.Node) else None
-    if value is None or value.rest is not None or set(operand.users) != set(users):
+    if value is None or value.rest is not None or not set(operand.users) <= set(users):
         return None
     return value
 

@@ -87,7 +87,35 @@ def _from_zoo(
     return build()
 
 
+def call_source(source: str) -> Any:
+    """What the function that `source` names returns, called without arguments.
+
+    source: `package.module:function` or `path/to/file.py:function`. An iterator comes as a list.
+    Raises ReparamError as load_model does.
+    """
+    place, colon, name = source.rpartition(":")
+    if not (colon and place and name):
+        raise ReparamError(
+            f"{source}: this names no function; write it as package.module:function or "
+            "path/to/file.py:function"
+        )
+    with _found(source, place, name) as function:
+        if not callable(function) or _needed_arguments(function):
+            raise ReparamError(f"{source}: {name} is not a function that needs no arguments")
+        try:
+            result = function()
+            return list(result) if isinstance(result, Iterator) else result
+        except Exception as error:
+            raise ReparamError(f"{source}: calling {name}() raised {_one_line(error)}") from error
+
+
 def _from_factory(source: str, place: str, name: str) -> nn.Module:
+    with _found(source, place, name) as factory:
+        return _call(source, name, factory)
+
+
+@contextmanager
+def _found(source: str, place: str, name: str) -> Iterator[Any]:
     path = Path(place)
     is_file = path.suffix == ".py"
     if is_file and not path.is_file():
@@ -98,7 +126,7 @@ def _from_factory(source: str, place: str, name: str) -> nn.Module:
         if factory is None:
             public = [key for key in vars(module) if not key.startswith("_")]
             raise ReparamError(f"{source}: {place} defines no {name}{_closest(name, public)}")
-        return _call(source, name, factory)
+        yield factory
 
 
 def _call(source: str, name: str, factory: Any) -> nn.Module:

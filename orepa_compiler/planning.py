@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import Any
 
@@ -63,6 +63,19 @@ class Plan:
             tuple(edit for edit in self.edits if edit.done_by == done_by),
             tuple(refusal for refusal in self.refusals if refusal.done_by == done_by),
         )
+
+    def with_macs(self, macs: Mapping[str, int]) -> Plan:
+        """The plan with what each conv costs; a squeezed block costs the same, an offline one more.
+
+        macs: by the path of the conv, for one image.
+        """
+        edits = [
+            replace(edit, macs=(cost, round(cost * edit.options.get("cost", 1))))
+            if (cost := macs.get(edit.path))
+            else edit
+            for edit in self.edits
+        ]
+        return Plan(tuple(edits), self.refusals)
 
     def to_json(self) -> str:
         return json.dumps({"format": _FORMAT, **asdict(self)})

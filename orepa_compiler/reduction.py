@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orepa_compiler.generation.store import KernelLeaf
+
+
+def wrappers_in(model: nn.Module) -> list[DistributedDataParallel]:
+    """The wrappers of a model: itself, or those inside (what torch.compile was given)."""
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
+@contextmanager
+def unreduced(wrappers: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, no wrapper reduces the gradients of a backward pass."""
+    try:
+        with ExitStack() as stack:
+            for wrapper in wrappers:
+                stack.enter_context(wrapper.no_sync())
+            yield
+    finally:
+        for wrapper in wrappers:
+            # no_sync puts off the broadcast of running statistics too, until after a pass that
+            # reduces, and here none does
+            wrapper.require_forward_param_sync = True
 
 
 def reduce_gradients(

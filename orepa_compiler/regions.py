@@ -7,29 +7,24 @@ with one source and one output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
 
-from orepa_compiler.capture import Call, Capture, ancestors
-from orepa_compiler.elementwise import (
-    constant_nodes,
-    is_add,
-    is_difference,
-    scaled_operand,
-    scaling_operator,
-)
+from orepa_compiler.bordering import WrittenBorder, written_border
+from orepa_compiler.capture import Call, ancestors
+from orepa_compiler.constants import as_tensor, with_constants
+from orepa_compiler.elementwise import is_add, is_difference
 from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.forwards import Forwards, tried
+from orepa_compiler.functional import FunctionCall, function_operator, operand_of, per_channel
 from orepa_compiler.layers import holds_kernel, is_batch_norm, is_dropout, is_idle, linear_part
 from orepa_compiler.linear import Linear, absorbable, beside, joined, maximal, mean_other_axes
-from orepa_compiler.tracing import IN_PLACE_OPERATORS
-
-# Gives the module at a path, to be read: without values when planning, in float64 when applying.
-Read = Callable[[str], nn.Module]
-
-_IN_PLACE = {*IN_PLACE_OPERATORS, "add_", "sub_", "mul_"}
+from orepa_compiler.operators import identity
+from orepa_compiler.padding import padded_with_bias, padding_operator
+from orepa_compiler.widths import identity_before
 
 
 @dataclass(frozen=True)
@@ -50,36 +45,44 @@ class Region:
 
 
 @dataclass
-class Interpreter:
+class Interpreter(Forwards):
     """Interprets the graphs of a capture, each module once.
 
-    reasons: call node -> why it was not joined with what comes before it.
+    at_any_cost: joins also where one conv costs more than two. reasons: call node -> why it was
+    not joined with what comes before it.
     """
 
-    capture: Capture
-    read: Read
+    at_any_cost: bool = False
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
     _whole: dict[str, Linear | None] = field(default_factory=dict)
     _values: dict[str, dict[fx.Node, Linear]] = field(default_factory=dict)
+    _open: set[str] = field(default_factory=set)
+    _freely: Interpreter | None = None
 
     def values(self, owner: str) -> dict[fx.Node, Linear]:
         """The linear value of each node of the owner's forward that has one."""
         if owner not in self._values:
             values: dict[fx.Node, Linear] = {}
+            self._open.add(owner)
             for node in self._nodes(owner):
                 value = self._value(owner, node, values)
                 if value is not None:
                     values[node] = value
+            self._open.remove(owner)
             self._values[owner] = values
         return self._values[owner]
 
     def _nodes(self, owner: str) -> Iterable[fx.Node]:
         """The nodes to interpret. A recording shows chains of layers, and no more than that."""
-        nodes = self.capture.graphs[owner].nodes
-        if owner in self.capture.doubtful:
+        graph = self.graph(owner)
+        if graph is None or owner in self.capture.doubtful:
             return ()
         is_recorded = owner in self.capture.recorded
-        return (node for node in nodes if not is_recorded or node.op == "call_module")
+        return (node for node in graph.nodes if not is_recorded or node.op == "call_module")
+
+    def is_open(self, owner: str) -> bool:
+        """Whether the owner's forward is being interpreted right now."""
+        return owner in self._open
 
     def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> Linear:
         """The value of a region that a plan found, by the names of its nodes.
@@ -89,7 +92,7 @@ class Interpreter:
         """
         if owner in self.capture.untraced and paths:
             return self._chain(paths)
-        if owner not in self.capture.graphs:
+        if self.graph(owner) is None:
             reason = self.capture.untraced.get(owner, "no module with a forward of its own is here")
             raise ReparamError(f"the plan does not fit: {reason}", path=owner)
         values: dict[fx.Node, Linear] = {}
@@ -109,7 +112,8 @@ class Interpreter:
             if layer is None:
                 raise ReparamError("the plan does not fit: it is not linear", path=path)
             node, before = source.graph.call_module(path, (node,)), values.get(node)
-            values[node] = joined(layer, before, node) if before else replace(layer, nodes=(node,))
+            one = joined(layer, before, node, at_any_cost=True) if before else None
+            values[node] = one or replace(layer, nodes=(node,))
         return values[node]
 
     def regions(self, *, sums_only: bool = False) -> list[Region]:
@@ -123,6 +127,9 @@ class Interpreter:
             if consumed.intersection([owner, *ancestors(owner)]):
                 continue
             for value in maximal(self.values(owner)):
+                if reason := self.remaining_reads(owner, value.nodes):
+                    self.reasons[owner, value.nodes[-1].name] = reason
+                    continue
                 region = Region(owner, value)
                 is_wanted = not (sums_only and region.is_path)
                 if is_wanted and value.convs and value.layers > 1:
@@ -139,7 +146,9 @@ class Interpreter:
         return self._whole[path]
 
     def _whole_value(self, path: str) -> Linear | None:
-        graph = self.capture.graphs[path]
+        graph = self.graph(path)
+        if graph is None:
+            return None
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         output = next(iter(reversed(graph.nodes))).args[0]
         if len(placeholders) != 1 or not isinstance(output, fx.Node):
@@ -150,37 +159,70 @@ class Interpreter:
 
     def _value(self, owner: str, node: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if node in self.constants(owner):
+            return None
         if node.op == "call_module" and len(operands) == len(node.args) == 1 and not node.kwargs:
             return self._call_value(owner, node, operands[0], values)
         if is_add(node):
             if len(operands) == 1 and node.args[0] == 0 and not is_difference(node):  # as in sum()
                 return self._extend(owner, node, operands[0], values, Linear(node, None))
-            if len(operands) == 2 and operands[0] is not operands[1]:
+            are_maps = self.constants(owner).isdisjoint(operands)
+            if len(operands) == 2 and operands[0] is not operands[1] and are_maps:
                 return self._sum(owner, node, operands, values)
-        if scaled := scaled_operand(node):
-            return self._scaled(owner, node, *scaled, values)
         if node.target == "reshape_as":
             return self._flattened_norm(owner, node, values)
-        return None
+        return self._function(owner, node, values)
 
-    def _scaled(
-        self,
-        owner: str,
-        node: fx.Node,
-        operand: fx.Node,
-        factor: fx.Node,
-        values: dict[fx.Node, Linear],
+    def _function(self, owner: str, node: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:
+        """A function or method of one map that is a linear layer."""
+        operand = operand_of(node, self.constants(owner))
+        if operand is None or (self.is_in_place(owner, node) and list(operand.users) != [node]):
+            return None
+        call = FunctionCall(
+            node,
+            operand,
+            lambda argument: self.constant(owner, argument),
+            lambda: identity_before(self, operand, values, node),
+        )
+        try:
+            if border := written_border(node, call.value):
+                return self._bordered(owner, node, border, values)
+            found = function_operator(call)
+        except NotLinear as error:
+            self.reasons[owner, node.name] = error.reason
+            return None
+        if found is None:
+            return None
+        op, convs, layers = found
+        layer = Linear(operand, op.to(torch.float64), (), op.macs, layers, convs)
+        return self._extend(owner, node, operand, values, layer)
+
+    def _bordered(
+        self, owner: str, node: fx.Node, border: WrittenBorder, values: dict[fx.Node, Linear]
     ) -> Linear | None:
-        """A value times a parameter with one number per channel: a scaling layer."""
-        op = scaling_operator(factor, self.read(owner))
-        if op is None or (node.target in _IN_PLACE and list(operand.users) != [node]):
+        """A map padded with the bias of what gives it: pad_b(W x + b) = W pad_0(x) + b."""
+        before = absorbable(values, border.operand, border.nodes)
+        if before is None or before.operator is None:
             return None
-        before = values.get(operand)
-        if before and before.operator and before.operator.rank != op.rank:
-            return None
-        layer = Linear(operand, op.to(torch.float64), (), op.macs, 0)
-        value = self._extend(owner, node, operand, values, layer)
-        return replace(value, nodes=(*value.nodes[:-1], *constant_nodes(factor, node), node))
+        op = before.operator
+        if not self._is_bias(owner, border.border, before):
+            raise NotLinear(
+                "border: it is padded with something else than the bias of the conv before it"
+            )
+        like = identity(op.out_channels, op.rank, like=op.weight)
+        padded = padded_with_bias(op, padding_operator(like, border.padding, "constant", 0.0))
+        nodes = with_constants((*before.nodes, *border.nodes), self.constants(owner))
+        return replace(before, operator=padded, nodes=nodes, layers=before.layers + 1)
+
+    def _is_bias(self, owner: str, border: fx.Node, before: Linear) -> bool:
+        """Whether a constant is the bias of a value, for all values of the parameters."""
+        other = Interpreter(self.capture, tried(self.capture), at_any_cost=True)
+        op = other.value_of(owner, [node.name for node in before.nodes]).operator
+        value = as_tensor(other.constant(owner, border))
+        flat = None if value is None or op is None else per_channel(value)
+        if flat is None or op is None or op.bias is None:
+            return False
+        return torch.allclose(flat[0], op.bias, rtol=1e-12, atol=1e-12)
 
     def _flattened_norm(
         self, owner: str, node: fx.Node, values: dict[fx.Node, Linear]
@@ -201,13 +243,14 @@ class Interpreter:
         layer = self._layer(path, flat, values)
         if layer is None or layer.rest is not None:
             return None
-        return replace(joined(layer, before, node), nodes=(*before.nodes, flat, norm, node))
+        one = joined(layer, before, node, at_any_cost=self.at_any_cost)
+        return replace(one, nodes=(*before.nodes, flat, norm, node))
 
     def _call_value(
         self, owner: str, node: fx.Node, operand: fx.Node, values: dict[fx.Node, Linear]
     ) -> Linear | None:
         path = self.capture.path_of(Call(owner, node))
-        reason = self.capture.refusal(path)
+        reason = self.capture.refusal(path, reader=owner)
         if reason:
             self.reasons[owner, node.name] = reason
             return None
@@ -222,19 +265,20 @@ class Interpreter:
         if is_dropout(module):
             return None
         before = values.get(operand)
-        width = before.operator.out_channels if before and before.operator else None
+        has_values = any(True for _ in (*module.parameters(), *module.buffers()))
         try:
-            op, rest = linear_part(module, width)
+            like = None if has_values else identity_before(self, operand, values, path)
+        except NotLinear:
+            like = None
+        try:
+            op, rest = linear_part(module, like.in_channels if like else None)
         except NotLinear as error:
-            if path in self.capture.graphs:
-                whole = self.whole(path)
-                if whole and self._fits(module, whole, operand, before):
-                    return replace(whole, layers=int(whole.operator is not None))  # one, from here
+            whole = self.whole(path)
+            if whole and self._fits(module, whole, operand, before):
+                return replace(whole, layers=int(whole.operator is not None))  # one, from here
             self.reasons[path, ""] = error.reason
             return None
-        has_values = any(True for _ in (*module.parameters(), *module.buffers()))
-        place = op if has_values or not (before and before.operator) else before.operator
-        op = op.to(torch.float64, place.weight.device)
+        op = op.to(torch.float64, (like or op).weight.device)
         convs = int(holds_kernel(module))
         return Linear(operand, op, (), op.macs, 1, convs, rest)
 
@@ -260,8 +304,9 @@ class Interpreter:
         layer: Linear,
     ) -> Linear:
         """The layer after what its operand is, or from its operand on where that is not exact."""
-        alone = replace(layer, source=operand, nodes=(node,))
-        before = absorbable(values, operand, [node])
+        nodes = with_constants([node], self.constants(owner))
+        alone = replace(layer, source=operand, nodes=nodes)
+        before = absorbable(values, operand, nodes)
         if before is None:
             return alone
         if self._is_overwritten(owner, before, node):
@@ -273,7 +318,8 @@ class Interpreter:
             )
             return alone
         try:
-            return joined(layer, before, node)
+            one = joined(layer, before, node, at_any_cost=self.at_any_cost)
+            return replace(one, nodes=with_constants(one.nodes, self.constants(owner)))
         except NotLinear as error:
             self.reasons[owner, node.name] = error.reason
             return alone
@@ -289,50 +335,51 @@ class Interpreter:
         options = [
             [v for v in (absorbable(values, x, [node]), Linear(x, None)) if v] for x in operands
         ]
-        if node.target in _IN_PLACE:  # the sum is written over its first operand
+        if self.is_in_place(owner, node):  # the sum is written over its first operand
             options[0] = [value for value in options[0] if value.nodes]
         for left in options[0]:
             for right in options[1]:
                 if left.source is not right.source or left.operator is right.operator is None:
                     continue
                 try:
-                    op, macs = beside(left, right, is_difference(node))
+                    cost = self.at_any_cost
+                    op, macs = beside(left, right, is_difference(node), at_any_cost=cost)
                 except NotLinear as error:
                     self.reasons[owner, node.name] = error.reason
                     continue
-                order = {n: i for i, n in enumerate(node.graph.nodes)}
-                nodes = sorted({*left.nodes, *right.nodes}, key=order.__getitem__)
+                nodes = (*left.nodes, *right.nodes, node)
                 value = Linear(
                     left.source,
                     op,
-                    (*nodes, node),
+                    with_constants(nodes, self.constants(owner)),
                     macs,
                     left.layers + right.layers + 1,
                     left.convs + right.convs,
                 )
                 return None if self._is_overwritten(owner, value, node) else value
-        return None
+        return None if self.at_any_cost else self._sum_of_all(owner, node)
+
+    def _sum_of_all(self, owner: str, node: fx.Node) -> Linear | None:
+        """A sum whose branches would cost more as one conv each, but not all of them together."""
+        if self._freely is None:
+            self._freely = type(self)(self.capture, self.read, at_any_cost=True)
+        value = self._freely.values(owner).get(node)
+        if value is None or value.operator is None or value.operator.macs > value.macs:
+            return None
+        self.reasons.pop((owner, node.name), None)
+        return value
 
     def _is_overwritten(self, owner: str, value: Linear, last: fx.Node) -> bool:
         """Whether the source changes between the first node of a value and `last`.
 
         The one conv would read it where the last node stands, and so after the change.
         """
-        node = value.nodes[0]
+        node = next(n for n in value.nodes if value.source in n.all_input_nodes)
         while node is not last:
             reads_it = node.all_input_nodes[:1] == [value.source]
-            if reads_it and node not in value.nodes and self._is_in_place(owner, node):
+            if reads_it and node not in value.nodes and self.is_in_place(owner, node):
                 reason = "its input is overwritten in place before it is done"
                 self.reasons[owner, last.name] = reason
                 return True
             node = node.next
         return False
-
-    def _is_in_place(self, owner: str, node: fx.Node) -> bool:
-        """Whether a node writes over its first operand."""
-        if node.op == "call_module":
-            module = self.capture.module(self.capture.path_of(Call(owner, node)))
-            return bool(getattr(module, "inplace", False))
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        is_named = name.endswith("_") and not name.endswith("__")
-        return is_named or node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))

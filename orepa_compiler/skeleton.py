@@ -31,6 +31,16 @@ def check_wrapper(model: nn.Module) -> None:
     name = type(model).__name__
     if name in _WRAPPERS:
         raise ReparamError(f"the model is wrapped in {name}; pass {_WRAPPERS[name]}")
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ReparamError(
+            "the model's parameters are sharded (DTensor); orepa.save it in every process, and "
+            "orepa.load the file in one"
+        )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of it (a DTensor, which is slow to import)."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from orepa_compiler.blocks import ReparamConv
+from orepa_compiler.blocks import ReparamConv, SqueezedSum
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.generation import generate
 from orepa_compiler.generation.store import KernelLeaf, sources
-from orepa_compiler.reduction import reduce_gradients
+from orepa_compiler.generation.whole import generate_all
+from orepa_compiler.operators import ConvOperator
+from orepa_compiler.reduction import reduce_gradients, unreduced, wrappers_in
+
+# What runs as one conv with a kernel made at each step.
+Squeezed = ReparamConv | SqueezedSum
 
 
 @contextmanager
-def kernels_once(model: nn.Module) -> Iterator[None]:
+def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
     """Within it, each block makes its kernel once, however many passes there are.
 
         optimizer.zero_grad()
@@ -38,6 +44,10 @@ def kernels_once(model: nn.Module) -> Iterator[None]:
     leaving, the gradients of the kernels and of all other parameters are averaged (so what crosses
     the wire is W_e, and not its branches), whatever hooks the wrapper has for communication.
 
+    compiled: make the kernels of all blocks, and their gradients, in one function of torch.compile.
+    It is meant for a GPU, where many small launches cost more than the arithmetic; the first step
+    then waits for the compiler.
+
     Raises ReparamError for a model without squeezed blocks, with sharded parameters (FSDP), or that
     is in a with block already; inside, when parameters of a block change or an optimizer steps.
     """
@@ -45,13 +55,16 @@ def kernels_once(model: nn.Module) -> Iterator[None]:
     before = _gradients(model)
     hook = register_optimizer_step_pre_hook(_step_refusal(model))
     try:
-        for path, block in blocks.items():
-            block.store.leaf = KernelLeaf(block, path)
-        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+        made = _generated(model, blocks, compiled=compiled)
+        for (path, block), operator in zip(blocks.items(), made, strict=True):
+            block.store.leaf = KernelLeaf(block, path, operator)
+        with unreduced(wrappers_in(model)):
             yield
         leaves = _checked(blocks)
-        if isinstance(model, DistributedDataParallel):
-            reduce_gradients(model, leaves, _others(model, blocks))
+        for wrapper in wrappers_in(model):
+            inside = set(wrapper.modules())
+            own = {path: block for path, block in blocks.items() if block in inside}
+            reduce_gradients(wrapper, _checked(own), _others(wrapper, own))
     except BaseException:
         for parameter, grad in before.items():
             parameter.grad = grad
@@ -60,14 +73,23 @@ def kernels_once(model: nn.Module) -> Iterator[None]:
         hook.remove()
         for block in blocks.values():
             block.store.leaf = None
-    for leaf in leaves:
-        leaf.backward()
+    pairs = [pair for leaf in leaves for pair in leaf.gathered()]
+    if pairs:
+        torch.autograd.backward([kernel for kernel, _ in pairs], [grad for _, grad in pairs])
 
 
-def _blocks(model: nn.Module) -> dict[str, ReparamConv]:
+def _generated(
+    model: nn.Module, blocks: dict[str, Squeezed], *, compiled: bool
+) -> list[ConvOperator]:
+    if compiled:
+        return generate_all(model, list(blocks.values()))
+    return [generate(block) for block in blocks.values()]
+
+
+def _blocks(model: nn.Module) -> dict[str, Squeezed]:
     """The squeezed blocks by path, all of them ready to keep a kernel."""
     blocks = {
-        path: module for path, module in model.named_modules() if isinstance(module, ReparamConv)
+        path: module for path, module in model.named_modules() if isinstance(module, Squeezed)
     }
     if not blocks:
         raise ReparamError(
@@ -93,13 +115,13 @@ def _gradients(model: nn.Module) -> dict[nn.Parameter, Tensor | None]:
     return {p: None if p.grad is None else p.grad.clone() for p in model.parameters()}
 
 
-def _others(model: nn.Module, blocks: dict[str, ReparamConv]) -> list[nn.Parameter]:
+def _others(model: nn.Module, blocks: dict[str, Squeezed]) -> list[nn.Parameter]:
     """The parameters that are trained and of which no kernel is made."""
     made = {id(tensor) for block in blocks.values() for tensor in sources(block)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in made]
 
 
-def _checked(blocks: dict[str, ReparamConv]) -> list[KernelLeaf]:
+def _checked(blocks: dict[str, Squeezed]) -> list[KernelLeaf]:
     """The leaves, all of them up to date: nothing is handed on where one is not."""
     leaves = []
     for block in blocks.values():

@@ -81,7 +81,7 @@ def spoiled(verb: Callable[..., nn.Module], **when: Any) -> Callable[..., nn.Mod
         result = verb(model, **options)
         if when.items() <= options.items():
             with torch.no_grad():
-                result.get_submodule("head").weight.mul_(1.001)
+                result.get_submodule("gate").weight.mul_(1.001)
         return result
 
     return wrong
@@ -132,7 +132,7 @@ def test_a_refusal_to_give_back_the_stock_model_is_no_failure(
     row = examine(SUBJECT, LIMITS)
     assert row["status"] == "pass"
     assert outcomes(row)["stock"] == "refused"
-    assert "needs a bias to go to" in report([row], {})
+    assert "a bias to go to, the original conv has none" in report([row], {})
 
 
 def test_a_step_that_changes_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,21 +15,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orepa_compiler.blocks import (
-    DEEP_STEM,
-    OREPA,
-    OREPA_1X1,
     REPARAM_CONVS,
     Block,
     BranchSum,
     LinearBlock,
     ReparamConv,
     Scaling,
-    automatic_block,
     inserted_norm,
-    is_large_stem,
     squeezed,
 )
 from orepa_compiler.branches import Kernel, Pointwise
+from orepa_compiler.catalogue import DEEP_STEM, OREPA, OREPA_1X1, automatic_block, is_large_stem
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.generation.algebra import squeeze
 from orepa_compiler.layers import conv_operator
@@ -38,7 +34,7 @@ from tests.norms import randomise_norms
 from tests.operator_factories import conv, random_tensor
 
 SIZES = {1: (17,), 2: (14, 15), 3: (6, 5, 7)}
-SCALINGS = get_args(Scaling)
+SCALINGS: tuple[Scaling, ...] = ("vector", "scalar", "none")
 
 CONVS: dict[str, Callable[[], nn.Module]] = {
     "3x3": lambda: nn.Conv2d(4, 6, 3, padding=1),

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import DeepStem
 from orepa_compiler.branches import (
     AveragePool,
     DepthwisePointwise,
@@ -23,6 +22,7 @@ from orepa_compiler.branches import (
     SequenceBranch,
     frequency_prior,
 )
+from orepa_compiler.catalogue import DeepStem
 from orepa_compiler.operators import ConvOperator
 from tests.convolution_reference import assert_same, dense, reference
 from tests.operator_factories import conv, random_tensor

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
+from orepa_compiler import OREPA
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.calibration import inserted_norms
 from orepa_compiler.errors import ReparamError
@@ -29,7 +30,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def test_without_inputs_eval_is_kept_and_train_is_not() -> None:
     net = bare_net()
-    expanded = orepa.expand(net)
+    expanded = orepa.expand(net, block=OREPA)
     assert_same(output(expanded, X), output(net, X))
     assert relative(output(expanded, X, training=True), output(net, X)) > 0.3
 
@@ -37,7 +38,7 @@ def test_without_inputs_eval_is_kept_and_train_is_not() -> None:
 def test_with_inputs_both_modes_are_kept() -> None:
     net = bare_net()
     with untouched(net):
-        expanded = orepa.expand(net, inputs=X)
+        expanded = orepa.expand(net, inputs=X, block=OREPA)
     assert_same(output(expanded, X), output(net, X))
     # the first norm meets in train mode the very statistics that it was given
     assert relative(output(expanded, X, training=True), output(net, X)) < 1e-6
@@ -47,8 +48,8 @@ def test_with_inputs_both_modes_are_kept() -> None:
 
 @pytest.mark.parametrize("inputs", [X, (X,), [X[:5], (X[5:],)]], ids=["tensor", "tuple", "list"])
 def test_the_statistics_are_those_of_all_the_batches(inputs: object) -> None:
-    expanded = orepa.expand(bare_net(), inputs=inputs)
-    norm = inserted_norms(expanded)["conv1"]
+    expanded = orepa.expand(bare_net(), inputs=inputs, block=OREPA)
+    norm = inserted_norms(expanded)["conv1.norm"]
     y = bare_net()[0](X) - bare_net()[0].bias.reshape(1, -1, 1, 1)  # type: ignore[operator, union-attr]
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -60,16 +61,16 @@ def test_the_statistics_are_those_of_all_the_batches(inputs: object) -> None:
 
 def test_a_second_calibration_keeps_the_function() -> None:
     net = bare_net()
-    once = orepa.expand(net, where="conv1", inputs=X)
-    twice = orepa.expand(once, inputs=X + 0.5)
-    assert inserted_norms(twice).keys() == {"conv1", "conv2"}
+    once = orepa.expand(net, where="conv1", inputs=X, block=OREPA)
+    twice = orepa.expand(once, inputs=X + 0.5, block=OREPA)
+    assert inserted_norms(twice).keys() == {"conv1.norm", "conv2.norm"}
     assert_same(output(twice, X), output(net, X))
 
 
 def test_a_trained_norm_is_left_as_it_is_by_a_second_expand() -> None:
-    model = orepa.expand(bare_net(), where="conv1", inputs=X)
+    model = orepa.expand(bare_net(), where="conv1", inputs=X, block=OREPA)
     train_a_step(model, X)
-    again = orepa.expand(model, inputs=X)
+    again = orepa.expand(model, inputs=X, block=OREPA)
     assert_same(output(again, X), output(model, X))
 
 
@@ -85,7 +86,7 @@ def test_the_models_own_norms_are_not_touched() -> None:
 def test_modes_and_hooks_are_put_back() -> None:
     net = bare_net()
     net.get_submodule("act1").eval()
-    expanded = orepa.expand(net, inputs=X)
+    expanded = orepa.expand(net, inputs=X, block=OREPA)
     assert expanded.training
     assert not expanded.get_submodule("act1").training
     assert all(not module._forward_pre_hooks for module in expanded.modules())
@@ -103,17 +104,17 @@ class Unused(nn.Module):
 
 
 def test_a_norm_that_no_batch_reaches_stays_the_identity() -> None:
-    expanded = orepa.expand(Unused().double(), inputs=X)
+    expanded = orepa.expand(Unused().double(), inputs=X, block=OREPA)
     norms = inserted_norms(expanded)
-    assert norms.keys() == {"conv", "aside"}
-    mean = norms["aside"].running_mean
+    assert norms.keys() == {"conv.norm", "aside.norm"}
+    mean = norms["aside.norm"].running_mean
     assert mean is not None
     assert (mean == 0).all()
-    assert (norms["conv"].running_mean != 0).all()  # type: ignore[union-attr]
+    assert (norms["conv.norm"].running_mean != 0).all()  # type: ignore[union-attr]
 
 
 def test_after_a_step_the_calibrated_net_still_collapses() -> None:
-    expanded = orepa.expand(bare_net(), inputs=X)
+    expanded = orepa.expand(bare_net(), inputs=X, block=OREPA)
     train_a_step(expanded, X)
     assert_same(output(orepa.collapse(expanded), X), output(expanded, X))
     plain = bare_net()
@@ -130,7 +131,7 @@ def test_inputs_that_are_none(inputs: object) -> None:
 
 def test_half_precision_is_calibrated_in_float64() -> None:
     net = bare_net(torch.bfloat16)
-    expanded = orepa.expand(net, inputs=X.bfloat16())
+    expanded = orepa.expand(net, inputs=X.bfloat16(), block=OREPA)
     block = expanded.get_submodule("conv1")
     assert isinstance(block, LinearBlock)
     assert isinstance(block.norm, nn.BatchNorm2d)

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from orepa_compiler import __version__, cli
+from orepa_compiler.certificate import Certificate
 from orepa_compiler.checkpoints import save
-from orepa_compiler.cli import arguments, export_main, main, stages
+from orepa_compiler.cli import comparing, export_main, main, sides, stages, steps
+from orepa_compiler.cli.steps import Step
 from orepa_compiler.compiler import expand
 from orepa_compiler.errors import ExportError, MissingPackage, ReparamError
 from orepa_compiler.model_source import load_model
@@ -53,6 +55,7 @@ class FakeReport:
     agrees: bool = True
     max_error: float = 1e-7
     verdict: str = "FAIL: 1 comparison"
+    worst: Any = None
 
     def __bool__(self) -> bool:
         return self.agrees
@@ -88,6 +91,21 @@ class Verbs:
             raise self.onnx_report
         return self.onnx_report
 
+    def take_samples(self, model: Any, inputs: Any, **options: Any) -> str:
+        self.calls["samples"] = options
+        return "samples"
+
+    def judge(self, samples: Any, candidate: Any) -> FakeReport:
+        assert samples == "samples"
+        return self.verify(None, candidate, self.calls["inputs"])
+
+    def certify(self, model: Any, deploy: Any, inputs: Any) -> Certificate:
+        return Certificate(())
+
+    def write_manifest(self, export: Any, steps: Any) -> Step:
+        self.calls["manifest"] = [step.verdict for step in steps]
+        return Step("write manifest", "done")
+
     def export_onnx(self, model: Any, inputs: Any, path: Path, **options: Any) -> Path:
         self.calls["onnx"] = {"path": path, **options}
         if self.onnx_error:
@@ -111,11 +129,19 @@ class Verbs:
 @pytest.fixture
 def verbs(monkeypatch: pytest.MonkeyPatch) -> Verbs:
     fakes = Verbs()
-    for name in ("collapse", "verify", "export_onnx", "build_engine"):
+    for name in ("collapse", "verify", "take_samples", "certify", "export_onnx"):
         monkeypatch.setattr(stages, name, getattr(fakes, name))
-    monkeypatch.setattr(cli, "verify", fakes.verify)
+    monkeypatch.setattr(steps, "judge", fakes.judge)
+    monkeypatch.setattr(stages, "build_engine", fakes.build_engine)
+    monkeypatch.setattr(
+        stages._Export, "write_manifest", lambda self, steps: fakes.write_manifest(self, steps)
+    )
+    monkeypatch.setattr(stages._Export, "audit", lambda self: Step("audit half", "done"))
+    monkeypatch.setattr(comparing, "verify", fakes.verify)
     monkeypatch.setattr(stages, "OnnxRunner", fakes.runner)
-    monkeypatch.setattr(arguments, "OnnxRunner", fakes.runner)
+    monkeypatch.setattr(sides, "OnnxRunner", lambda path, provider: fakes.runner(path))
+    monkeypatch.setattr(stages, "explain_report", lambda *sides, **options: "all agree")
+    monkeypatch.setattr(comparing, "explain_report", lambda *sides, **options: "all agree")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return fakes
 
@@ -173,8 +199,12 @@ def test_orepa_alone_and_its_version(capsys: pytest.CaptureFixture[str]) -> None
             "nets.py:Pair --onnx a.onnx",
             "does not run on inputs of shape (2, 3, 224, 2",
         ),
-        (main, "verify nets.py:tiny", "orepa: Missing argument 'B'"),
-        (main, "verify nets.py:tiny b.onnx --checkpoint-b c.pth", "b.onnx: an ONNX file holds its"),
+        (main, "verify nets.py:tiny", "nets.py:tiny: give B, what to compare it with, or one FILE"),
+        (
+            main,
+            "verify nets.py:tiny b.onnx --checkpoint-b c.pth",
+            "b.onnx: an exported file holds its",
+        ),
         (main, "verify a.pth nets.py:tiny", "a.pth: this names no model; write it as torchvision:"),
         (main, "plan nets.py:tiny --block orepo", "--block orepo: choose one of auto, OREPA, "),
         (main, "plan nets.py:tiny --where !", "selects nothing; give a glob"),
@@ -216,17 +246,19 @@ def test_an_export_that_passes(verbs: Verbs, capsys: pytest.CaptureFixture[str])
     rows = [row.split() for row in out.splitlines()[1:]]
     assert rows[0][:2] == ["load", "done"]
     assert rows[2] == ["check", "collapse", "1.0e-07", "pass"]
-    assert rows[3] == ["write", "onnx", "net.onnx", "5", "done"]
-    assert rows[4] == ["check", "onnx", "1.0e-07", "pass"]
-    assert rows[5] == ["build", "engine", "net.engine", "6", "done"]
+    assert rows[3][:4] == ["certify", "collapse", "done", "there"]
+    assert rows[4] == ["write", "onnx", "net.onnx", "5", "done"]
+    assert rows[5] == ["check", "onnx", "1.0e-07", "pass"]
+    assert rows[6] == ["build", "engine", "net.engine", "6", "done"]
     assert "not run  device numerics: not run (there is no GPU here)" in out
     data = json.loads(Path("net.json").read_text())
     assert (data["verdict"], data["exit_code"]) == ("pass", 0)
     assert data["request"]["model"] == "nets.py:tiny"
-    assert [step["verdict"] for step in data["steps"]][-1] == "not run"
-    assert data["steps"][3]["bytes"] == 5
-    assert len(data["steps"][3]["sha256"]) == 64
-    assert data["steps"][4]["report"] == {"agrees": True}
+    assert [step["verdict"] for step in data["steps"]][-2:] == ["not run", "done"]
+    assert verbs.calls["manifest"][-1] == "not run"
+    assert data["steps"][4]["bytes"] == 5
+    assert len(data["steps"][4]["sha256"]) == 64
+    assert data["steps"][5]["report"] == {"agrees": True}
 
 
 def test_orepa_export_is_the_same_command(verbs: Verbs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,10 +269,10 @@ def test_orepa_export_is_the_same_command(verbs: Verbs, capsys: pytest.CaptureFi
 def test_the_options_arrive(verbs: Verbs, capsys: pytest.CaptureFixture[str]) -> None:
     line = (
         "nets.py:Pair --input-shape 3x8x8 --input-shape 4x1x1 --trt pair.engine --precision fp16 "
-        "--static-batch --simplify --trt-flavor tensorrt_rtx --compute-capability 8.9"
+        "--static-batch --simplify --trt-flavor rtx --compute-capability 8.9"
     )
     assert run(export_main, line, capsys)[0] == 0
-    shapes = [tuple(tensor.shape) for tensor in verbs.calls["inputs"]]
+    shapes = [tuple(tensor.shape) for tensor in verbs.calls["inputs"][0]]
     assert shapes == [(1, 3, 8, 8), (1, 4, 1, 1)]
     assert not verbs.calls["model"].training
     assert verbs.calls["onnx"] == {
@@ -248,13 +280,18 @@ def test_the_options_arrive(verbs: Verbs, capsys: pytest.CaptureFixture[str]) ->
         "dynamic_batch": False,
         "precision": "fp16",
         "simplify": True,
+        "certificate": None,
+        "keep_fp32": (),
+        "calibration": [],
     }
-    assert verbs.calls["verify"] == {"precision": "fp16"}
+    assert verbs.calls["samples"] == {"precision": torch.float16, "stress": True}
     assert verbs.calls["engine"] == {
         "onnx": Path("pair.onnx"),
         "path": Path("pair.engine"),
-        "flavor": "tensorrt_rtx",
+        "flavor": "rtx",
         "compute_capability": "8.9",
+        **dict.fromkeys(("shapes", "timing_cache", "workspace_gb")),
+        "tf32": False,
     }
 
 
@@ -263,7 +300,7 @@ def test_the_batch_of_the_inputs(
     given: str, batch: int, verbs: Verbs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(export_main, f"{EXPORT} {given}", capsys)[0] == 0
-    assert verbs.calls["inputs"][0].shape == (batch, 3, 8, 8)
+    assert verbs.calls["inputs"][0][0].shape == (batch, 3, 8, 8)
 
 
 OUTCOMES: dict[str, tuple[dict[str, Any], int, str, set[str]]] = {
@@ -385,8 +422,9 @@ def test_verify_prints_and_writes_its_report(
     found, out, err = run(main, line, capsys)
     assert (found, err) == (code, [])
     assert "the comparison, number by number" in out
-    assert json.loads(Path("r.json").read_text()) == {"agrees": agrees}
-    assert verbs.calls["verify"] == {"precision": "bf16"}
+    data = json.loads(Path("r.json").read_text())
+    assert (data["agrees"], data["candidate"]) == (agrees, "net.onnx")
+    assert verbs.calls["verify"] == {"precision": "bf16", "stress": True}
 
 
 @pytest.mark.parametrize(

@@ -336,17 +336,17 @@ def test_a_real_net_trains_and_comes_back() -> None:
 
 def test_a_plan_beside_another_init_is_an_error() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    made = orepa.plan(net)
+    made = orepa.plan(net, block=orepa.OREPA)
     with pytest.raises(orepa.ReparamError, match=r"^0: the plan was made with init='preserve'"):
         orepa.expand(net, plan=made, init="paper")
-    paper = orepa.plan(net, init="paper")
+    paper = orepa.plan(net, block=orepa.OREPA, init="paper")
     assert orepa.expand(net, plan=paper, init="paper")[0].scaling is not None
 
 
 def test_a_plan_that_inserts_a_norm_beside_none_is_an_error() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(orepa.ReparamError, match=r"^0: the plan inserts a norm here"):
-        orepa.expand(net, plan=orepa.plan(net), post_norm="none")
+        orepa.expand(net, plan=orepa.plan(net, block=orepa.OREPA), post_norm="none")
 
 
 # making one is what torch warns of; users still bring them

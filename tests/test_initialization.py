@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import (
-    DEEP_STEM,
-    OREPA,
-    OREPA_1X1,
-    Block,
-    BranchSum,
-    LinearBlock,
-    Scaling,
-)
+from orepa_compiler.blocks import Block, BranchSum, LinearBlock, Scaling
 from orepa_compiler.branches import Identity, Kernel, Pointwise
-from orepa_compiler.initialization import REDUCTION, extend, preserve, shrink
+from orepa_compiler.catalogue import DEEP_STEM, OREPA, OREPA_1X1
+from orepa_compiler.initialization import REDUCTION, extend, preserve, shrink, with_origin
 from orepa_compiler.operators import ConvOperator
-from orepa_compiler.passes.expand import with_origin
 from tests.operator_factories import conv
 
-SCALINGS = get_args(Scaling)
+SCALINGS: tuple[Scaling, ...] = ("vector", "scalar", "none")
 # The remainder is rounded once to the origin, and the sum of the branches once more: of 600 kernels
 # the worst came to 1.9 ulps of the largest element. Twice that, for other CPUs.
 ULPS = 4

@@ -48,6 +48,8 @@ FOLDED = {name for name in CONVS if "transposed" in name or "Conv2dSame" in name
     "StdConv2dSame",
     "ScaledStdConv2dSame",
 }
+# Their kernel is computed ahead, and they become plain convs.
+COMPUTED = {"own class", "StdConv2d", "ScaledStdConv2d"}
 
 
 def net_of(name: str) -> nn.Sequential:
@@ -93,7 +95,8 @@ def test_a_norm_is_folded_where_the_kernel_scales_the_output(name: str) -> None:
     deploy = orepa.collapse(net)
     x = inputs(net)
     torch.testing.assert_close(deploy(x), net(x), rtol=1e-11, atol=1e-12)
-    assert is_batch_norm(deploy[1]) == (name not in FOLDED)
+    assert is_batch_norm(deploy[1]) == (name not in FOLDED | COMPUTED)
+    assert (type(deploy[0]) is nn.Conv2d) == (name in COMPUTED)
 
 
 def test_parameters_of_the_forward_are_trained_and_kept() -> None:

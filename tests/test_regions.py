@@ -138,6 +138,26 @@ ONE_REGION: dict[str, tuple[Callable[[], nn.Module], list[str], bool]] = {
         ["conv", "point", "add", "norm"],
         False,
     ),
+    "a number added": (
+        lambda: Inline(lambda m, x: m.conv(x) + 1, conv=conv()),
+        ["conv", "add"],
+        False,
+    ),
+    "the input, scaled": (
+        lambda: Inline(lambda m, x: m.conv(x) + m.point(x * 2), conv=conv(), point=point()),
+        ["conv", "mul", "point", "add"],
+        False,
+    ),
+    "branches that cost more apart from the sum": (
+        lambda: Inline(
+            lambda m, x: m.conv(x) + m.point(m.depthwise(x)),
+            conv=conv(),
+            depthwise=conv(groups=4),
+            point=point(),
+        ),
+        ["conv", "depthwise", "point", "add"],
+        False,
+    ),
     "input added in place": (
         lambda: Inline(lambda m, x: m.conv(x).add_(x), conv=conv()),
         ["conv", "add_"],
@@ -194,7 +214,7 @@ APART: dict[str, tuple[Callable[[], nn.Module], list[list[str]], str]] = {
     ),
     "added to itself": (lambda: Inline(lambda m, x: (c := m.conv(x)) + c, conv=conv()), [], ""),
     "two inputs": (
-        lambda: Inline(lambda m, x: m.conv(x) + m.point(x * 2), conv=conv(), point=point()),
+        lambda: Inline(lambda m, x: m.conv(x) + m.point(x * x), conv=conv(), point=point()),
         [],
         "",
     ),
@@ -213,12 +233,30 @@ APART: dict[str, tuple[Callable[[], nn.Module], list[list[str]], str]] = {
         [],
         "cannot add convs of 4 -> 4 and 4 -> 1 channels",
     ),
+    "a sum that would cost more": (
+        lambda: Inline(
+            lambda m, x: m.point2(x) + m.point(m.depthwise(x)),
+            depthwise=conv(groups=4),
+            point=point(),
+            point2=point(),
+        ),
+        [],
+        "as one conv it would cost 144 MACs for each output position, apart it costs 52; kept",
+    ),
+    "two branches that would cost more": (
+        lambda: Inline(
+            lambda m, x: m.left(x) + m.right(x),
+            left=chain(conv(groups=4), point()),
+            right=chain(conv(groups=4), point()),
+        ),
+        [],
+        "as one conv it would cost 144 MACs for each output position, apart it costs 52; kept",
+    ),
     "scaled sum": (
         lambda: Inline(lambda m, x: torch.add(m.conv(x), x, alpha=2), conv=conv()),
         [],
         "",
     ),
-    "a number added": (lambda: Inline(lambda m, x: m.conv(x) + 1, conv=conv()), [], ""),
     "sum written over the input": (
         lambda: Inline(lambda m, x: x.add_(m.conv(x)), conv=conv()),
         [],

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from orepa_compiler import generation
-from orepa_compiler.blocks import (
-    OREPA,
-    OREPA_1X1,
-    Block,
-    LinearBlock,
-    ReparamConv,
-    automatic_block,
-    squeezed,
-)
+from orepa_compiler.blocks import Block, LinearBlock, ReparamConv, squeezed
 from orepa_compiler.branches import AveragePool, DepthwisePointwise, Kernel, SequenceBranch
+from orepa_compiler.catalogue import OREPA, OREPA_1X1, automatic_block
 from orepa_compiler.generation import channelwise, contraction, generate
 from orepa_compiler.generation.algebra import squeeze
 from orepa_compiler.layers import conv_operator

@@ -6,17 +6,17 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from orepa_compiler.blocks import OREPA, Block, LinearBlock, ReparamConv, squeezed
+from orepa_compiler import stepping
+from orepa_compiler.blocks import Block, LinearBlock, ReparamConv, squeezed
 from orepa_compiler.branches import SequenceBranch
+from orepa_compiler.catalogue import OREPA, OREPA_VGG
 from orepa_compiler.compiler import collapse, expand
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import generate
@@ -34,7 +34,9 @@ def make_net() -> nn.Module:
     stem = (nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
     body = (nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU())
     tail = (nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
-    return expand(randomise_norms(nn.Sequential(*stem, *body, *tail)).double()).train()
+    return expand(
+        randomise_norms(nn.Sequential(*stem, *body, *tail)).double(), post_norm="none"
+    ).train()
 
 
 @pytest.fixture
@@ -51,7 +53,8 @@ def generations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         made.append(block)
         return generate(block)
 
-    monkeypatch.setattr(kernel_store, "generate", counted)
+    for module in (kernel_store, stepping):
+        monkeypatch.setattr(module, "generate", counted)
     return made
 
 
@@ -304,35 +307,62 @@ def test_a_compiled_model_uses_the_leaves(net: nn.Module) -> None:
     loss(compiled, micro_batches(1)[0]).backward()
 
 
-def in_process(rank: int, address: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    shares = micro_batches(4)[2 * rank : 2 * rank + 2]
-    ordinary, net = DistributedDataParallel(make_net()), DistributedDataParallel(make_net())
-    for model in (ordinary, net):
-        model.module[-1].bias.grad = torch.ones(5).double()  # type: ignore[index]
-    with ordinary.no_sync():
-        loss(ordinary, shares[0]).backward()
-    loss(ordinary, shares[1]).backward()
-    with kernels_once(net):
-        for x in shares:
-            loss(net, x).backward()
+def test_kernels_made_in_one_compiled_function_train_as_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch._dynamo.reset()
+    # the same graphs, forward and backward, without half a minute of C++
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    nets = [make_net(), make_net()]
+    for net, compiled in zip(nets, (True, False), strict=True):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with kernels_once(net, compiled=compiled):
+                passes(net, False)
+            optimizer.step()
+    assert_same_gradients(*nets)
+    for ours, theirs in zip(*(n.parameters() for n in nets), strict=True):
+        assert float((ours - theirs).detach().abs().max()) < 1e-12
+
+
+def test_the_compiled_function_is_kept_while_the_blocks_are_the_same(
+    net: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilations: list[Any] = []
+
+    def as_it_is(function: Any, **options: Any) -> Any:
+        compilations.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    for _ in range(2):
+        with kernels_once(net, compiled=True):
+            passes(net, False)
+    assert len(compilations) == 1
+    ordinary = copy.deepcopy(net)
+    net.zero_grad(), ordinary.zero_grad()
+    net[0], ordinary[0] = (copy.deepcopy(net[0]) for _ in range(2))
+    passes(ordinary, False)
+    with kernels_once(net, compiled=True):
+        passes(net, False)
+    assert len(compilations) == 2
     assert_same_gradients(net, ordinary)
-    with kernels_once(net):  # one process reaches the last layer only
-        net.zero_grad()
-        layers = net.module if rank else net.module[-1:]  # type: ignore[index]
-        layers(shares[0] if rank else random_tensor(2, 144)).sum().backward()
-    parameters = [p.grad for p in net.parameters()]
-    assert all(grad is not None for grad in parameters)
-    results[rank] = [grad.sum().item() for grad in parameters if grad is not None]
-    dist.destroy_process_group()
 
 
-def test_distributed_gradients_are_those_of_an_ordinary_distributed_step(tmp_path: Any) -> None:
-    results = mp.get_context("spawn").Manager().dict()
-    mp.spawn(in_process, (f"file://{tmp_path}/meet", results), nprocs=2)
-    torch.testing.assert_close(results[0], results[1])
-    assert len(results[0]) == len(list(make_net().parameters()))
+def test_a_squeezed_branch_beside_explicit_ones_keeps_its_kernel_too() -> None:
+    """As in a residual-free net, where each explicit branch has its norm."""
+    torch.manual_seed(0)
+    convs = (nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    net = expand(nn.Sequential(*convs, nn.BatchNorm2d(4)), block=OREPA_VGG).double().train()
+    ordinary = copy.deepcopy(net)
+    passes(ordinary, False)
+    with kernels_once(net):
+        passes(net, False)
+        inside = gradients(net)
+    waiting = {name for name, grad in inside.items() if grad is None}
+    assert waiting == {n for n in inside if ".branches.origin.branch." in n}
+    assert_same_gradients(net, ordinary)
 
 
 # Kept in eval mode

@@ -34,7 +34,7 @@ MODELS = {
     "timm:edgenext_xx_small": (20, 9, 0),
     "timm:efficientnet_cc_b0_4e": (57, 25, 24),
     "timm:efficientvit_b0": (50, 38, 0),
-    "timm:efficientvit_m0": (116, 112, 1),
+    "timm:efficientvit_m0": (116, 112, 0),
     "timm:ese_vovnet19b_slim": (23, 19, 0),
     "timm:eva02_tiny_patch14_224": (1, 0, 0),
     "timm:ghostnet_050": (95, 80, 0),

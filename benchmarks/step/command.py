@@ -14,7 +14,9 @@ from benchmarks.step.results import machine, markdown, read, table, write
 from benchmarks.step.variants import MODELS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
-EAGER = tuple(name for name, variant in VARIANTS.items() if not variant.compiled)
+EAGER = tuple(
+    name for name, variant in VARIANTS.items() if not (variant.compiled or variant.compiled_kernels)
+)
 # What is run without options: every form with small batches, and the goals at a larger one.
 BY_DEFAULT = (
     *((model, 8, EAGER) for model in MODELS),

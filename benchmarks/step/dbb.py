@@ -7,6 +7,8 @@ from torch import Tensor, nn
 # A conv and the norm behind it, as torchvision and timm name them.
 NORM_OF = {"conv": "bn", "conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "0": "1"}
 
+IMAGE_CHANNELS = 3
+
 
 class PaddedNorm(nn.BatchNorm2d):
     """A norm whose output is padded with what it makes of zeros, so that no border is seen."""
@@ -72,11 +74,17 @@ class DiverseBranchBlock(nn.Module):
 
 
 def with_diverse_branches(model: nn.Module) -> nn.Module:
-    """The model with a block in the place of each k x k conv (1 < k < 7) and its norm, in place."""
+    """The model with a block in the place of each k x k conv (1 < k < 7) and its norm, in place.
+
+    A conv that reads images stays: torch 2.13 writes beyond its memory in the backward of the 1 x 1
+    conv with stride 2 on three channels that its block would have.
+    """
     for parent in list(model.modules()):
         for name, norm in NORM_OF.items():
             conv = getattr(parent, name, None)
             if not isinstance(conv, nn.Conv2d) or not 1 < conv.kernel_size[0] < 7:
+                continue
+            if conv.in_channels == IMAGE_CHANNELS:
                 continue
             behind = getattr(parent, norm)
             kept = behind.act if hasattr(behind, "act") else nn.Identity()

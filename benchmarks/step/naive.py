@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import BranchSum, DeepStem, ReparamConv
+from orepa_compiler.blocks import BranchSum, ReparamConv
 from orepa_compiler.branches import (
     AveragePool,
     DepthwisePointwise,
@@ -19,6 +19,7 @@ from orepa_compiler.branches import (
     PointwiseKernel,
     PointwisePointwise,
 )
+from orepa_compiler.catalogue import DeepStem
 
 
 class NaiveConv(nn.Module):

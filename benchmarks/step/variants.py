@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,7 @@ class Variant:
     passes: int = 1
     once: bool = False
     compiled: bool = False
+    compiled_kernels: bool = False
     base: str = "plain"
     means: str = ""
 
@@ -56,6 +57,9 @@ VARIANTS = {
     "plain x4": Variant(_as_it_is, MICRO_BATCHES, means="gradients of four batches added"),
     "orepa x4": Variant(
         _expanded, MICRO_BATCHES, once=True, base="plain x4", means="four passes in kernels_once"
+    ),
+    "two-phase, compiled kernels": Variant(
+        _expanded, once=True, compiled_kernels=True, means="kernels_once(compiled=True)"
     ),
     "plain compiled": Variant(_as_it_is, compiled=True, means="torch.compile"),
     "orepa compiled": Variant(_expanded, compiled=True, means="torch.compile(fullgraph=True)"),
@@ -89,10 +93,15 @@ class Stepper:
     def step(self) -> None:
         """zero_grad, forward and backward of each pass, and the optimizer."""
         self.optimizer.zero_grad()
-        with kernels_once(self.net) if self.variant.once else nullcontext():
+        with self._kernels():
             for _ in range(self.variant.passes):
                 self.loss().backward()
         self.optimizer.step()
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        if not self.variant.once:
+            return nullcontext()
+        return kernels_once(self.net, compiled=self.variant.compiled_kernels)
 
     def loss(self) -> Tensor:
         with self.autocast:

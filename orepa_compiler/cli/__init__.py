@@ -17,27 +17,53 @@ from orepa_compiler.cli.arguments import (
     Checkpoint,
     Debug,
     ExitCode,
+    Inputs,
+    Json,
+    Junit,
     Model,
     NotVerified,
     Pickle,
-    Report,
     Shapes,
     check_folder,
-    load_side,
     load_source,
     named_block,
     random_inputs,
     shape,
 )
+from orepa_compiler.cli.bench import bench_command
+from orepa_compiler.cli.comparing import compare_sides
+from orepa_compiler.cli.engine_options import (
+    Calibration,
+    ComputeCapability,
+    KeepFp32,
+    MaxShapes,
+    MinShapes,
+    OptShapes,
+    Tf32,
+    TimingCache,
+    TrtFlavor,
+    Workspace,
+    profile,
+)
+from orepa_compiler.cli.junit import write_junit
+from orepa_compiler.cli.rechecking import recheck_steps
+from orepa_compiler.cli.sides import SIDES
 from orepa_compiler.cli.stages import ExportRequest, export_steps
-from orepa_compiler.cli.summary import complaints, report_of, show_steps, verdict, write_json
+from orepa_compiler.cli.steps import Step
+from orepa_compiler.cli.summary import (
+    cases,
+    complaints,
+    recheck_report,
+    report_of,
+    show_steps,
+    verdict,
+    write_json,
+)
 from orepa_compiler.compiler import plan
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.flavors import Flavor
-from orepa_compiler.export.onnx import Precision
+from orepa_compiler.export.precision import Precision
 from orepa_compiler.export.progress import announced
-from orepa_compiler.model_source import FORMS
-from orepa_compiler.verification import verify
+from orepa_compiler.manifest import is_manifest
 
 # typer exports this one's subclass only, and every wrong command line raises this one.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -55,6 +81,7 @@ def _typer(help: str) -> typer.Typer:
 
 app = _typer("Rewrites a conv net into OREPA training form, collapses it, proves the two equal.")
 export_app = _typer("")
+app.command("bench", epilog=EXIT_CODES)(bench_command)
 
 
 @app.callback(invoke_without_command=True)
@@ -124,12 +151,20 @@ def export_command(
     simplify: Annotated[
         bool, typer.Option("--simplify", help="Run onnxsim over the ONNX.")
     ] = False,
-    trt_flavor: Annotated[Flavor, typer.Option(help="Which TensorRT.")] = "auto",
-    compute_capability: Annotated[
-        str | None, typer.Option(metavar="8.9", help="Build for this GPU; none is needed here.")
-    ] = None,
+    keep_fp32: KeepFp32 = None,
+    calibration: Calibration = None,
+    trt_flavor: TrtFlavor = "auto",
+    compute_capability: ComputeCapability = None,
+    min_shapes: MinShapes = None,
+    opt_shapes: OptShapes = None,
+    max_shapes: MaxShapes = None,
+    workspace: Workspace = None,
+    tf32: Tf32 = False,
+    timing_cache: TimingCache = None,
+    inputs: Inputs = None,
     allow_pickle: Pickle = False,
-    report: Report = None,
+    json: Json = None,
+    junit: Junit = None,
     debug: Debug = False,
 ) -> int:
     """From a trained model to ONNX and TensorRT, each step checked against the one before it.
@@ -137,16 +172,18 @@ def export_command(
     Examples:
 
       orepa-export torchvision:resnet50 --checkpoint best.pth --onnx r50.onnx
-      orepa-export nets.py:build --onnx net.onnx --precision fp16 --report net.json
+      orepa-export nets.py:build --onnx net.onnx --precision fp16 --json net.json
       orepa-export timm:resnet18 --trt r18.engine --compute-capability 8.9
+      orepa-export nets.py:build --trt net.engine --precision int8 --calibration images/
       orepa-export nets.py:pair --onnx pair.onnx --input-shape 3x64x64 --input-shape 8
 
     An engine that no GPU has run is no pass of the engine: "device numerics: not run" says so.
+    OUT.onnx.manifest.json, written beside the ONNX, lets orepa verify check it all again elsewhere.
     """
     target = onnx or (trt and trt.with_suffix(".onnx"))
     if target is None:
         raise ReparamError("nothing to write: give --onnx OUT.onnx or --trt OUT.engine")
-    for path in (target, trt, report):
+    for path in (target, trt, json, junit, timing_cache):
         check_folder(path)
     request = ExportRequest(
         model=model,
@@ -161,32 +198,46 @@ def export_command(
         flavor=trt_flavor,
         compute_capability=compute_capability,
         allow_pickle=allow_pickle,
+        data=inputs,
+        keep_fp32=tuple(keep_fp32 or ()),
+        calibration=calibration,
+        profile=profile(min_shapes, opt_shapes, max_shapes),
+        workspace_gb=workspace,
+        tf32=tf32,
+        timing_cache=timing_cache,
     )
     steps = export_steps(request)
-    show_steps(steps)
-    if report:
-        write_json(report, report_of(request, steps))
-    for step in steps:
-        if debug and step.cause:
-            traceback.print_exception(step.cause)
-    for line in complaints(steps):
-        print(line, file=sys.stderr)
-    return verdict(steps)
+    if json:
+        write_json(json, report_of(request, steps))
+    return _finish("orepa-export", steps, junit, debug)
 
 
 @app.command("verify", epilog=EXIT_CODES)
 def verify_command(
-    reference: Annotated[str, typer.Argument(metavar="A", help=f"FILE.onnx, or {FORMS}")],
-    candidate: Annotated[str, typer.Argument(metavar="B", help="The same, compared against A.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="A", help=f"{SIDES}. Or alone: FILE.manifest.json")
+    ],
+    candidate: Annotated[
+        str | None, typer.Argument(metavar="B", help="The same, compared against A.")
+    ] = None,
     checkpoint_a: Checkpoint = None,
     checkpoint_b: Checkpoint = None,
+    inputs: Inputs = None,
     input_shape: Shapes = ["3x224x224"],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, help="Of the inputs compared.")] = 2,
+    stress: Annotated[
+        bool, typer.Option(help="Compare on random, constant, large and small inputs too.")
+    ] = True,
     precision: Annotated[
         Precision | None, typer.Option(help="What B was exported in, and must hold.")
     ] = None,
     allow_pickle: Pickle = False,
-    report: Report = None,
+    json: Json = None,
+    junit: Junit = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Where it fails: the error over the feature map."),
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Whether two models give the same outputs, with a tolerance derived from A's own precision.
@@ -194,22 +245,53 @@ def verify_command(
     Examples:
 
       orepa verify timm:resnet18 r18.onnx --checkpoint-a trained.safetensors
-      orepa verify nets.py:trained nets.py:collapsed --input-shape 3x64x64
-      orepa verify fp32.onnx fp16.onnx --precision fp16 --report verified.json
+      orepa verify nets.py:trained nets.py:trained@collapsed --inputs images.npy
+      orepa verify fp32.onnx fp16.onnx --precision fp16 --json verified.json
+      orepa verify nets.py:trained r18.onnx@cuda --junit verified.xml
+      orepa verify r18.onnx.manifest.json
+
+    A manifest, which orepa-export writes, is checked again: hashes, gates and numbers, and on a
+    machine with a GPU what was not run before.
     """
-    check_folder(report)
-    inputs = random_inputs([shape(text) for text in input_shape], batch)
-    left = load_side(reference, checkpoint_a, inputs=inputs, allow_pickle=allow_pickle)
-    right = load_side(candidate, checkpoint_b, inputs=inputs, allow_pickle=allow_pickle)
-    with announced("comparing"):
-        try:
-            found = verify(left, right, inputs, precision=precision)
-        except ReparamError as error:
-            raise NotVerified(str(error)) from error
-    _show(found)
-    if report:
-        write_json(report, found.to_dict())
-    return ExitCode.PASS if found else ExitCode.MISMATCH
+    for path in (json, junit, picture):
+        check_folder(path)
+    if is_manifest(reference):
+        if candidate is not None:
+            raise ReparamError(f"{reference}: a manifest is checked alone; leave out {candidate}")
+        with announced(f"checking {reference}"):
+            steps = recheck_steps(Path(reference))
+        if json:
+            write_json(json, recheck_report(steps))
+        return _finish("orepa-verify", steps, junit, debug)
+    if candidate is None:
+        raise ReparamError(
+            f"{reference}: give B, what to compare it with, or one FILE.manifest.json"
+        )
+    return compare_sides(
+        (reference, checkpoint_a),
+        (candidate, checkpoint_b),
+        data=inputs,
+        shapes=[shape(text) for text in input_shape],
+        batch=batch,
+        stress=stress,
+        precision=precision,
+        allow_pickle=allow_pickle,
+        json=json,
+        junit=junit,
+        picture=picture,
+    )
+
+
+def _finish(suite: str, steps: Sequence[Step], junit: Path | None, debug: bool) -> int:
+    show_steps(steps)
+    if junit:
+        write_junit(junit, suite, cases(steps))
+    for step in steps:
+        if debug and step.cause:
+            traceback.print_exception(step.cause)
+    for line in complaints(steps):
+        print(line, file=sys.stderr)
+    return verdict(steps)
 
 
 def _show(found: object) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import BLOCKS, Block
+from orepa_compiler.blocks import Block
+from orepa_compiler.catalogue import BLOCKS
 from orepa_compiler.checkpoints import load
-from orepa_compiler.errors import MissingPackage, ReparamError
+from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.progress import announced
-from orepa_compiler.export.runners import OnnxRunner
 from orepa_compiler.model_source import FORMS, load_model
 from orepa_compiler.weights import has_plan, load_weights
 
@@ -55,7 +55,17 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="safetensors, torch.save, or what orepa.save wrote."),
 ]
-Report = Annotated[Path | None, typer.Option(metavar="JSON", help="Write all numbers here.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", "--report", metavar="FILE", help="Write all numbers here, as JSON."),
+]
+Junit = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the checks here, as JUnit XML.")
+]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Your own data: .npy, .npz (one array per input), a folder."),
+]
 Pickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read checkpoints that run code. Only files you trust."),
@@ -63,11 +73,11 @@ Pickle = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def shape(text: str) -> tuple[int, ...]:
+def shape(text: str, *, option: str = "--input-shape") -> tuple[int, ...]:
     """(3, 224, 224) from `3x224x224`. Raises ReparamError for anything else."""
     sizes = text.lower().split("x")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ReparamError(f"--input-shape {text}: write it as sizes with x between, as 3x224x224")
+        raise ReparamError(f"{option} {text}: write it as sizes with x between, as 3x224x224")
     return tuple(int(size) for size in sizes)
 
 
@@ -116,23 +126,6 @@ def load_source(
         if inputs is not None:
             _check_it_runs(source, model, inputs)
     return model
-
-
-def load_side(
-    source: str, checkpoint: Path | None, *, inputs: tuple[Tensor, ...], allow_pickle: bool
-) -> Callable[..., Any]:
-    """One side of a comparison: an ONNX file in onnxruntime, or a model as load_source gives it.
-
-    Raises what load_source raises, and NotVerified when onnxruntime is not installed.
-    """
-    if not source.endswith(".onnx"):
-        return load_source(source, checkpoint, inputs=inputs, allow_pickle=allow_pickle)
-    if checkpoint is not None:
-        raise ReparamError(f"{source}: an ONNX file holds its weights; leave out {checkpoint}")
-    try:
-        return OnnxRunner(Path(source))
-    except MissingPackage as error:
-        raise NotVerified(f"{source}: {error}") from error
 
 
 def _check_it_runs(source: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
+from orepa_compiler.certificate import Certificate, certify
 from orepa_compiler.cli.arguments import load_source, random_inputs
+from orepa_compiler.cli.calibration import BATCH, load_calibration
+from orepa_compiler.cli.inputs import load_inputs
+from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, compared, judged
 from orepa_compiler.compiler import collapse
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.atomic import staged
+from orepa_compiler.export.audit import HALVES, audit_half
+from orepa_compiler.export.dithering import with_int8_noise
+from orepa_compiler.export.external_data import external_files
 from orepa_compiler.export.flavors import Flavor
-from orepa_compiler.export.onnx import Precision, export_onnx
+from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.onnx import export_onnx
+from orepa_compiler.export.precision import PRECISIONS, Precision, cast, kept_modules
+from orepa_compiler.export.profiles import Shape
 from orepa_compiler.export.progress import announced
+from orepa_compiler.export.quantization import calibration_batches
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine
-from orepa_compiler.verification import Report, verify
+from orepa_compiler.locating import explain_report
+from orepa_compiler.manifest import Check, Role, make_manifest, manifest_path, write_manifest
+from orepa_compiler.verification import Samples, take_samples, verify
+from orepa_compiler.verification.evaluation import Side, evaluate
+from orepa_compiler.verification.sample_file import save_samples
 
-Verdict = Literal["pass", "mismatch", "failed", "not run", "done"]
-
-# Said of an engine that no GPU has run; it is not a pass.
-NOT_RUN_ON_A_GPU = "device numerics: not run"
+# The calibration batches on which an int8 file is compared with the model.
+INT8_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,8 @@ class ExportRequest:
 
     shapes: of the inputs, without the batch. batch: of the inputs compared; None is 1 where the
     artifacts keep it, and 2 where it is free, so that more than one image is really compared.
+    data: the user's own inputs, to be compared beside random ones of their shape. calibration:
+    where the data for int8 comes from. profile: the shapes that the engine takes.
     """
 
     model: str
@@ -45,27 +63,24 @@ class ExportRequest:
     flavor: Flavor = "auto"
     compute_capability: str | None = None
     allow_pickle: bool = False
+    data: Path | None = None
+    keep_fp32: tuple[str, ...] = ()
+    calibration: str | None = None
+    profile: dict[str, tuple[Shape, ...]] | tuple[Shape, ...] | None = None
+    workspace_gb: float | None = None
+    tf32: bool = False
+    timing_cache: Path | None = None
 
-    def inputs(self) -> tuple[Tensor, ...]:
-        return random_inputs(self.shapes, self.batch or (1 if self.static_batch else 2))
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of an export and what came of it.
-
-    error: the largest error of a comparison. report: the comparison itself. cause: what kept the
-    step from being done. is_required: whether the export has failed to verify without it.
-    """
-
-    name: str
-    verdict: Verdict
-    file: Path | None = None
-    error: float | None = None
-    note: str = ""
-    report: Report | None = None
-    cause: Exception | None = None
-    is_required: bool = True
+    def inputs(self) -> list[tuple[Tensor, ...]]:
+        batch = self.batch or (1 if self.static_batch else 2)
+        if self.data is None:
+            return [random_inputs(self.shapes, batch)]
+        batches = load_inputs(self.data, batch)
+        # A file with a fixed batch takes no smaller one.
+        full = [given for given in batches if len(given[0]) == batch]
+        if self.static_batch and not full:
+            raise ReparamError(f"--inputs {self.data}: holds fewer than {batch} samples")
+        return full if self.static_batch else batches
 
 
 def export_steps(request: ExportRequest) -> list[Step]:
@@ -76,10 +91,38 @@ def export_steps(request: ExportRequest) -> list[Step]:
     export = _Export(request)
     steps: list[Step] = []
     for name, is_check, run in export.stages():
-        steps.append(_attempt(name, is_check, run))
+        steps.append(attempt(name, is_check, run))
         if steps[-1].verdict in ("failed", "mismatch"):
             break
+    if export.has_written:
+        steps.append(attempt("write manifest", False, lambda: export.write_manifest(steps)))
     return steps
+
+
+def calibration_of(request: ExportRequest) -> list[tuple[Tensor, ...]]:
+    """The batches of calibration data; none where none are named.
+
+    Raises ReparamError for int8 without any, and for batches of other shapes than the inputs.
+    """
+    if request.calibration is None and request.precision == "int8":
+        raise ReparamError(
+            "--precision int8 takes the ranges of the values from your data: give --calibration "
+            "FOLDER of .npy files, or path/to/file.py:function that gives batches"
+        )
+    if request.calibration is None:
+        return []
+    like = request.inputs()[0]
+    size = len(like[0]) if request.static_batch else BATCH
+    batches = calibration_batches(load_calibration(request.calibration, size), like)
+    if not request.static_batch:
+        return batches
+    full = [batch for batch in batches if len(batch[0]) == size]
+    if not full:
+        raise ReparamError(
+            f"--calibration {request.calibration}: gives no batch of {size}, which --static-batch "
+            "asks for"
+        )
+    return full
 
 
 class _Export:
@@ -92,15 +135,22 @@ class _Export:
             request.model,
             request.checkpoint,
             allow_pickle=request.allow_pickle,
-            inputs=self.inputs,
+            inputs=self.inputs[0],
         )
+        self.calibration = calibration_of(request)
+        kept_modules(self.model, request.keep_fp32)  # a pattern that matches nothing stops here
+        self.certificate: Certificate | None = None
+        self.has_written = False
 
     def stages(self) -> list[tuple[str, bool, Callable[[], Step]]]:
         """Name, whether it only checks, and what to do, in order."""
+        request = self.request
         stages: list[tuple[str, bool, Callable[[], Step]]] = [
             ("load", False, self.loaded),
             ("collapse", False, self.collapse),
             ("check collapse", True, self.check_collapse),
+            ("certify collapse", True, self.certify),
+            *([("audit half", True, self.audit)] if request.precision in HALVES else []),
             ("write onnx", False, self.write_onnx),
             ("check onnx", True, self.check_onnx),
         ]
@@ -123,7 +173,36 @@ class _Export:
 
     def check_collapse(self) -> Step:
         with announced("comparing the collapsed model"):
-            return _compared("check collapse", verify(self.model, self.deploy, self.inputs))
+            report = verify(self.model, self.deploy, self.inputs, stress=True)
+        step = compared("check collapse", report)
+        if report:
+            return step
+        found = explain_report(self.model, self.deploy, self.inputs, report)
+        return replace(step, divergence=found)
+
+    def certify(self) -> Step:
+        with announced("certifying the collapse"):
+            certificate = certify(self.model, self.deploy, self.inputs)
+        if not certificate.blocks:
+            note = "there was nothing to collapse"
+            return Step("certify collapse", "done", note=note)
+        self.certificate = certificate
+        verdict: Verdict = "pass" if certificate else "mismatch"
+        cause = None if certificate else ReparamError(certificate.verdict)
+        error = max(block.error or 0.0 for block in certificate.blocks)
+        return Step("certify collapse", verdict, None, error, cause=cause, certificate=certificate)
+
+    def audit(self) -> Step:
+        request = self.request
+        with announced(f"looking at what {request.precision} does to the values"):
+            found = audit_half(
+                self.deploy,
+                self.calibration or self.inputs,
+                precision=request.precision,
+                keep_fp32=request.keep_fp32,
+            )
+        # What half precision breaks is seen when the file is checked; this says where and why.
+        return Step("audit half", "done", note=found.verdict, audit=found)
 
     def write_onnx(self) -> Step:
         request = self.request
@@ -134,12 +213,55 @@ class _Export:
             dynamic_batch=not request.static_batch,
             precision=request.precision,
             simplify=request.simplify,
+            certificate=self.certificate,
+            keep_fp32=request.keep_fp32,
+            calibration=self.calibration,
         )
+        self.has_written = True
         return Step("write onnx", "done", path)
 
     def check_onnx(self) -> Step:
         with announced("running the ONNX file"):
-            return self._check("check onnx", OnnxRunner(self.request.onnx))
+            runner = OnnxRunner(self.request.onnx)
+            step = judged("check onnx", self.samples(), runner)
+        # Every module of an int8 file is off by more than the noise of float32.
+        if step.report or self.request.precision == "int8":
+            return step
+        assert step.report is not None
+        precision = self.request.precision
+        found = explain_report(self.deploy, runner, self.inputs, step.report, precision=precision)
+        return replace(step, divergence=found)
+
+    def samples(self) -> Samples:
+        """What the collapsed model gives: taken once, for every artifact and for the manifest."""
+        if not hasattr(self, "_samples"):
+            dtype = PRECISIONS[self.request.precision]
+            is_int8 = self.request.precision == "int8"
+            given = self.calibration[:INT8_BATCHES] if is_int8 else self.inputs
+            self._samples = take_samples(self.deploy, given, precision=dtype, stress=not is_int8)
+            if is_int8:
+                self._samples = self._with_int8_noise(self._samples)
+            elif self.request.precision in HALVES and self.request.keep_fp32:
+                self._samples = self._with_mixed_noise(self._samples)
+        return self._samples
+
+    def _with_mixed_noise(self, samples: Samples) -> Samples:
+        """With the noise of the precision that each module really has: all in half may overflow."""
+        dtype = PRECISIONS[self.request.precision]
+        kept = kept_modules(self.deploy, self.request.keep_fp32)
+        mixed = Side("noise of mixed precision", cast(self.deploy, dtype, keep=kept), dtype)
+        noisy = [evaluate(mixed, samples.batches)]
+        return replace(samples, truth=replace(samples.truth, noisy=noisy))
+
+    def _with_int8_noise(self, samples: Samples) -> Samples:
+        with TemporaryDirectory() as folder:
+            float32 = export_onnx(
+                self.deploy,
+                self.inputs,
+                Path(folder) / "fp32.onnx",
+                dynamic_batch=not self.request.static_batch,
+            )
+            return with_int8_noise(samples, float32, self.request.onnx, Path(folder))
 
     def build_engine(self) -> Step:
         request = self.request
@@ -149,6 +271,10 @@ class _Export:
             request.engine,
             flavor=request.flavor,
             compute_capability=request.compute_capability,
+            shapes=request.profile,
+            workspace_gb=request.workspace_gb,
+            tf32=request.tf32,
+            timing_cache=request.timing_cache,
         )
         return Step("build engine", "done", path)
 
@@ -158,20 +284,38 @@ class _Export:
             note = f"{NOT_RUN_ON_A_GPU} (there is no GPU here)"
             return Step("check engine", "not run", note=note, is_required=False)
         with announced("running the engine"):
-            return self._check("check engine", TensorRTRunner(self.request.engine))
+            return judged("check engine", self.samples(), TensorRTRunner(self.request.engine))
 
-    def _check(self, name: str, runner: Callable[..., Any]) -> Step:
-        precision = self.request.precision
-        return _compared(name, verify(self.deploy, runner, self.inputs, precision=precision))
+    def write_manifest(self, steps: list[Step]) -> Step:
+        request, path = self.request, manifest_path(self.request.onnx)
+        files: list[tuple[Role, Path]] = [("onnx", request.onnx)]
+        files += [("weights", request.onnx.with_name(n)) for n in _weights_files(request.onnx)]
+        if request.checkpoint:
+            files.append(("checkpoint", request.checkpoint))
+        if any(step.name == "build engine" and step.verdict == "done" for step in steps):
+            assert request.engine is not None
+            files.append(("engine", request.engine))
+        note = ""
+        try:
+            files.append(("samples", self._write_samples()))
+        except ReparamError as error:
+            note = f"without samples, so it cannot be checked again elsewhere: {error}"
+        checks = [Check(s.name, s.verdict, _finite(s.error), s.note) for s in steps]
+        manifest = make_manifest(path, files, options=asdict(request), checks=checks)
+        write_manifest(path, manifest)
+        return Step("write manifest", "done", path, note=note)
+
+    def _write_samples(self) -> Path:
+        path = self.request.onnx.with_name(f"{self.request.onnx.name}.samples.safetensors")
+        with staged(path) as draft:
+            save_samples(self.samples(), draft)
+        return path
 
 
-def _attempt(name: str, is_check: bool, run: Callable[[], Step]) -> Step:
-    try:
-        return run()
-    except Exception as error:  # whatever stops a step is told in one line, and is no pass
-        # A check that cannot be made says nothing against the artifact: the next step may go on.
-        return Step(name, "not run" if is_check else "failed", cause=error)
+def _weights_files(path: Path) -> list[str]:
+    return external_files(load_graph(path))
 
 
-def _compared(name: str, report: Report) -> Step:
-    return Step(name, "pass" if report else "mismatch", error=report.max_error, report=report)
+def _finite(error: float | None) -> float | None:
+    # JSON has no inf, which stands for an output that could not be compared at all.
+    return error if error is not None and isfinite(error) else None

@@ -1,5 +1,8 @@
 """Collapsed models as ONNX files and TensorRT engines, and runners that compare them with torch."""
 
+from orepa_compiler.export.audit import audit_half
+from orepa_compiler.export.audit_report import HalfAudit
+from orepa_compiler.export.latency import bench
 from orepa_compiler.export.network import NetworkSummary, inspect_network
 from orepa_compiler.export.onnx import export_onnx
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
@@ -7,10 +10,13 @@ from orepa_compiler.export.signature import TensorSpec
 from orepa_compiler.export.tensorrt import build_engine
 
 __all__ = [
+    "HalfAudit",
     "NetworkSummary",
     "OnnxRunner",
     "TensorRTRunner",
     "TensorSpec",
+    "audit_half",
+    "bench",
     "build_engine",
     "export_onnx",
     "inspect_network",

@@ -42,13 +42,13 @@ def annotate(model: Any, properties: dict[str, str]) -> None:
             scopes = ast.literal_eval(entries[_SCOPES_KEY])
             entries[MODULE_KEY] = scopes[-2] if len(scopes) > 1 else ""
         set_properties(node, entries)
-    _place_optimizer_nodes(nodes)
+    place_unnamed_nodes(nodes)
     set_properties(model, properties)
     _name_batch(model.graph)
 
 
-def _place_optimizer_nodes(nodes: Sequence[Any]) -> None:
-    """Gives a node that the exporter's optimizer made the deepest module that holds its readers."""
+def place_unnamed_nodes(nodes: Sequence[Any]) -> None:
+    """Gives a node that an optimizer made the deepest module that holds its readers."""
     readers: dict[str, list[str]] = defaultdict(list)
     for node in reversed(nodes):
         modules = [module for output in node.output for module in readers[output]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from orepa_compiler.export.inspection import (
     load_graph,
     parallel_convs,
 )
+from orepa_compiler.export.precision import lies_in
 from orepa_compiler.export.tracing import count_convs, output_names
 
 
@@ -27,6 +29,7 @@ class Expected:
     """What an ONNX file must hold.
 
     modules: every module path of the torch model -> the shape of its weight where it is a conv.
+    kept: the modules that stay in float32. is_quantized: weights are int8 behind Q/DQ nodes.
     """
 
     convs: int
@@ -35,6 +38,8 @@ class Expected:
     element_type: str
     dynamic_batch: bool
     opset: int
+    kept: tuple[str, ...] = ()
+    is_quantized: bool = False
 
     @classmethod
     def of(
@@ -45,6 +50,7 @@ class Expected:
         element_type: str,
         dynamic_batch: bool,
         opset: int,
+        kept: tuple[str, ...] = (),
     ) -> Expected:
         """What the export of a traced model must hold."""
         return cls(
@@ -57,6 +63,7 @@ class Expected:
             element_type=element_type,
             dynamic_batch=dynamic_batch,
             opset=opset,
+            kept=kept,
         )
 
 
@@ -66,7 +73,7 @@ def check_artifact(path: Path, expected: Expected) -> None:
     model = load_graph(path)
     convs = conv_nodes(model)
     # First what tells a user most; the checker's own words come last.
-    check_precision(convs, expected.element_type)
+    check_precision(convs, expected.element_type, kept=expected.kept)
     _check_convs(convs, expected)
     check_collapsed(model, convs)
     _check_interface(model, expected)
@@ -77,13 +84,19 @@ def check_artifact(path: Path, expected: Expected) -> None:
         raise ExportError(f"onnx.checker refuses the exported file: {reason}") from error
 
 
-def check_precision(convs: list[ConvNode], element_type: str) -> None:
-    """Raises ExportError where a conv reads or multiplies another type than `element_type`."""
+def check_precision(
+    convs: list[ConvNode], element_type: str, *, kept: Collection[str] = ()
+) -> None:
+    """Raises ExportError where a conv reads or multiplies another type than `element_type`.
+
+    In the modules that were kept in float32, that is the type.
+    """
     for conv in convs:
-        if (conv.input_type, conv.weight_type) != (element_type, element_type):
+        wanted = "FLOAT" if lies_in(conv.module, kept) else element_type
+        if (conv.input_type, conv.weight_type) != (wanted, wanted):
             raise ExportError(
                 f"the conv's input is {conv.input_type} and its weight {conv.weight_type}, but "
-                f"{element_type} was asked for; look for casts in the model's forward",
+                f"{wanted} was asked for; look for casts in the model's forward",
                 path=conv.where,
             )
 
@@ -96,7 +109,9 @@ def _check_convs(convs: list[ConvNode], expected: Expected) -> None:
     for conv in convs:
         shape = expected.modules.get(conv.module or "")
         known = conv.module is not None and conv.module in expected.modules
-        if not known or (shape is not None and shape != conv.weight_shape):
+        # A quantized weight comes from a node; it was checked before it was quantized.
+        other = shape not in (None, conv.weight_shape) and not expected.is_quantized
+        if not known or other:
             raise ExportError(
                 f"node {conv.name} names the torch module {conv.module!r} (weight {shape}), which "
                 f"does not fit its weight {conv.weight_shape}"

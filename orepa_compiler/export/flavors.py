@@ -11,9 +11,12 @@ import torch
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, MissingPackage
 
-Flavor = Literal["auto", "tensorrt", "tensorrt_rtx"]
+Flavor = Literal["auto", "trt", "rtx"]
 
-# Package -> the extra that installs it; the classic one first.
+# Flavor -> its package; the classic one first.
+PACKAGES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
+
+# Package -> the extra that installs it.
 EXTRAS = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 
 # TensorRT's type names.
@@ -32,23 +35,23 @@ DTYPES = {
 def load_flavor(flavor: Flavor = "auto") -> ModuleType:
     """The TensorRT package to build with.
 
-    auto: classic tensorrt where it is installed and a GPU is present, else tensorrt_rtx.
+    trt: classic tensorrt. rtx: tensorrt_rtx. auto: the classic one where it is installed and a GPU
+    is present, else tensorrt_rtx.
     Raises MissingPackage where the package is not installed, ExportError for classic tensorrt
     without a GPU, on which it times its kernels.
     """
-    if flavor not in ("auto", *EXTRAS):
-        raise ExportError(f"flavor={flavor!r} is not one of auto, {', '.join(EXTRAS)}")
-    if flavor == "tensorrt_rtx":
-        return import_extra(flavor, extra=EXTRAS[flavor])
+    if flavor not in ("auto", *PACKAGES):
+        raise ExportError(f"flavor={flavor!r} is not one of auto, {', '.join(PACKAGES)}")
     has_gpu = torch.cuda.is_available()
-    if flavor == "tensorrt":
-        package = import_extra(flavor, extra=EXTRAS[flavor])
-        if not has_gpu:
+    if flavor != "auto":
+        package = PACKAGES[flavor]
+        found = import_extra(package, extra=EXTRAS[package])
+        if flavor == "trt" and not has_gpu:
             raise ExportError(
-                "flavor='tensorrt' builds on the GPU that it will run on, and torch sees none; "
-                "build on such a machine, or with flavor='tensorrt_rtx' for a named one"
+                "flavor='trt' builds on the GPU that it will run on, and torch sees none; build on "
+                "such a machine, or with flavor='rtx' for a named one"
             )
-        return package
+        return found
     installed = installed_flavors()
     usable = [name for name in installed if has_gpu or name != "tensorrt"]
     if not usable:

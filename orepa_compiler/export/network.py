@@ -11,7 +11,13 @@ from typing import Any
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.artifact import check_collapsed
 from orepa_compiler.export.flavors import Flavor, error_log, load_flavor
-from orepa_compiler.export.inspection import ConvNode, conv_nodes, load_graph, torch_module
+from orepa_compiler.export.inspection import (
+    ConvNode,
+    conv_nodes,
+    load_graph,
+    torch_module,
+    walk,
+)
 
 # ONNX's name of an element type -> TensorRT's.
 _TYPE_NAMES = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16"}
@@ -30,7 +36,7 @@ class NetworkSummary:
     """What TensorRT's parser made of an ONNX file.
 
     norms: batch norms (scale layers) and normalization layers. dtypes: the type that convs read
-    -> how many do.
+    -> how many do. quantized: the convs that read values which were quantized just before.
     """
 
     layers: int
@@ -38,11 +44,13 @@ class NetworkSummary:
     adds: int
     norms: int
     dtypes: tuple[tuple[str, int], ...]
+    quantized: int = 0
 
     def __str__(self) -> str:
         dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in self.dtypes) or "none"
+        quantized = f", {self.quantized} quantized" if self.quantized else ""
         return (
-            f"{self.convs} convs ({dtypes}), {self.adds} adds, {self.norms} norms, "
+            f"{self.convs} convs ({dtypes}{quantized}), {self.adds} adds, {self.norms} norms, "
             f"{self.layers} layers"
         )
 
@@ -104,12 +112,14 @@ def summarize(tensorrt: ModuleType, network: Any) -> NetworkSummary:
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     convs = [layer for layer in layers if layer.type == kinds.CONVOLUTION]
     dtypes = Counter(conv.get_input(0).dtype.name for conv in convs)
+    restored = {layer.get_output(0).name for layer in layers if layer.type == kinds.DEQUANTIZE}
     return NetworkSummary(
         layers=len(layers),
         convs=len(convs),
         adds=sum(_is_add(tensorrt, layer) for layer in layers),
         norms=sum(layer.type in (kinds.SCALE, kinds.NORMALIZATION) for layer in layers),
         dtypes=tuple(sorted(dtypes.items())),
+        quantized=sum(conv.get_input(0).name in restored for conv in convs),
     )
 
 
@@ -135,6 +145,13 @@ def check_network(summary: NetworkSummary, source: Path, model: Any) -> None:
         raise ExportError(
             f"{source}: the ONNX convs read {dict(wanted)}, but those of TensorRT's network "
             f"{dict(summary.dtypes)}; the engine would not have the precision of the file"
+        )
+    restored = {n.output[0] for n in walk(model.graph) if n.op_type == "DequantizeLinear"}
+    quantized = sum(conv.input in restored for conv in convs)
+    if summary.quantized != quantized:
+        raise ExportError(
+            f"{source}: {quantized} convs of the ONNX graph read quantized values, but "
+            f"{summary.quantized} of TensorRT's network; the engine would not be int8"
         )
 
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.annotation import annotate, name_values
 from orepa_compiler.export.artifact import Expected, check_artifact
 from orepa_compiler.export.atomic import staged
+from orepa_compiler.export.external_data import name_by_content, remove_stale
 from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.precision import (
+    ELEMENT_TYPES,
+    PRECISIONS,
+    Precision,
+    cast,
+    cast_tensors,
+    kept_modules,
+)
 from orepa_compiler.export.progress import announced
-from orepa_compiler.export.readiness import Inputs, cast, check_ready, first_batch
+from orepa_compiler.export.quantization import calibration_batches, quantize_file
+from orepa_compiler.export.readiness import Inputs, check_ready, first_batch
 from orepa_compiler.export.simplification import simplify_file
 from orepa_compiler.export.tracing import (
     count_convs,
@@ -29,12 +41,8 @@ from orepa_compiler.export.tracing import (
     trace,
     train_mode_modules,
 )
-
-Precision = Literal["fp32", "fp16", "bf16"]
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# The names of the same types in ONNX.
-ELEMENT_TYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
+from orepa_compiler.export.weight_record import record_weights
+from orepa_compiler.export.widening import REFUSED_IN_BF16, widen
 
 # torch's exporter writes operator set 18 and converts upwards from there; 20 is its own default.
 OLDEST_OPSET = 18
@@ -55,27 +63,35 @@ def export_onnx(
     precision: Precision = "fp32",
     opset: int | None = None,
     simplify: bool = False,
+    certificate: Certificate | None = None,
+    keep_fp32: str | Iterable[str] = (),
+    calibration: Sequence[Any] | None = None,
 ) -> Path:
     """The path of an ONNX file that computes the collapsed `model`.
 
     inputs: a tensor, a tuple of positional arguments, or a list of such batches; the first batch
     gives the shapes. With dynamic_batch the first axis of every input is the symbol `batch`.
     precision: the type of the weights and of every floating input; the model itself is not
-    touched. Outputs are named by the keys of the returned dict, else output, or output_0, ...
-    Weights lie in the file, or beside it in PATH.data where they exceed EMBED_LIMIT_BYTES. Every
-    node keeps its torch module under the metadata key orepa.module.
+    touched; int8 stands for Q/DQ nodes around what multiplies, with ranges taken on the batches of
+    `calibration`. keep_fp32: globs on module paths that stay in float32, with casts at their
+    borders. Outputs are named by the keys of the returned dict, else output, or output_0, ...
+    Weights lie in the file, or beside it in PATH.HASH.data where they exceed EMBED_LIMIT_BYTES; a
+    process killed meanwhile leaves the old files or the new ones. Every node keeps its torch module
+    under the metadata key orepa.module, and the file a hash of each weight. certificate: of the
+    collapse, to be kept in the file too.
     Raises ExportError for a model in train mode, in training form or on the meta device, for a
     path that cannot be written, and where the file would not be what was asked for; MissingPackage
     without onnx and onnxscript, or with simplify without onnxsim and onnxruntime.
     """
     target, opset = Path(path), _checked_opset(opset, precision)
     check_ready(model)
-    batch = first_batch(inputs)
-    _check_packages(simplify)
+    batch, dtype, kept = first_batch(inputs), PRECISIONS[precision], kept_modules(model, keep_fp32)
+    batches = calibration_batches(calibration, batch) if precision == "int8" else []
+    _check_packages(simplify or precision == "int8", simplify)
     with staged(target) as draft, announced(f"exporting {target.name}") as step:
         step("tracing the model")
-        typed = cast(model, PRECISIONS[precision])
-        batch = _cast_batch(batch, PRECISIONS[precision])
+        typed = cast(model, dtype, keep=kept)
+        batch = cast_tensors(batch, dtype)
         program = trace(typed, batch, dynamic_batch=dynamic_batch)
         _check_program(program)
         expected = Expected.of(
@@ -84,22 +100,33 @@ def export_onnx(
             element_type=ELEMENT_TYPES[precision],
             dynamic_batch=dynamic_batch,
             opset=opset,
+            kept=kept,
         )
         step("translating it to ONNX")
-        _write(program, draft, expected, _model_properties(model, program, precision))
-        step("checking the file")
-        check_artifact(draft, expected)
+        properties = _model_properties(model, program, precision, kept)
+        if certificate is not None:
+            properties[CERTIFICATE_KEY] = certificate.to_json()
+        _write(program, draft, expected, properties)
         if simplify:
             step("simplifying the file")
-            simplify_file(draft, batch)
             check_artifact(draft, expected)
+            simplify_file(draft, batch)
+        if precision == "int8":
+            step(f"calibrating on {len(batches)} batches")
+            check_artifact(draft, expected)
+            quantize_file(draft, batches, keep=kept)
+            expected = replace(expected, is_quantized=True)
+        step("checking the file")
+        record_weights(draft)
+        check_artifact(draft, expected)
+    remove_stale(target)
     return target
 
 
-def _check_packages(simplify: bool) -> None:
+def _check_packages(runs: bool, simplify: bool) -> None:
     packages = {"onnx": "onnx", "onnxscript": "onnx"}
-    if simplify:
-        packages |= {"onnxsim": "simplify", "onnxruntime": "cpu"}
+    packages |= {"onnxruntime": "cpu"} if runs else {}
+    packages |= {"onnxsim": "simplify"} if simplify else {}
     for package, extra in packages.items():
         import_extra(package, extra=extra)
 
@@ -113,14 +140,6 @@ def _checked_opset(opset: int | None, precision: str) -> int:
             f"opset={opset} is too old for {precision}; pass opset={oldest} or newer, or none"
         )
     return opset or max(oldest, DEFAULT_OPSET)
-
-
-def _cast_batch(batch: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    def cast_leaf(leaf: Any) -> Any:
-        is_float = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-        return leaf.to(dtype) if is_float else leaf
-
-    return pytree.tree_map(cast_leaf, batch)
 
 
 def _check_program(program: ExportedProgram) -> None:
@@ -140,7 +159,9 @@ def _check_program(program: ExportedProgram) -> None:
         )
 
 
-def _model_properties(model: nn.Module, program: ExportedProgram, precision: str) -> dict[str, str]:
+def _model_properties(
+    model: nn.Module, program: ExportedProgram, precision: str, kept: Sequence[str]
+) -> dict[str, str]:
     floats = [tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()]
     try:
         version = metadata.version("orepa-compiler")
@@ -150,6 +171,7 @@ def _model_properties(model: nn.Module, program: ExportedProgram, precision: str
         "orepa.version": version,
         "orepa.torch_version": torch.__version__,
         "orepa.precision": precision,
+        "orepa.keep_fp32": " ".join(kept),
         "orepa.model_dtype": str(floats[0]) if floats else "none",
         "orepa.convs": str(count_convs(program)),
         "orepa.outputs": "dict" if returns_mapping(program) else "tensors",
@@ -166,7 +188,10 @@ def _write(
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     translated.save(draft, external_data=size > EMBED_LIMIT_BYTES)
     graph = load_graph(draft)
+    name_by_content(graph, draft)
     annotate(graph, properties)
+    if expected.element_type == "BFLOAT16":
+        widen(graph, REFUSED_IN_BF16, keep=expected.kept)
     onnx.save(graph, draft)
 
 

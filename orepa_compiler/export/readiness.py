@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -49,29 +47,3 @@ def check_ready(model: nn.Module) -> None:
             raise ExportError(
                 "on the meta device, without values; load its weights first", path=name
             )
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model whose floating tensors have `dtype`.
-
-    Raises ExportError where a finite value is beyond the range of `dtype`.
-    """
-    result = copy.deepcopy(model).to(dtype)
-    before = dict((*model.named_parameters(), *model.named_buffers()))
-    for name, tensor in (*result.named_parameters(), *result.named_buffers()):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            _check_range(name, before[name], dtype)
-    return result
-
-
-def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    largest = (
-        tensor[tensor.isfinite()].abs().max() if tensor.isfinite().any() else tensor.new_zeros(())
-    )
-    limit = torch.finfo(dtype).max
-    if largest > limit:
-        raise ExportError(
-            f"its largest magnitude {largest.item():.4g} is beyond {dtype} (largest {limit:.4g}); "
-            "export with precision='bf16' or 'fp32'",
-            path=name,
-        )

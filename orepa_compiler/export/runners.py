@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orepa_compiler.errors import ExportError
+from orepa_compiler.errors import ExportError, NotRun
 from orepa_compiler.export.flavors import DTYPES, load_engine
 from orepa_compiler.export.session import (
     first_line,
-    from_ortvalue,
     open_session,
+    placement,
+    run_session,
     spec_of,
-    to_numpy,
-    to_ortvalue,
 )
 from orepa_compiler.export.signature import TensorSpec, match_inputs, text_of
 
@@ -28,9 +27,11 @@ class OnnxRunner:
 
     Called with tensors, by position or by input name, it returns one tensor; or a dict from output
     name to tensor, where the file has several outputs or comes from a model that returns a dict.
-    On the CPU, onnxruntime computes float16 convs in float32.
-    Raises ExportError where the file cannot be run as asked: a provider that is not there or fell
-    back to another one, an operator without a kernel, inputs that do not fit.
+    On the CPU, onnxruntime computes float16 convs in float32. placement: how many nodes run on
+    which provider.
+    Raises NotRun where the provider is not there; ExportError where the file cannot be run as
+    asked: a provider that fell back to another one, an operator without a kernel, inputs that do
+    not fit.
     """
 
     def __init__(
@@ -41,18 +42,15 @@ class OnnxRunner:
         self.inputs = tuple(spec_of(self.path, item) for item in self._session.get_inputs())
         self.outputs = tuple(spec_of(self.path, item) for item in self._session.get_outputs())
         properties = self._session.get_modelmeta().custom_metadata_map
+        self.placement = placement(self._session)
         self._by_name = len(self.outputs) > 1 or properties.get("orepa.outputs") == "dict"
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor | dict[str, Tensor]:
         given = match_inputs(self.path, self.inputs, inputs, named)
-        arrays = {name: to_numpy(tensor) for name, tensor in given.items()}
-        feeds = {name: to_ortvalue(arrays[name], given[name].dtype) for name in given}
         try:
-            values = self._session.run_with_ort_values(None, feeds)
+            results = run_session(self._session, self.path, list(given.values()))
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
             raise ExportError(f"{self.path}: onnxruntime failed: {first_line(error)}") from error
-        pairs = zip(self.outputs, values, strict=True)
-        results = {spec.name: from_ortvalue(value, spec.dtype) for spec, value in pairs}
         return results if self._by_name else results[self.outputs[0].name]
 
 
@@ -61,8 +59,8 @@ class TensorRTRunner:
 
     It returns one tensor where the engine's only output is called `output`, as export_onnx names a
     lone tensor, and else a dict from output name to tensor.
-    Raises ExportError without a GPU, for an engine that no installed TensorRT can load, and for
-    inputs that do not fit.
+    Raises NotRun without a GPU; ExportError for an engine that no installed TensorRT can load, and
+    for inputs that do not fit.
     """
 
     def __init__(self, engine_path: str | PathLike[str]) -> None:
@@ -123,7 +121,7 @@ class TensorRTRunner:
 
 def _gpu(path: Path) -> torch.device:
     if not torch.cuda.is_available():
-        raise ExportError(
+        raise NotRun(
             f"{path}: device numerics: not run; torch sees no CUDA GPU here. Run it on a machine "
             "with one, with a torch built for CUDA"
         )

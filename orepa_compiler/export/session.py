@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from orepa_compiler.dependencies import import_extra
-from orepa_compiler.errors import ExportError
+from orepa_compiler.errors import ExportError, NotRun
+from orepa_compiler.export.external_data import check_external, external_files
 from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.signature import TensorSpec
 
@@ -36,21 +39,28 @@ _CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT", "prefer_n
 _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 _ERRORS_ONLY = 3
 
+# What has to run where it was asked to: all else moves data, or costs nothing.
+_HEAVY = ("Conv", "Gemm", "MatMul")
+
+# A protobuf message ends at 2 GiB.
+_MOST_BYTES = 2**31 - 1
+
 
 def open_session(path: Path, provider: str) -> Any:
-    """An onnxruntime InferenceSession whose convs all run on `provider`.
+    """An onnxruntime InferenceSession whose convs and matrix products all run on `provider`.
 
-    Raises ExportError where the file cannot be read, the provider is not there or fell back to
-    another one, or has no kernel for an operator.
+    Raises NotRun where the provider is not there, or has no bfloat16; ExportError where the file
+    cannot be read, and where the provider fell back to another one.
     """
     onnxruntime = import_extra("onnxruntime", extra="cpu")
     available = onnxruntime.get_available_providers()
     if provider not in available:
-        raise ExportError(
+        raise NotRun(
             f"{provider} is not in the installed onnxruntime ({', '.join(available)})"
             + _how_to_install(provider)
         )
     graph = load_graph(path)
+    check_external(path, graph)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
@@ -63,8 +73,45 @@ def open_session(path: Path, provider: str) -> Any:
     return session
 
 
+def plain_session(path: Path, model: Any) -> Any:
+    """A session on the CPU that runs `model`, whose weights lie beside `path`, as it is written.
+
+    Raises ExportError where onnxruntime cannot load it.
+    """
+    onnxruntime = import_extra("onnxruntime", extra="cpu")
+    onnx = import_extra("onnx", extra="onnx")
+    if external_files(model):
+        check_external(path, model)
+        onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
+    if model.ByteSize() > _MOST_BYTES:
+        raise ExportError(f"{path}: too large to look into ({model.ByteSize()} bytes)")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        raise _unreadable(path, "CPUExecutionProvider", model, error) from error
+
+
+def run_session(session: Any, path: Path, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Every output of a session by name, on tensors in the order of its inputs."""
+    names = [item.name for item in session.get_inputs()]
+    arrays = [to_numpy(tensor) for tensor in tensors]
+    pairs = zip(names, arrays, tensors, strict=True)
+    feeds = {name: to_ortvalue(array, tensor.dtype) for name, array, tensor in pairs}
+    outputs = [spec_of(path, item) for item in session.get_outputs()]
+    values = session.run_with_ort_values(None, feeds)
+    return {
+        spec.name: from_ortvalue(value, spec.dtype)
+        for spec, value in zip(outputs, values, strict=True)
+    }
+
+
 def check_provider(session: Any, provider: str) -> None:
-    """Raises ExportError where a session runs its convs elsewhere than on `provider`."""
+    """Raises ExportError where a session runs what costs time elsewhere than on `provider`."""
     actual = session.get_providers()
     if actual[0] != provider:
         raise ExportError(
@@ -77,12 +124,22 @@ def check_provider(session: Any, provider: str) -> None:
             f"this onnxruntime cannot tell which nodes ran on {provider}; install a newer one"
         )
     for part in session.get_provider_graph_assignment_info():
-        strays = [node.name for node in part.get_nodes() if "Conv" in node.op_type]
+        strays = [n.name for n in part.get_nodes() if any(word in n.op_type for word in _HEAVY)]
         if part.ep_name != provider and strays:
             raise ExportError(
-                f"onnxruntime runs {len(strays)} convs on {part.ep_name}, not on {provider}: "
-                f"{strays[0]}"
+                f"onnxruntime runs {len(strays)} convs or matrix products on {part.ep_name}, not "
+                f"on {provider}: {strays[0]}"
             )
+
+
+def placement(session: Any) -> dict[str, int]:
+    """How many nodes run on which provider; empty where onnxruntime does not tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return {}
+    counts: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] += len(part.get_nodes())
+    return dict(counts)
 
 
 def _how_to_install(provider: str) -> str:
@@ -102,7 +159,7 @@ def _unreadable(path: Path, provider: str, graph: Any, error: Exception) -> Expo
     onnx = import_extra("onnx", extra="onnx")
     reason = first_line(error)
     if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in graph.graph.initializer):
-        return ExportError(
+        return NotRun(
             f"{path}: not run: {provider} lacks bfloat16 kernels ({reason}); export with "
             "precision='fp32' or 'fp16' to compare in onnxruntime"
         )

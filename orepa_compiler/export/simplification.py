@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.annotation import set_properties
-from orepa_compiler.export.inspection import load_graph, walk
+from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.rewriting import replace_file, save_like
 from orepa_compiler.export.runners import OnnxRunner
 from orepa_compiler.export.tracing import quiet
 
@@ -22,36 +21,23 @@ TOLERANCES = {torch.float16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def simplify_file(path: Path, batch: tuple[Any, ...]) -> None:
-    """Rewrites the ONNX file at `path` with onnxsim.
+    """Rewrites the ONNX file at `path`, and its weights' file where it has one, with onnxsim.
 
     batch: the arguments on which the file must give the same outputs before and after.
-    Raises ExportError where the outputs differ or cannot be compared, and for external weights;
-    MissingPackage without onnxsim or onnxruntime.
+    Raises ExportError where the outputs differ or cannot be compared; MissingPackage without
+    onnxsim or onnxruntime.
     """
-    onnx = import_extra("onnx", extra="onnx")
     onnxsim = import_extra("onnxsim", extra="simplify")
     before = load_graph(path)
-    if any(tensor.external_data for tensor in before.graph.initializer):
-        raise ExportError("simplify=True needs all weights in one file; export without it")
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     expected = OnnxRunner(path)(*tensors)
     # Without its check_n, onnxsim's own verdict compares nothing; with it, random inputs.
     with quiet():
-        after, _ = onnxsim.simplify(before)
-    _restore(before, after)
+        after, _ = onnxsim.simplify(str(path))
     candidate = path.with_name(f"simplified-{path.name}")
-    onnx.save(after, candidate)
+    save_like(before, after, candidate)
     compare(expected, OnnxRunner(candidate)(*tensors))
-    os.replace(candidate, path)
-
-
-def _restore(before: Any, after: Any) -> None:
-    known = {output: node for node in walk(before.graph) for output in node.output}
-    for node in walk(after.graph):
-        origin = next((known[output] for output in node.output if output in known), None)
-        if origin is not None:
-            set_properties(node, {entry.key: entry.value for entry in origin.metadata_props})
-    set_properties(after, {entry.key: entry.value for entry in before.metadata_props})
+    replace_file(path, candidate)
 
 
 def compare(expected: Tensor | dict[str, Tensor], outputs: Tensor | dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import SqueezableBlock, generate, is_watched
+from orepa_compiler.generation.watching import warn_if_exported
 from orepa_compiler.operators import ConvOperator
 
 # A tensor's bits are read in the widest of these words that it is a whole number of, and summed
@@ -43,6 +44,7 @@ class KernelStore:
         if self.leaf is not None:
             return self.leaf.operator(block)
         if is_watched():
+            warn_if_exported()
             return generate(block)
         if torch.is_grad_enabled() and _is_trained(block):
             self._kept = None
@@ -59,16 +61,12 @@ class KernelStore:
 class KernelLeaf:
     """A block's kernel as a leaf of the autograd graph: it gathers the gradients of many passes."""
 
-    def __init__(self, block: SqueezableBlock, path: str) -> None:
+    def __init__(self, block: SqueezableBlock, path: str, made: ConvOperator) -> None:
         self.path = path
         self._stamp = Stamp(sources(block))
-        self._made = generate(block)
-        bias = self._made.bias
-        self._leaf = replace(
-            self._made,
-            weight=_leaf(self._made.weight),
-            bias=None if bias is None else _leaf(bias),
-        )
+        self._made = made
+        bias = None if made.bias is None else _leaf(made.bias)
+        self._leaf = replace(made, weight=_leaf(made.weight), bias=bias)
 
     def operator(self, block: SqueezableBlock) -> ConvOperator:
         """The operator with the leaf as its kernel. Raises ReparamError if it is out of date."""
@@ -88,11 +86,9 @@ class KernelLeaf:
         """What gathers: the kernel, and the bias where branches have one."""
         return [leaf for _, leaf in self._pairs()]
 
-    def backward(self) -> None:
-        """Hand what was gathered on to the parameters, and drop it."""
-        pairs = [(made, leaf.grad) for made, leaf in self._pairs() if leaf.grad is not None]
-        if pairs:
-            torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+    def gathered(self) -> list[tuple[Tensor, Tensor]]:
+        """What was made of the parameters, each with the gradient that its leaf gathered."""
+        return [(made, leaf.grad) for made, leaf in self._pairs() if leaf.grad is not None]
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         made, leaf = self._made, self._leaf

@@ -16,14 +16,27 @@ from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.layers import is_norm
+from orepa_compiler.passes.adopt import Adopt
 from orepa_compiler.passes.collapse import Collapse
+from orepa_compiler.passes.cut import Cut
 from orepa_compiler.passes.expand import Expand
 from orepa_compiler.passes.linearize import Linearize
 from orepa_compiler.passes.squeeze import Squeeze
 from orepa_compiler.planning import Plan
 from orepa_compiler.recording import Recording
 
-__all__ = ["COLLAPSE", "EXPAND", "Collapse", "Expand", "Linearize", "Pass", "Pipeline", "Squeeze"]
+__all__ = [
+    "COLLAPSE",
+    "EXPAND",
+    "Adopt",
+    "Collapse",
+    "Cut",
+    "Expand",
+    "Linearize",
+    "Pass",
+    "Pipeline",
+    "Squeeze",
+]
 
 
 class Pass(Protocol):

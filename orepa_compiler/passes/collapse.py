@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from orepa_compiler.absorption import absorb
@@ -21,20 +20,15 @@ from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join
 from orepa_compiler.crossing import crossings, with_norm
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.layers import (
-    conv_operator,
-    holds_kernel,
-    is_batch_norm,
-    is_channels_last,
-    is_idle,
-    linear_part,
-)
+from orepa_compiler.functional import functional_conv
+from orepa_compiler.layers import holds_kernel, is_batch_norm, is_conv_like, is_idle, linear_part
 from orepa_compiler.linear import Linear
-from orepa_compiler.operators import CONV_MODULES, ConvOperator
 from orepa_compiler.own_forward import OwnForwardConv, own_conv
+from orepa_compiler.plain import like, plain_conv
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.regions import Interpreter, Region
 from orepa_compiler.rewrite import free_name, replace_regions, set_module, set_module_everywhere
+from orepa_compiler.shifting import give_bias, norm_behind
 from orepa_compiler.tracing import trace
 
 
@@ -63,9 +57,11 @@ class Collapse:
             if reason := capture.hook_refusal(path):
                 refusals.append(Refusal(self.name, path, f"block {module.block_name}", reason))
             else:
-                edits.append(_block_edit(self.name, path, module, fold_norm=self.fold_norm))
+                edits.append(_block_edit(self, capture, path, module))
         if self.fold_norm:
+            taken |= set(_read_away(capture, interpreter, edits))
             refusals += self._left_norms(capture, interpreter, taken)
+            refusals += _kept_apart(self.name, capture, interpreter, edits, taken)
         return Plan(tuple(edits), tuple(refusals))
 
     def _region_edits(
@@ -92,6 +88,8 @@ class Collapse:
                     model = _apply_absorption(model, edit)
                     continue
                 conv = _plain_conv(model.get_submodule(edit.path), edit.path)
+                if norm := edit.options.get("bias_to"):
+                    give_bias(conv, model.get_submodule(norm))
                 model = set_module_everywhere(model, capture.aliases[edit.path], conv)
         return model.eval(), plan
 
@@ -102,13 +100,43 @@ class Collapse:
         for path, module in capture.skeleton.named_modules():
             if not is_batch_norm(module) or _is_inside(path, taken):
                 continue
-            if isinstance(capture.skeleton.get_submodule(path.rpartition(".")[0]), LinearBlock):
+            if any(isinstance(capture.module(owner), LinearBlock) for owner in ancestors(path)):
                 continue
             reason = capture.refusal(path)
             for call in capture.calls.get(path, []):
                 reason = reason or interpreter.reasons.get((call.owner, call.node.name))
             reason = reason or interpreter.reasons.get((path, "")) or "no conv alone feeds it"
             yield Refusal(self.name, path, type(module).__name__, reason)
+
+
+def _read_away(capture: Capture, interpreter: Interpreter, edits: list[Edit]) -> Iterator[str]:
+    """The modules that nobody calls, and whose tensors only the regions of some edits read."""
+    gone = {(edit.options["owner"], n) for edit in edits for n in edit.options.get("nodes", [])}
+    for path in capture.reads.keys() - capture.calls.keys():
+        readers = [
+            (owner, node.name)
+            for owner in capture.reads[path]
+            for child, nodes in interpreter.readers(owner).items()
+            for node in nodes
+            if join(owner, child) in capture.aliases[path]
+        ]
+        if gone.issuperset(readers):
+            yield path
+
+
+def _kept_apart(
+    name: str, capture: Capture, interpreter: Interpreter, edits: list[Edit], taken: set[str]
+) -> Iterator[Refusal]:
+    """Convs that are not joined with what is linear before them, and borders that are none."""
+    called = {(c.owner, c.node.name): path for path, calls in capture.calls.items() for c in calls}
+    joined = {(e.options["owner"], node) for e in edits for node in e.options.get("nodes", [])[1:]}
+    for (owner, node), reason in interpreter.reasons.items():
+        path = called.get((owner, node), owner)
+        module = capture.module(path)
+        is_border = reason.startswith("border") and not is_batch_norm(module)
+        is_told = is_border or (is_conv_like(module) and not capture.refusal(path, reader=owner))
+        if is_told and (owner, node) not in joined and not _is_inside(owner, taken):
+            yield Refusal(name, path, type(module).__name__, reason)
 
 
 def _region_edit(name: str, capture: Capture, region: Region, behind: str | None) -> Edit:
@@ -139,7 +167,10 @@ def _region_edit(name: str, capture: Capture, region: Region, behind: str | None
         options["rest"] = paths[-1] if region.value.rest is not None else None
     gone = [capture.module(path) for path in options["modules"]]
     before = sum(p.numel() for module in gone for p in module.parameters())
-    what = " + ".join(type(module).__name__ for module in gone if not is_idle(module))
+    before += sum(p.numel() for p in _own_parameters(capture.module(region.owner), region.value))
+    names = [type(module).__name__ for module in gone if not is_idle(module)]
+    names += filter(None, map(functional_conv, region.value.nodes))
+    what = " + ".join(names)
     target = _conv_text(operator.in_channels, operator.out_channels, operator.kernel_size)
     path = options.get("at", region.owner)
     return Edit(name, path, what, target, (before, after), options=options)
@@ -158,24 +189,37 @@ def _absorption_edit(name: str, capture: Capture, conv: str, norm: str) -> Edit:
     return Edit(name, conv, what, type(kept).__name__, (before, after), options=options)
 
 
-def _block_edit(name: str, path: str, block: LinearBlock, *, fold_norm: bool) -> Edit:
-    if block.block_name == LINEARIZED and not fold_norm:
-        raise ReparamError(
-            "its branches were linearized, so the norms they had are gone; use fold_norm=True",
-            path=path,
-        )
-    if block.norm is not None and not block.replaces_bias and not fold_norm:
-        raise ReparamError(
-            "its inserted norm needs a bias to go to, and the original conv has none; "
-            "use fold_norm=True",
-            path=path,
-        )
+def _block_edit(collapse: Collapse, capture: Capture, path: str, block: LinearBlock) -> Edit:
+    options = {"kind": "block", "owner": None, "modules": [path]}
+    is_shifted = block.norm is not None or block.scaling_layer == "norm"
+    if not collapse.fold_norm:
+        if block.block_name == LINEARIZED:
+            raise ReparamError(
+                "its branches were linearized, so the norms they had are gone; use fold_norm=True",
+                path=path,
+            )
+        if is_shifted and not block.replaces_bias:
+            options["bias_to"] = _bias_taker(capture, path, block)
     before = sum(p.numel() for p in block.parameters())
-    has_bias = block.replaces_bias or block.norm is not None
+    has_bias = (block.replaces_bias or is_shifted) and not options.get("bias_to")
     after = block.weight.numel() + (block.out_channels if has_bias else 0)
     target = _conv_text(block.in_channels, block.out_channels, block.kernel_size)
-    options = {"kind": "block", "owner": None, "modules": [path]}
-    return Edit(name, path, f"block {block.block_name}", target, (before, after), options=options)
+    what = f"block {block.block_name}"
+    return Edit(collapse.name, path, what, target, (before, after), options=options)
+
+
+def _bias_taker(capture: Capture, path: str, block: LinearBlock) -> str:
+    """The norm that can take the bias which a block makes and its conv had no place for."""
+    if norm := norm_behind(capture, path):
+        return norm
+    whose = (
+        "its inserted norm needs" if block.norm is not None else "the norms of its branches need"
+    )
+    raise ReparamError(
+        f"{whose} a bias to go to, the original conv has none, and no BatchNorm is known to be "
+        "all that reads it; use fold_norm=True",
+        path=path,
+    )
 
 
 def _conv_text(in_channels: int, out_channels: int, kernel_size: tuple[int, ...]) -> str:
@@ -192,12 +236,16 @@ def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[E
     read = _in_float64(model)
     replacements = []
     for edit in edits:
-        interpreter = Interpreter(capture, read)
+        interpreter = Interpreter(capture, read, at_any_cost=True)  # the plan looked at the cost
         chain = _chain(edit) if edit.options["kind"] == "path" else []
         value = interpreter.value_of(owner, edit.options["nodes"], chain)
         if behind := edit.options["behind"]:
             value = with_norm(value, behind, read)
-        conv = _conv_for(value, [model.get_submodule(path) for path in edit.options["modules"]])
+        modules = [model.get_submodule(path) for path in edit.options["modules"]]
+        direct = _own_parameters(model.get_submodule(owner), value)
+        replaced = [*(p for module in modules for p in module.parameters()), *direct]
+        assert value.operator is not None
+        conv = like(value.operator.to_module(), replaced)
         if behind:
             model = set_module(model, behind, _rest(model, behind) or nn.Identity())
         if edit.options["kind"] == "path":
@@ -226,7 +274,7 @@ def _apply_absorption(model: nn.Module, edit: Edit) -> nn.Module:
     exact = read(conv_path)
     exact = exact.plain() if isinstance(exact, OwnForwardConv) else exact
     affine, rest = linear_part(read(norm_path))
-    conv = _like(absorb(exact, affine), list(model.get_submodule(conv_path).parameters()))
+    conv = like(absorb(exact, affine), list(model.get_submodule(conv_path).parameters()))
     rest = _rest(model, norm_path) if rest is not None else None
     return set_module(set_module(model, conv_path, conv), norm_path, rest or nn.Identity())
 
@@ -254,11 +302,11 @@ def _in_float64(model: nn.Module) -> Callable[[str], nn.Module]:
     return lambda path: copy.deepcopy(model.get_submodule(path)).double().eval()
 
 
-def _conv_for(value: Linear, modules: list[nn.Module]) -> nn.Module:
-    """The plain conv of a region, in the precision and layout of the modules it replaces."""
-    assert value.operator is not None
-    parameters = [p for module in modules for p in module.parameters()]
-    return _like(value.operator.to_module(), parameters)
+def _own_parameters(owner: nn.Module, value: Linear) -> list[nn.Parameter]:
+    """The parameters that the forward of a region's owner reads itself, for this region."""
+    names = [str(node.target) for node in value.nodes if node.op == "get_attr"]
+    known = dict(owner.named_parameters(remove_duplicate=False))
+    return [known[name] for name in names if name in known]
 
 
 def _plain_conv(block: nn.Module, path: str) -> nn.Module:
@@ -268,38 +316,7 @@ def _plain_conv(block: nn.Module, path: str) -> nn.Module:
             f"the plan does not fit: it collapses a block, here is a {type(block).__name__}",
             path=path,
         )
-    if isinstance(block, OwnForwardConv):
-        return _like(copy.deepcopy(block).double().plain(), list(block.parameters()))
     try:
-        operator: ConvOperator = conv_operator(copy.deepcopy(block).double())
+        return plain_conv(block)
     except NotLinear as error:
         raise ReparamError(error.reason, path=path) from error
-    conv = CONV_MODULES[operator.rank](
-        block.in_channels,
-        block.out_channels,
-        block.kernel_size,  # type: ignore[arg-type]
-        block.stride,  # type: ignore[arg-type]
-        block.padding,  # type: ignore[arg-type]
-        block.dilation,  # type: ignore[arg-type]
-        block.groups,
-        operator.bias is not None,
-        block.padding_mode,  # type: ignore[arg-type]
-        device="meta",
-    )
-    conv.weight = nn.Parameter(operator.weight.detach())
-    if operator.bias is not None:
-        conv.bias = nn.Parameter(operator.bias.detach())
-    return _like(conv, list(block.parameters()))
-
-
-def _like(conv: nn.Module, parameters: list[nn.Parameter]) -> nn.Module:
-    """The conv in the dtype, memory format and requires_grad of what it replaces."""
-    kernels = [p for p in parameters if p.dim() > 2] or parameters
-    channels_last = any(is_channels_last(p) for p in kernels)
-    for name, parameter in list(conv.named_parameters(recurse=False)):
-        value: Tensor = parameter.detach().to(kernels[0].dtype)
-        if channels_last and value.dim() == 4:
-            value = value.contiguous(memory_format=torch.channels_last)
-        wanted = any(p.requires_grad for p in parameters)
-        setattr(conv, name, nn.Parameter(value, requires_grad=wanted))
-    return conv

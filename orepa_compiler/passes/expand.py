@@ -10,19 +10,13 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.blocks import (
-    BLOCKS,
-    LINEARIZED,
-    Block,
-    LinearBlock,
-    automatic_block,
-    inserted_norm,
-)
+from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock, inserted_norm
 from orepa_compiler.branches import Kernel
 from orepa_compiler.capture import Capture
+from orepa_compiler.catalogue import BLOCKS, OREPA_VGG, automatic_block
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.following import ACTIVATION, NORM, NOTHING, followed_by, reads_pooled
-from orepa_compiler.initialization import extend, preserve
+from orepa_compiler.initialization import extend, preserve, with_origin
 from orepa_compiler.layers import (
     computes_kernel,
     conv_operator,
@@ -31,9 +25,10 @@ from orepa_compiler.layers import (
     kernel_operator,
     own_forward_reason,
 )
-from orepa_compiler.operators import ConvOperator
+from orepa_compiler.offline import OfflineBlock, features_cost
 from orepa_compiler.own_forward import OwnForwardConv
 from orepa_compiler.planning import Edit, Plan, Refusal
+from orepa_compiler.residual import is_summed, residual_reason
 from orepa_compiler.rewrite import set_module_everywhere
 from orepa_compiler.selection import Where, is_asked_for, selection
 from orepa_compiler.skeleton import LAZY
@@ -46,10 +41,11 @@ PostNorm = Literal["auto", "none"]
 class Expand:
     """Gives each eligible conv a block (Hu et al. 2022, Sec. 3.5 and Fig. 6).
 
-    block: a Block, or "auto" to choose by kernel size. init: start at the conv's present kernel,
-    or with the paper's from-scratch recipe. where: which convs; what it names (an exclusion alone
-    names nothing) is expanded even where it would be left alone by default. post_norm: insert a
-    BatchNorm where no norm follows ("auto"), or never ("none").
+    block: a Block, or "auto" to choose by the kernel's size and by whether the net has residual
+    connections. init: start at the conv's present kernel, or with the paper's from-scratch recipe.
+    where: which convs; what it names (an exclusion alone names nothing) is expanded even where it
+    would be left alone by default. post_norm: insert a BatchNorm where no norm follows ("auto"), or
+    never ("none").
     """
 
     block: Block | Literal["auto"] = "auto"
@@ -66,10 +62,13 @@ class Expand:
     def plan(self, capture: Capture) -> Plan:
         """One edit or one refusal for every conv of the model."""
         is_selected = selection(self.where)
+        chooses = self.block == "auto" and self.post_norm == "auto"
+        is_residual = not chooses or residual_reason(capture) is not None
         edits, refusals = [], []
         for path, module in capture.skeleton.named_modules():
-            if isinstance(module, LinearBlock) and module.block_name == LINEARIZED:
-                places = (path, path.rpartition(".")[0])  # linearize was asked for the owner
+            if isinstance(module, LinearBlock) and self._may_grow(module):
+                is_linearized = module.block_name == LINEARIZED  # it was asked for the owner
+                places = (path, path.rpartition(".")[0]) if is_linearized else (path,)
                 if any(is_selected(place, capture.module(place)) for place in places):
                     edits += self._extension(path, module)
             if computes_kernel(module):
@@ -81,7 +80,7 @@ class Expand:
             if not is_selected(path, module):
                 refusals.append(self._refusal(path, module, "excluded by where="))
                 continue
-            outcome = self._decide(capture, path, module)
+            outcome = self._decide(capture, path, module, is_residual=is_residual)
             if isinstance(outcome, str):
                 refusals.append(self._refusal(path, module, outcome))
             else:
@@ -111,7 +110,9 @@ class Expand:
     def _refusal(self, path: str, module: nn.Module, reason: str) -> Refusal:
         return Refusal(self.name, path, describe(module), reason)
 
-    def _decide(self, capture: Capture, path: str, conv: nn.Module) -> Edit | str:
+    def _decide(
+        self, capture: Capture, path: str, conv: nn.Module, *, is_residual: bool
+    ) -> Edit | str:
         reason = _unsound(capture, path, conv)
         if reason:
             return reason
@@ -119,17 +120,23 @@ class Expand:
         follows = followed_by(capture, path)
         if not is_asked_for(self.where) and (reason := _left_alone(capture, path, conv, follows)):
             return reason
-        block = self._block(conv)
+        block = self._block(capture, path, conv, is_residual=is_residual)
         branches = block.make(kernel_operator(conv))
-        if not branches.keys() - {"origin"}:
+        if all(name == "origin" and isinstance(b, Kernel) for name, b in branches.items()):
             return f"block {block.name} has no branch beside the kernel of a {describe(conv)}"
-        needs_norm = self.post_norm == "auto" and follows != NORM and _takes_norm(capture, path)
+        is_offline = block.scaling_layer == "norm"
+        if is_offline and (reason := _no_norms(capture, path, conv)):
+            return reason
+        wants_norm = self.post_norm == "auto" and follows != NORM and not is_offline
+        needs_norm = wants_norm and _takes_norm(capture, path)
         return self._edit(path, conv, block, needs_norm=needs_norm)
 
     def _edit(self, path: str, conv: _ConvNd, block: Block, *, needs_norm: bool) -> Edit:
         new = _block_for(conv, block, needs_norm=needs_norm)
         before, after = (sum(p.numel() for p in m.parameters()) for m in (conv, new))
         notes = ["a BatchNorm is inserted: no norm follows"] if needs_norm else []
+        if new.block_name == OREPA_VGG.name and self.block == "auto":
+            notes.append("residual-free net")
         if isinstance(new, OwnForwardConv):
             notes.append(f"the kernel goes into the forward of {type(conv).__name__}")
         options = {
@@ -139,12 +146,19 @@ class Expand:
             "norm": needs_norm,
             "init": self.init,
         }
+        if isinstance(new, OfflineBlock):
+            options["cost"] = features_cost(new)
         what = f"{block.name}, {len(new.branches)} branches"
         note = "; ".join(notes)
         return Edit(self.name, path, describe(conv), what, (before, after), None, note, options)
 
+    def _may_grow(self, block: LinearBlock) -> bool:
+        """Whether a block may gain branches: a linearized one, or where more are asked for."""
+        is_linear = block.scaling_layer != "norm"
+        return is_linear and (block.block_name == LINEARIZED or self.block != "auto")
+
     def _extension(self, path: str, block: LinearBlock) -> list[Edit]:
-        """The branches that a linearized block lacks."""
+        """The branches that a block lacks."""
         new = self._missing(block, self.block)
         if not new:
             return []
@@ -178,9 +192,14 @@ class Expand:
         keep = edit.options["init"] == "preserve" and has_values
         return preserve(module, weight, new) if keep else None
 
-    def _block(self, conv: _ConvNd) -> Block:
-        operator = kernel_operator(conv)
-        block = automatic_block(operator) if self.block == "auto" else self.block
+    def _block(self, capture: Capture, path: str, conv: _ConvNd, *, is_residual: bool) -> Block:
+        if self.block != "auto":
+            block = self.block
+        else:
+            has_company = is_residual or is_summed(capture, path)  # explicit branches beside it
+            may_normalize = conv.weight.requires_grad and _no_norms(capture, path, conv) is None
+            is_alone = may_normalize and not has_company
+            block = automatic_block(kernel_operator(conv), is_residual=not is_alone)
         return with_origin(block) if self.init == "preserve" else block
 
     def _build(self, conv: nn.Module, edit: Edit) -> tuple[LinearBlock, float | None]:
@@ -209,18 +228,6 @@ class Expand:
         return new, ratio
 
 
-def with_origin(block: Block) -> Block:
-    """The block with a branch that can hold any kernel, so that a given one can be preserved."""
-    given = block.branches.get("origin", Kernel)
-
-    def origin(conv: ConvOperator) -> nn.Module:
-        branch = given(conv)
-        return Kernel(conv) if branch is None else branch
-
-    rest = {name: maker for name, maker in block.branches.items() if name != "origin"}
-    return replace(block, branches={"origin": origin, **rest})
-
-
 def describe(module: nn.Module) -> str:
     """A conv in a few words: Conv2d 64 -> 128 3x3 /2."""
     if not isinstance(module, _ConvNd):
@@ -238,6 +245,8 @@ def describe(module: nn.Module) -> str:
 
 def _block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> LinearBlock:
     """The block for a conv: on features, to be squeezed, or with the conv's own forward."""
+    if block.scaling_layer == "norm":
+        return OfflineBlock(conv, block)
     if own_forward_reason(conv) is not None:
         return OwnForwardConv(conv, block)
     return LinearBlock(conv, block, norm=_post_norm(conv) if needs_norm else None)
@@ -278,6 +287,17 @@ def _takes_norm(capture: Capture, path: str) -> bool:
     calls = capture.calls.get(path, [])
     is_plain = own_forward_reason(capture.module(path)) is None
     return is_plain and (len(calls) == 1 or not path) and capture.unknown_calls(path) is None
+
+
+def _no_norms(capture: Capture, path: str, conv: nn.Module) -> str | None:
+    """Why no block with norms in its branches may stand here, or None."""
+    online = "give a block without norms, as by replace(block, scaling_layer='vector')"
+    if reason := own_forward_reason(conv):
+        return f"{reason}, and branches that normalize run in its place; {online}"
+    if not _takes_norm(capture, path):
+        reason = capture.unknown_calls(path) or "it is called several times"
+        return f"{reason}, so the statistics of its branches would be mixed; {online}"
+    return None
 
 
 def _left_alone(capture: Capture, path: str, conv: _ConvNd, follows: str) -> str | None:

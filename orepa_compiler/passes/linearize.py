@@ -1,29 +1,37 @@
 """Linearize: branch norms become scaling layers, and one norm follows the sum.
 
-The three steps of Hu et al. 2022, Fig. 3, for a sum of branches that each are a conv, a conv and a
-norm, a norm, or the input itself.
+The three steps of Hu et al. 2022, Fig. 3, for a sum of branches that each are a sequence of linear
+layers: convs, average pools, norms anywhere (padded with their own shift, too), scaling layers. So
+are the offline blocks that expand makes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock, inserted_norm
-from orepa_compiler.branches import Identity, Kernel
-from orepa_compiler.capture import Call, Capture, join
-from orepa_compiler.elementwise import is_add, is_difference
+from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture import Call, Capture
+from orepa_compiler.chain_blocks import linear_block, linearized
+from orepa_compiler.chains import ChainInterpreter, Layer, SummedOperator
+from orepa_compiler.elementwise import is_add
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.layers import conv_operator, is_batch_norm, is_idle, is_plain_conv
-from orepa_compiler.operators import ConvOperator
+from orepa_compiler.following import NORM, followed_by
+from orepa_compiler.layers import is_batch_norm
+from orepa_compiler.offline import OfflineBlock
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.regions import Interpreter
-from orepa_compiler.rewrite import Part, free_name, replace_regions, set_module
+from orepa_compiler.rewrite import (
+    Part,
+    free_name,
+    replace_regions,
+    set_module,
+    set_module_everywhere,
+)
 from orepa_compiler.selection import Where, selection
 from orepa_compiler.tracing import trace
 
@@ -41,97 +49,147 @@ class Linearize:
     training: bool = True
     preserves: frozenset[str] = frozenset({"eval"})
 
+    @torch.enable_grad()  # a kernel that is read knows by it whether it is trained
     def plan(self, capture: Capture) -> Plan:
-        interpreter = Interpreter(capture, capture.module)
+        interpreter = ChainInterpreter(capture, capture.module, at_any_cost=True)
         is_selected = selection(self.where)
         edits, refusals = [], []
-        for owner, nodes in _sums(capture, interpreter):
+        for owner, found in _sums(capture, interpreter):
             module = capture.module(owner)
             if not is_selected(owner, module):
                 continue
-            try:
-                region = _region(capture, interpreter, owner, [node.name for node in nodes])
-                new = _block(capture, region, capture.skeleton)
-            except NotLinear as error:
-                kind = type(module).__name__
-                refusals.append(Refusal(self.name, owner, kind, error.reason))
+            if isinstance(found, str):
+                refusals.append(Refusal(self.name, owner, type(module).__name__, found))
                 continue
-            edits.append(self._edit(capture, region, new))
+            try:
+                region = _region(capture, interpreter, owner, found)
+                edits.append(self._edit(capture, region, _block(region, capture.skeleton)))
+            except NotLinear as error:
+                refusals.append(Refusal(self.name, owner, type(module).__name__, error.reason))
+        for path, module in capture.skeleton.named_modules():
+            if not isinstance(module, OfflineBlock) or not is_selected(path, module):
+                continue
+            if reason := capture.hook_refusal(path):
+                refusals.append(Refusal(self.name, path, f"block {module.block_name}", reason))
+            else:
+                edits.append(self._block_edit(capture, path, module))
         return Plan(tuple(edits), tuple(refusals))
 
+    @torch.enable_grad()
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
-        interpreter = Interpreter(capture, capture.module)
         for path, edits in groupby(plan.edits, key=lambda edit: edit.path):
             owner = model.get_submodule(path)
+            if isinstance(owner, OfflineBlock):
+                (edit,) = edits
+                new = linearized(owner, with_norm=not edit.options["norm_follows"])
+                model = set_module_everywhere(model, capture.aliases[path], new)
+                continue
             graph = trace(owner)
             if isinstance(graph, str):
                 raise ReparamError(f"its forward cannot be traced ({graph})", path=path)
+            interpreter = ChainInterpreter(capture, model.get_submodule, at_any_cost=True)
             parts: list[Part] = []
             for edit in edits:
                 region = _region(capture, interpreter, path, list(edit.options["nodes"]))
-                block = _block(capture, region, model)
+                block = _block(region, model)
                 name = free_name(owner, "block") + ("" if not parts else f"_{len(parts) + 1}")
                 parts.append((region.nodes, region.source, name, block))
             model = set_module(model, path, replace_regions(owner, graph, parts))
         return model, plan
 
     def _edit(self, capture: Capture, region: _Sum, new: LinearBlock) -> Edit:
-        modules = [capture.module(path) for chain in region.chains for path in chain.paths]
+        modules = [capture.module(path) for path in region.paths]
         before = sum(p.numel() for module in modules for p in module.parameters())
+        arithmetic = {layer for layer in region.layers if layer.path is None and not layer.is_fixed}
+        before += sum(layer.operator.weight.numel() for layer in arithmetic)
         after = sum(p.numel() for p in new.parameters())
-        what = " + ".join(chain.text(capture) for chain in region.chains)
-        target = f"linear block with {len(region.chains)} branches"
+        chains = region.operator.chains
+        names = [" - ".join(layer.name for layer in chain) or "identity" for chain in chains]
+        target = f"linear block with {len(chains)} branches"
         options: dict[str, Any] = {"nodes": region.nodes, "source": region.source}
-        return Edit(self.name, region.owner, what, target, (before, after), options=options)
+        sizes = (before, after)
+        return Edit(self.name, region.owner, " + ".join(names), target, sizes, options=options)
 
-
-@dataclass(frozen=True)
-class _Chain:
-    """One branch: the paths of its layers, from the source to the sum."""
-
-    paths: tuple[str, ...]
-
-    def text(self, capture: Capture) -> str:
-        names = [type(capture.module(path)).__name__ for path in self.paths]
-        return " - ".join(names) or "identity"
+    def _block_edit(self, capture: Capture, path: str, block: OfflineBlock) -> Edit:
+        """The edit for a block of ours whose branches normalize."""
+        norm_follows = followed_by(capture, path) == NORM
+        new = linearized(block, with_norm=not norm_follows)
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (block, new))
+        what = f"{block.block_name}: {' + '.join(block.branches)}"
+        target = f"linear block with {len(new.branches)} branches"
+        options = {"norm_follows": norm_follows}
+        return Edit(self.name, path, what, target, (before, after), options=options)
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """A sum of branches in the forward of `owner`."""
+    """A sum of branches in the forward of `owner`. macs: what they cost apart."""
 
     owner: str
     nodes: list[str]
     source: str
-    operator: ConvOperator
-    chains: tuple[_Chain, ...]
+    operator: SummedOperator
+    macs: int
     norm_follows: bool
 
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for chain in self.operator.chains for layer in chain]
 
-def _sums(capture: Capture, interpreter: Interpreter) -> Iterator[tuple[str, list[fx.Node]]]:
-    """The nodes of each maximal region that ends in a sum, without the layers behind the sum."""
+    @property
+    def paths(self) -> list[str]:
+        """The modules that the branches are made of, each once."""
+        return list(dict.fromkeys(layer.path for layer in self.layers if layer.path is not None))
+
+
+def _sums(capture: Capture, interpreter: ChainInterpreter) -> Iterator[tuple[str, list[str] | str]]:
+    """Each maximal region that ends in a sum, as far as that, or why a sum is no region."""
     for region in interpreter.regions(sums_only=True):
-        last = max(i for i, node in enumerate(region.value.nodes) if is_add(node))
-        yield region.owner, list(region.value.nodes[: last + 1])
+        sums = [i for i, node in enumerate(region.value.nodes) if is_add(node)]
+        if sums:
+            yield region.owner, region.node_names[: sums[-1] + 1]
+    for owner, graph in capture.graphs.items():
+        module, values = capture.module(owner), interpreter.values(owner)
+        if not any(map(is_batch_norm, module.modules())):
+            continue
+        for node in graph.nodes:
+            if is_add(node) and node not in values:
+                found = [interpreter.obstacle(owner, operand) for operand in node.all_input_nodes]
+                reasons = [interpreter.reasons.get((owner, node.name)), *found]
+                for reason in dict.fromkeys(filter(None, reasons)):
+                    yield owner, f"a branch of its sum is not linear as a whole: {reason}"
 
 
-def _region(capture: Capture, interpreter: Interpreter, owner: str, nodes: list[str]) -> _Sum:
+def _region(capture: Capture, interpreter: ChainInterpreter, owner: str, nodes: list[str]) -> _Sum:
     value = interpreter.value_of(owner, nodes)
-    assert value.operator is not None
-    last = value.nodes[-1]
-    chains = tuple(_chains(capture, owner, last, value.source))
+    operator, last = value.operator, value.nodes[-1]
+    assert isinstance(operator, SummedOperator)
     followers = [user for user in last.users if user.op == "call_module"]
     norm_follows = len(last.users) == 1 and any(
         is_batch_norm(capture.module(capture.path_of(Call(owner, user)))) for user in followers
     )
-    has_norms = any(is_batch_norm(capture.module(p)) for chain in chains for p in chain.paths)
-    if not has_norms:
-        raise NotLinear("its branches have no norms: it is linear already")
-    if _asks_for_mode(capture.module(owner)):
-        raise NotLinear(
-            "its forward differs between train and eval mode, and a rewritten one could not"
+    region = _Sum(owner, nodes, value.source.name, operator, value.macs, norm_follows)
+    if reason := _refusal(capture, region):
+        raise NotLinear(reason)
+    return region
+
+
+def _refusal(capture: Capture, region: _Sum) -> str | None:
+    """Why a sum of linear branches is left as it is."""
+    if any(isinstance(capture.module(path), LinearBlock) for path in region.paths):
+        return "a branch holds a block already; linearize before its convs are expanded"
+    if not any(layer.is_norm for layer in region.layers):
+        return "its branches have no norms: it is linear already"
+    if not region.operator.rank:
+        return "its branches are linear layers; a block stands for convs"
+    if region.operator.macs > region.macs:
+        return (
+            f"as one conv it would cost {region.operator.macs} MACs for each output position, "
+            f"apart it costs {region.macs}; kept apart"
         )
-    return _Sum(owner, nodes, value.source.name, value.operator, chains, norm_follows)
+    if _asks_for_mode(capture.module(region.owner)):
+        return "its forward differs between train and eval mode, and a rewritten one could not"
+    return None
 
 
 def _asks_for_mode(owner: nn.Module) -> bool:
@@ -142,118 +200,9 @@ def _asks_for_mode(owner: nn.Module) -> bool:
     return traces[0] != traces[1]
 
 
-def _chains(capture: Capture, owner: str, node: fx.Node, source: fx.Node) -> Iterator[_Chain]:
-    """The branches that a node adds up."""
-    while node is not source and node.op == "call_module":
-        if not is_idle(capture.module(capture.path_of(Call(owner, node)))):
-            break
-        (node,) = node.all_input_nodes
-    if is_difference(node):
-        raise NotLinear("a branch is subtracted; linear blocks add their branches")
-    if is_add(node):
-        for operand in node.args:
-            if isinstance(operand, fx.Node):
-                yield from _chains(capture, owner, operand, source)
-        return
-    paths: list[str] = []
-    while node is not source:
-        if is_add(node):
-            raise NotLinear("a layer stands behind a sum of branches inside another sum")
-        if node.op != "call_module":
-            raise NotLinear(f"a branch is changed by {node.name} in the forward, not by a layer")
-        call = Call(owner, node)
-        paths = [*_leaves(capture, capture.path_of(call)), *paths]
-        operand = node.args[0]
-        assert isinstance(operand, fx.Node)
-        node = operand
-    yield _Chain(tuple(paths))
-
-
-def _leaves(capture: Capture, path: str) -> list[str]:
-    """The layers of a module that is a plain sequence, without those that do nothing."""
-    if is_idle(capture.module(path)):
-        return []
-    if path not in capture.graphs:
-        return [path]
-    leaves: list[str] = []
-    for node in capture.graphs[path].nodes:
-        if node.op == "call_module":
-            leaves += _leaves(capture, capture.path_of(Call(path, node)))
-        elif node.op not in ("placeholder", "output"):
-            raise NotLinear(f"{join(path, node.name)} is a sum inside a branch")
-    return leaves
-
-
-def _block(capture: Capture, region: _Sum, model: nn.Module) -> LinearBlock:
-    """The linear block of a sum, with the weights of `model`."""
-    like = next(model.get_submodule(region.owner).parameters())
-    whole = replace(region.operator, weight=like.new_empty(region.operator.weight.shape), bias=None)
-    parts = [_part(model, whole, chain) for chain in region.chains]
-    names = _names([part.branch for part in parts], whole)
-    conv = whole.to_module()
-    norm = None if region.norm_follows else inserted_norm(whole, like)
-    makers = {name: _always(part.branch) for name, part in zip(names, parts, strict=True)}
-    block = LinearBlock(conv, Block(LINEARIZED, makers, {}), norm=norm)  # type: ignore[arg-type]
-    factors = torch.stack([part.factor for part in parts]).to(like)
-    block.scaling = nn.Parameter(factors)
-    shift = torch.stack([part.shift for part in parts]).sum(0).to(like)
-    if norm is not None:
-        norm.bias = nn.Parameter(shift)
-    else:
-        block.bias = nn.Parameter(shift)
-    sources = [model.get_submodule(path) for chain in region.chains for path in chain.paths]
-    if not any(p.requires_grad for module in sources for p in module.parameters()):
-        block.requires_grad_(False)
-    return block.train(capture.module(region.owner).training)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A branch with what its norm did: scale by `factor`, add `shift`, both (C_out,)."""
-
-    branch: Identity | Kernel
-    factor: Tensor
-    shift: Tensor
-
-
-def _part(model: nn.Module, whole: ConvOperator, chain: _Chain) -> _Part:
-    modules = [model.get_submodule(path) for path in chain.paths]
-    convs = [module for module in modules if is_plain_conv(module)]
-    norms = [module for module in modules if is_batch_norm(module)]
-    if modules != convs + norms or len(convs) > 1 or len(norms) > 1:
-        layers = " - ".join(type(module).__name__ for module in modules)
-        raise NotLinear(f"a branch is {layers}; only conv - norm, conv, norm or nothing is taken")
-    affine = conv_operator(norms[0]) if norms else None
-    if convs:
-        operator = conv_operator(convs[0])
-        branch: Identity | Kernel = Kernel(operator)
-        trains = convs[0].weight.requires_grad
-        branch.weight = nn.Parameter(operator.weight.detach().clone(), requires_grad=trains)  # type: ignore[arg-type]
-        bias = operator.bias
-    else:
-        branch, bias = Identity(whole), None
-    one = next(iter([*branch.parameters(), *branch.buffers()])).new_ones(whole.out_channels)
-    factor = one if affine is None else affine.weight.flatten()
-    shift = factor.new_zeros(()) * factor if affine is None else _bias(affine)
-    return _Part(branch, factor, shift if bias is None else shift + factor * bias)
-
-
-def _bias(affine: ConvOperator) -> Tensor:
-    assert affine.bias is not None
-    return affine.bias
-
-
-def _names(branches: list[Identity | Kernel], whole: ConvOperator) -> list[str]:
-    """Names by what the branch is; the first full-size kernel is the origin."""
-    names: list[str] = []
-    for branch in branches:
-        name = "identity" if isinstance(branch, Identity) else "pointwise"
-        if isinstance(branch, Kernel) and branch.kernel_size == whole.kernel_size:
-            name = "origin"
-        number = sum(other.split("_")[0] == name for other in names)
-        names.append(name if not number else f"{name}_{number + 1}")
-    return names
-
-
-def _always(branch: nn.Module) -> Any:
-    return lambda conv: branch
+def _block(region: _Sum, model: nn.Module) -> LinearBlock:
+    """The linear block of a sum, with the weights that the region was read with."""
+    owner = model.get_submodule(region.owner)
+    like = next(owner.parameters())
+    block = linear_block(region.operator, like, with_norm=not region.norm_follows)
+    return block.train(owner.training)

@@ -15,7 +15,10 @@ from orepa_compiler.rewrite import set_module_everywhere
 
 @dataclass(frozen=True)
 class Squeeze:
-    """Every linear block runs as one conv whose kernel is made from its branches at each step."""
+    """Every linear block runs as one conv whose kernel is made from its branches at each step.
+
+    An offline block stays: its branches are not linear in train mode.
+    """
 
     name: str = "squeeze"
     training: None = None
@@ -25,7 +28,9 @@ class Squeeze:
         blocks = [
             (path, module)
             for path, module in capture.skeleton.named_modules()
-            if isinstance(module, LinearBlock) and not isinstance(module, ReparamConv)
+            if isinstance(module, LinearBlock)
+            and not isinstance(module, ReparamConv)
+            and module.scaling_layer != "norm"
         ]
         return Plan(tuple(self._edit(path, block) for path, block in blocks))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.blindness import blind_spots
-from orepa_compiler.verification.comparison import NOISE_FACTOR, Comparison, compare, short
+from orepa_compiler.verification.comparison import (
+    NOISE_FACTOR,
+    Comparison,
+    compare,
+    short,
+    unfit,
+)
 from orepa_compiler.verification.evaluation import (
     Outputs,
     Side,
@@ -23,10 +30,11 @@ from orepa_compiler.verification.evaluation import (
     paired,
     refuse_unusable,
 )
-from orepa_compiler.verification.truth import Truth, first_dtype, truth_of
+from orepa_compiler.verification.samples import Samples, take_samples
+from orepa_compiler.verification.truth import first_dtype
 from orepa_compiler.verification.verdict import Report, Row
 
-__all__ = ["NOISE_FACTOR", "Report", "Row", "verify"]
+__all__ = ["NOISE_FACTOR", "Report", "Row", "Samples", "judge", "take_samples", "verify"]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -39,6 +47,7 @@ def verify(
     truth: nn.Module | None = None,
     precision: str | None = None,
     factor: float = NOISE_FACTOR,
+    stress: bool = False,
 ) -> Report:
     """The verdict on `candidate`, truthy only when every output of every batch agrees.
 
@@ -53,29 +62,48 @@ def verify(
     evaluate in float64, where it is not the reference. precision: fp32, fp16 or bf16, where the
     candidate computes in another type than the reference; its floating inputs then come in that
     type, and the noise is that of the truth's module in that type. factor: how many times the noise
-    a candidate's error may be.
+    a candidate's error may be. stress: compare also on inputs made from the first batch (random,
+    constant, ten times and a hundredth of it); where the reference itself gives nothing finite
+    there, a note says so, and no row.
 
     Raises ReparamError when there are no values to compare (a module or input on the meta device),
     when a side raises, when inputs are of the wrong kind or on another device than a module, and
     when the reference does not run in float64.
     """
-    batches = batches_of(inputs)
     asked = _checked(precision, factor, truth)
-    sides = {"reference": reference, "candidate": candidate}
-    for role, function in (sides if truth is None else {**sides, "truth": truth}).items():
-        refuse_unusable(role, function, batches)
-    notes = list(_notes_before(sides))
+    refuse_unusable("reference", reference, batches_of(inputs))
+    refuse_unusable("candidate", candidate, batches_of(inputs))
+    notes = tuple(_notes_before({"reference": reference, "candidate": candidate}))
     with evaluation_mode(reference, candidate, truth):
-        expected = evaluate(Side("reference", reference), batches)
-        found = evaluate(_candidate_side(candidate, asked), batches)
-        right = truth_of(reference, truth, expected, batches, asked)
-    rows, compared = [], []
-    for output in _outputs(expected, found, right, asked, factor):
-        rows.append(output if isinstance(output, Row) else compare(output))
-        if isinstance(output, Comparison) and rows[-1].tolerance is not None:
-            compared.append((rows[-1], output.truth))
-    notes += [*right.notes, *blind_spots(compared)]
-    return Report(tuple(rows), tuple(notes), short(asked or first_dtype(expected)), factor)
+        samples = take_samples(reference, inputs, truth=truth, precision=asked, stress=stress)
+        report = judge(samples, candidate, factor=factor)
+    return replace(report, notes=(*notes, *report.notes))
+
+
+def judge(
+    samples: Samples, candidate: Callable[..., Any], *, factor: float = NOISE_FACTOR
+) -> Report:
+    """The verdict on `candidate` by samples that were taken of the reference before.
+
+    Raises ReparamError when the candidate raises, or has no values.
+    """
+    _checked(None, factor, None)
+    refuse_unusable("candidate", candidate, samples.batches)
+    with evaluation_mode(candidate):
+        found = evaluate(_candidate_side(candidate, samples.precision), samples.batches)
+    rows, compared, notes = [], [], list(samples.truth.notes)
+    for output in _outputs(samples, found, factor):
+        made = samples.made[output.batch]
+        if isinstance(output, Comparison) and made and (reason := unfit(output)):
+            notes.append(f"{output.name} was not compared on {made} inputs: {reason}")
+            continue
+        row = output if isinstance(output, Row) else compare(output)
+        rows.append(replace(row, made=made))
+        if isinstance(output, Comparison) and row.tolerance is not None:
+            compared.append((row, output.truth))
+    notes += blind_spots(compared)
+    precision = short(samples.precision or first_dtype(samples.expected))
+    return Report(tuple(rows), tuple(notes), precision, factor)
 
 
 def _checked(precision: str | None, factor: float, truth: Any) -> torch.dtype | None:
@@ -103,15 +131,10 @@ def _candidate_side(candidate: Any, asked: torch.dtype | None) -> Side:
     return Side("candidate", candidate, own_dtype(candidate) if is_typed else asked)
 
 
-def _outputs(
-    expected: list[Outputs],
-    found: list[Outputs],
-    right: Truth,
-    precision: torch.dtype | None,
-    factor: float,
-) -> Iterator[Comparison | Row]:
+def _outputs(samples: Samples, found: list[Outputs], factor: float) -> Iterator[Comparison | Row]:
     """Every output of every batch: what is known of it, or the row that says it has no match."""
-    for index, ours in enumerate(expected):
+    right = samples.truth
+    for index, ours in enumerate(samples.expected):
         theirs = paired(ours, found[index])
         exact, noisy = right.outputs[index], [outputs[index] for outputs in right.noisy]
         roles = {"reference": ours, "candidate": theirs, "truth in float64": exact}
@@ -130,7 +153,7 @@ def _outputs(
                 tuple(outputs.leaves[name] for outputs in noisy),
                 right.working,
                 right.noise_scale,
-                precision,
+                samples.precision,
                 {role: outputs.origin for role, outputs in roles.items()},
                 factor,
             )

@@ -61,17 +61,41 @@ class Comparison:
     origins: dict[str, str]
     factor: float
 
-    def row(self, reason: str, **numbers: float | None) -> Row:
+    def row(
+        self,
+        reason: str,
+        *,
+        error: float | None = None,
+        noise: float | None = None,
+        tolerance: float | None = None,
+        top1: float | None = None,
+    ) -> Row:
         is_tensor = isinstance(self.reference, Tensor)
         shape = tuple(self.reference.shape) if is_tensor else ()
         dtype = short(self.reference.dtype) if is_tensor else kind_of(self.reference)
-        return Row(self.name, self.batch, shape, dtype, reason=reason, **numbers)
+        return Row(self.name, self.batch, shape, dtype, error, noise, tolerance, top1, reason)
 
 
 def compare(output: Comparison) -> Row:
     """The row of one output: the first thing that is wrong with it, or none."""
     reason = _kinds(output) or _shapes(output) or _values(output)
     return output.row(reason) if reason else _measure(output)
+
+
+def unfit(output: Comparison) -> str:
+    """Why the reference itself gives nothing to compare with here; "" where it does."""
+    values = (output.reference, output.truth, *output.noisy)
+    if not all(is_comparable(leaf) for leaf in values):
+        return ""
+    if any(leaf.shape != output.reference.shape for leaf in values):
+        return "the reference's own shape depends on rounding there"
+    if any(nonfinite_counts(leaf) for leaf in values):
+        return f"the reference itself is not finite there in {short(output.working)}"
+    if not (output.reference.is_floating_point() and output.reference.numel()):
+        return ""
+    truth = _wide(output.truth)
+    noise = max((_distance(_wide(v), truth, False) for v in output.noisy), default=0.0)
+    return _too_noisy(noise * output.noise_scale / size_of(truth), output.working)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -22,7 +22,8 @@ class Row:
     shape, dtype: the reference's. error, noise, tolerance: relative to the largest value of the
     truth (of an integer output: the share of entries that differ); None where it did not come to
     that. top1: the share of positions with the truth's top-1 along axis 1; None where that axis
-    has fewer than two entries. reason: why the row fails; "" where it passes.
+    has fewer than two entries. reason: why the row fails; "" where it passes. made: the name of the
+    inputs (random, constant, large, small) where they were made; "" where they were given.
     """
 
     name: str
@@ -34,6 +35,12 @@ class Row:
     tolerance: float | None = None
     top1: float | None = None
     reason: str = ""
+    made: str = ""
+
+    @property
+    def where(self) -> str:
+        """batch 2, output; with the kind of inputs that were made."""
+        return f"batch {self.batch}{f' ({self.made})' if self.made else ''}, {self.name}"
 
     @property
     def ok(self) -> bool:
@@ -82,8 +89,8 @@ class Report:
             return "FAIL: nothing was compared, the list of inputs is empty"
         if not worst.ok:
             failing = sum(not row.ok for row in self.rows)
-            where = f"batch {worst.batch}, {worst.name}"
-            return f"FAIL: {failing} of {_count(len(self.rows), 'row')}; {where}: {worst.reason}"
+            rows = _count(len(self.rows), "row")
+            return f"FAIL: {failing} of {rows}; {worst.where}: {worst.reason}"
         names = _count(len({row.name for row in self.rows}), "output")
         batches = _count(len({row.batch for row in self.rows}), "batch")
         return (
@@ -104,7 +111,7 @@ class Report:
         style = "bold green" if self else "bold red"
         shown = sorted(self.rows, key=lambda row: row.ok)[:MOST_ROWS]
         failing = [row for row in shown if not row.ok and row is not self.worst]
-        below = [Text(f"batch {row.batch}, {row.name}: {row.reason}") for row in failing]
+        below = [Text(f"{row.where}: {row.reason}") for row in failing]
         if len(self.rows) > len(shown):
             below.append(Text(f"and {len(self.rows) - len(shown)} more rows"))
         below += [Text(f"note: {note}") for note in self.notes]
@@ -135,7 +142,7 @@ def _table(rows: Sequence[Row]) -> Table:
         top1 = "-" if row.top1 is None else f"{row.top1:.2%}"
         mark = Text("ok", style="green") if row.ok else Text("FAIL", style="red")
         texts = [Text(text) for text in (row.name, str(row.shape), row.dtype)]
-        table.add_row(str(row.batch), *texts, *numbers, top1, mark)
+        table.add_row(f"{row.batch} {row.made}".rstrip(), *texts, *numbers, top1, mark)
     return table
 
 

@@ -48,26 +48,24 @@ def test_without_a_usable_one_both_extras_are_named(choose, classic, gpu) -> Non
 
 def test_a_named_flavor_is_taken_or_its_extra_is_named(choose) -> None:  # type: ignore[no-untyped-def]
     choose(classic=True, rtx=True, gpu=True)
-    assert load_flavor("tensorrt_rtx") is RTX
-    assert load_flavor("tensorrt") is CLASSIC
+    assert load_flavor("rtx") is RTX
+    assert load_flavor("trt") is CLASSIC
     choose(classic=False, rtx=False, gpu=True)
     with pytest.raises(MissingPackage, match=r"orepa-compiler\[trt-rtx\]'$"):
-        load_flavor("tensorrt_rtx")
+        load_flavor("rtx")
     with pytest.raises(MissingPackage, match=r"orepa-compiler\[trt\]'$"):
-        load_flavor("tensorrt")
+        load_flavor("trt")
 
 
 def test_classic_without_a_gpu_is_refused(choose) -> None:  # type: ignore[no-untyped-def]
     choose(classic=True, rtx=True, gpu=False)
-    with pytest.raises(ExportError, match=r"torch sees none; build on.*flavor='tensorrt_rtx'"):
-        load_flavor("tensorrt")
+    with pytest.raises(ExportError, match=r"torch sees none; build on.*flavor='rtx'"):
+        load_flavor("trt")
 
 
 def test_an_unknown_flavor_is_refused_with_the_known() -> None:
-    with pytest.raises(
-        ExportError, match=r"flavor='rtx' is not one of auto, tensorrt, tensorrt_rtx"
-    ):
-        load_flavor("rtx")  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"flavor='tensorrt' is not one of auto, trt, rtx"):
+        load_flavor("tensorrt")  # type: ignore[arg-type]
 
 
 def test_an_engine_that_cannot_be_loaded_is_refused_with_the_reasons() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -91,9 +93,11 @@ def test_a_node_that_the_exporter_made_itself_is_placed_too(tmp_path: Path) -> N
 def test_the_file_says_where_it_comes_from(exported: dict[str, Path]) -> None:
     found = properties(exported["fp16"])
     assert found.pop("orepa.version")
+    assert json.loads(found.pop("orepa.weights")).keys() >= {"conv1.weight", "fc.bias"}
     assert found == {
         "orepa.torch_version": torch.__version__,
         "orepa.precision": "fp16",
+        "orepa.keep_fp32": "",
         "orepa.model_dtype": "torch.float32",
         "orepa.convs": "3",
         "orepa.outputs": "tensors",
@@ -151,7 +155,9 @@ def test_heavy_weights_lie_beside_the_graph(
 ) -> None:
     monkeypatch.setattr(exporting, "EMBED_LIMIT_BYTES", 100)
     path = export_onnx(net, images(), tmp_path / "net.onnx")
-    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.data"]
+    (data,) = tmp_path.glob("net.onnx.*.data")
+    assert sorted(os.listdir(tmp_path)) == ["net.onnx", data.name]
+    assert data.name.split(".")[2] == hashlib.sha256(data.read_bytes()).hexdigest()[:16]
     truth = copy.deepcopy(net).double()(images().double()).detach()
     assert relative_error(OnnxRunner(path)(images()), truth) < 1e-5
 
@@ -199,7 +205,8 @@ def test_an_operator_that_onnx_lacks_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8"}, r"precision='int8' is not one of fp32, fp16, bf16"),
+        ({"precision": "int8"}, r"int8 needs calibration data"),
+        ({"precision": "int4"}, r"precision='int4' is not one of fp32, fp16, bf16, int8"),
         ({"opset": 17}, r"opset=17 is too old for fp32; pass opset=18"),
         ({"opset": 20, "precision": "bf16"}, r"opset=20 is too old for bf16; pass opset=22"),
         ({"opset": 99}, r"the file has operator set \d+, not 99"),

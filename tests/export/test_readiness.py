@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from orepa_compiler.blocks import OREPA, LinearBlock
+from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.catalogue import OREPA
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.readiness import cast, check_ready, first_batch
+from orepa_compiler.export.precision import cast
+from orepa_compiler.export.readiness import check_ready, first_batch
 from tests.export.nets import SmallNet, images
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export import export_onnx
+from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export import onnx as exporting
+from orepa_compiler.export.external_data import external_files
 from orepa_compiler.export.inspection import load_graph, torch_module
 from orepa_compiler.export.simplification import agree, compare, simplify_file
 from tests.export.nets import SmallNet, images
@@ -48,8 +49,8 @@ def test_an_export_can_be_simplified(net: SmallNet, tmp_path: Path) -> None:
 
 
 def simplify_wrongly(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:
-        changed = onnx.ModelProto.FromString(model.SerializeToString())
+    def simplify(path: str) -> tuple[onnx.ModelProto, bool]:
+        changed = onnx.load(path)
         change(changed)
         return changed, True
 
@@ -74,13 +75,19 @@ def test_changed_outputs_are_refused() -> None:
         compare({"a": torch.ones(1)}, torch.ones(1))
 
 
-def test_external_weights_are_refused(
-    net: SmallNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_external_weights_stay_external_and_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "EMBED_LIMIT_BYTES", 100)
-    with pytest.raises(ExportError, match=r"simplify=True needs all weights in one file"):
-        export_onnx(net, images(), tmp_path / "net.onnx", simplify=True)
-    assert os.listdir(tmp_path) == []
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Conv2d(32, 32, 3)).eval()
+    path = export_onnx(net, images(), tmp_path / "net.onnx", simplify=True)
+    (weights,) = external_files(load_graph(path))
+    assert sorted(os.listdir(tmp_path)) == sorted(["net.onnx", weights])
+    assert (tmp_path / weights).stat().st_size > 4 * 32 * 32 * 9
+    assert named_nodes(path) == [("Conv", "0"), ("Conv", "1")]
+    output = OnnxRunner(path)(images())
+    assert isinstance(output, torch.Tensor)
+    torch.testing.assert_close(output, net(images()), rtol=1e-4, atol=1e-5)
 
 
 def test_a_comparison_that_cannot_run_is_no_pass(exported: dict[str, Path], tmp_path: Path) -> None:

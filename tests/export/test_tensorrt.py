@@ -17,9 +17,7 @@ from orepa_compiler.export import build_engine, export_onnx
 from orepa_compiler.export import tensorrt as building
 from orepa_compiler.export.flavors import error_log
 from orepa_compiler.export.network import ParsedNetwork, parse_network
-from tests.export.graphs import WIDE, conv, model
 from tests.export.nets import images
-from tests.export.test_network import saved
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 
@@ -59,7 +57,7 @@ def test_an_engine_is_built_for_a_named_gpu(
 def test_an_unknown_gpu_is_refused_with_the_known(
     exported: dict[str, Path], tmp_path: Path, capability: str
 ) -> None:
-    message = r"is not one of 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; 9.0 and 10.0 \(H100.*'tensorrt'"
+    message = r"is not one of 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; 9.0 and 10.0 \(H100.*'trt'"
     with pytest.raises(ExportError, match=message):
         build_engine(exported["fp32"], tmp_path / "net.engine", compute_capability=capability)
     assert os.listdir(tmp_path) == []
@@ -71,7 +69,7 @@ def test_the_gpu_at_hand_is_built_for(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(ExportError, match=r"compute_capability='9.0' is not one of"):
-        build_engine(exported["fp32"], tmp_path / "net.engine", flavor="tensorrt_rtx")
+        build_engine(exported["fp32"], tmp_path / "net.engine", flavor="rtx")
 
 
 @pytest.mark.parametrize("tf32", [True, False])
@@ -86,73 +84,6 @@ def test_tf32_and_the_workspace_are_set_as_asked(exported: dict[str, Path], tf32
 def test_no_workspace_at_all_is_refused(exported: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"workspace_gb=0 leaves no memory"):
         build_engine(exported["fp32"], tmp_path / "net.engine", workspace_gb=0)
-
-
-IMAGE = (-1, 3, 16, 16)
-
-
-def test_a_symbolic_batch_gets_the_default_range() -> None:
-    assert building.shape_range("x", IMAGE, None) == [(b, 3, 16, 16) for b in (1, 8, 32)]
-
-
-def test_shapes_that_fit_are_taken() -> None:
-    shapes = [(2, 3, 16, 16), (2, 3, 16, 16), (4, 3, 16, 16)]
-    assert building.shape_range("x", IMAGE, shapes) == shapes
-
-
-@pytest.mark.parametrize(
-    "batches", [(1, 2), (1, 2, 3, 4), (2, 1, 3), (1, 4, 3), (0, 1, 2)], ids=str
-)
-def test_other_than_three_rising_shapes_are_refused(batches: tuple[int, ...]) -> None:
-    with pytest.raises(ExportError, match=r"shapes of input x are.*three rising shapes that fit"):
-        building.shape_range("x", IMAGE, [(batch, 3, 16, 16) for batch in batches])
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 16, 17), (1, 3, 16)], ids=str)
-def test_shapes_that_do_not_fit_the_input_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ExportError, match=r"pass three rising shapes that fit \(-1, 3, 16, 16\)"):
-        building.shape_range("x", IMAGE, [shape] * 3)
-
-
-def test_further_symbolic_axes_need_shapes() -> None:
-    with pytest.raises(ExportError, match=r"input x has symbolic axes beside the batch.*shapes="):
-        building.shape_range("x", (-1, 3, -1, -1), None)
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_shapes_of_an_unknown_input_are_refused(exported: dict[str, Path], tmp_path: Path) -> None:
-    message = r"shapes names \['x'\], but the inputs with symbolic axes are \['image'\]"
-    with pytest.raises(ExportError, match=message):
-        build_engine(exported["fp32"], tmp_path / "net.engine", shapes={"x": [IMAGE] * 3})
-
-
-class Config:
-    """Takes a profile, or refuses it."""
-
-    def __init__(self, *, refuses: bool = False) -> None:
-        self.profiles: list[Any] = []
-        self.refuses = refuses
-
-    def add_optimization_profile(self, profile: Any) -> int:
-        self.profiles.append(profile)
-        return -1 if self.refuses else 0
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_given_shapes_reach_the_profile(tmp_path: Path) -> None:
-    source = saved(model(conv("x", "a", kernel_shape=[3, 3])), tmp_path)
-    shapes = [(1, 4, 9, 9), (1, 4, 16, 16), (3, 4, 32, 16)]
-    parsed, config = parse_network(tensorrt_rtx, source), Config()
-    building.set_shapes(parsed, config, {"x": shapes})
-    (profile,) = config.profiles
-    assert [tuple(shape) for shape in profile.get_shape("x")] == shapes
-    build_engine(source, tmp_path / "net.engine", shapes={"x": shapes})
-
-
-def test_a_refused_profile_is_told(exported: dict[str, Path]) -> None:
-    parsed = parse_network(tensorrt_rtx, exported["fp32"])
-    with pytest.raises(ExportError, match=r"TensorRT refuses the shapes .*image"):
-        building.set_shapes(parsed, Config(refuses=True), {})
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -183,18 +114,6 @@ def test_a_failed_build_tells_the_reason_and_leaves_the_old_file(
         build_engine(exported["fp32"], tmp_path / "net.engine")
     assert os.listdir(tmp_path) == ["net.engine"]
     assert (tmp_path / "net.engine").read_text() == "old"
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_a_file_without_symbolic_axes_needs_no_shapes(tmp_path: Path) -> None:
-    made = model(conv("x", "a", **WIDE))
-    for value in (made.graph.input[0], made.graph.output[0]):
-        for dim, size in zip(value.type.tensor_type.shape.dim, (2, 4, 8, 8), strict=True):
-            dim.dim_value = size
-    source = saved(made, tmp_path)
-    build_engine(source, tmp_path / "net.engine")
-    with pytest.raises(ExportError, match=r"the inputs with symbolic axes are none"):
-        build_engine(source, tmp_path / "net.engine", shapes={"x": [(2, 4, 8, 8)] * 3})
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -90,12 +90,12 @@ def test_fold_norm_false_puts_an_inserted_norm_into_the_bias() -> None:
 
 
 def test_fold_norm_false_refuses_an_inserted_norm_where_the_conv_has_no_bias() -> None:
-    expanded = orepa.expand(bare_net(bias=False))
+    expanded = orepa.expand(bare_net(bias=False), block=orepa.OREPA)
     with untouched(expanded), pytest.raises(ReparamError) as caught:
         orepa.collapse(expanded, fold_norm=False)
     assert str(caught.value) == (
-        "conv1: its inserted norm needs a bias to go to, and the original conv has none; "
-        "use fold_norm=True"
+        "conv1: its inserted norm needs a bias to go to, the original conv has none, and no "
+        "BatchNorm is known to be all that reads it; use fold_norm=True"
     )
 
 
@@ -384,7 +384,8 @@ def test_a_norm_before_a_padded_conv_stays() -> None:
     deployed = orepa.collapse(net)
     assert norms_of(deployed) == ["0"]
     assert_same(deployed(x), output(net, x))
-    assert set(left(net)) == {"0"}
+    assert left(net)["0"] == "no conv alone feeds it"
+    assert left(net)["1"].startswith("border: the first conv has a bias")
 
 
 def test_convs_are_joined_only_where_that_costs_no_more() -> None:
@@ -467,7 +468,7 @@ def test_a_block_under_two_names_collapses_under_both() -> None:
 
 
 def test_a_hook_on_an_inserted_norm_keeps_the_block() -> None:
-    net = orepa.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    net = orepa.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), block=orepa.OREPA)
     net[0].norm.register_forward_hook(lambda module, args, output: None)
     deploy = orepa.collapse(net)
     assert deploy[0].norm is not None

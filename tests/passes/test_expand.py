@@ -194,11 +194,11 @@ def test_a_conv_bias_is_kept_beside_the_branches() -> None:
 
 def test_a_norm_is_inserted_where_only_an_activation_follows() -> None:
     net, x = bare_net(), batch()
-    made = orepa.plan(net)
+    made = orepa.plan(net, block=OREPA)
     assert {edit.path: edit.note for edit in made.of("expand").edits} == dict.fromkeys(
         ("conv1", "conv2"), "a BatchNorm is inserted: no norm follows"
     )
-    expanded = orepa.expand(net)
+    expanded = orepa.expand(net, block=OREPA)
     block = expanded.get_submodule("conv1")
     assert isinstance(block, LinearBlock)
     assert isinstance(block.norm, nn.BatchNorm2d)
@@ -395,7 +395,7 @@ def test_a_scripted_part_stays_as_it_is() -> None:
     inner = torch.jit.script(nn.Sequential(conv3(), nn.BatchNorm2d(4)))
     net = nn.Sequential(conv3(), nn.BatchNorm2d(4), inner, conv3(), nn.BatchNorm2d(4)).eval()
     expanded = orepa.expand(net).eval()
-    assert blocks_of(expanded) == {"0": "OREPA", "3": "OREPA"}
+    assert blocks_of(expanded) == {"0": "OREPA_VGG", "3": "OREPA_VGG"}
     (refusal,) = recorded_plans(expanded)[-1].refusals
     assert (refusal.path, refusal.layer) == ("2", "TorchScript")
     assert refusal.reason == "put the nn.Module that it was scripted from in its place"
@@ -453,7 +453,7 @@ class Volume(nn.Module):
 def test_other_ranks(rank: int, kind: type) -> None:
     net = Volume(rank).double()
     x = torch.randn(2, 3, *(9,) * rank, dtype=torch.float64)
-    expanded = orepa.expand(net)
+    expanded = orepa.expand(net, block=OREPA)
     assert [type(m) for m in expanded.modules() if isinstance(m, LinearBlock)] == [kind, kind]
     assert_same(output(expanded, x), output(net, x))
     train_a_step(expanded, x)
@@ -465,7 +465,7 @@ def test_a_root_that_is_itself_a_conv() -> None:
     (refusal,) = orepa.plan(net).refusals
     assert refusal.path == ""
     assert refusal.layer == "Conv2d 3 -> 4 3x3"
-    expanded = orepa.expand(net, where="*")
+    expanded = orepa.expand(net, block=OREPA, where="*")
     assert isinstance(expanded, ReparamConv)
     assert_same(output(expanded, x), output(net, x))
     collapsed = orepa.collapse(expanded)
@@ -517,7 +517,8 @@ def test_a_plan_for_a_block_that_is_not_known() -> None:
         orepa.expand(stem_net(), plan=made)
     assert str(caught.value) == (
         "the plan asks for block 'mine', which is none of OREPA, OREPA_1X1, DEEP_STEM, "
-        "OREPA_3X3_REPVGG; give yours with block="
+        "OREPA_3X3_REPVGG, OREPA_VGG, DBB, REPVGG, ACNET, EXPAND_NET, DO_CONV, MOBILEONE_4, "
+        "DILATED; give yours with block="
     )
     assert set(blocks_of(orepa.expand(stem_net(), plan=made, block=mine)).values()) == {"mine"}
 

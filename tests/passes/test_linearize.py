@@ -175,38 +175,66 @@ class InnerSum(nn.Module):
         return self.one(x) + self.two(x)
 
 
-class SumInSum(nn.Module):
+class NormBehindInnerSum(InnerSum):
+    """An inner sum whose norm stands for both of its branches."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.large, self.norm = conv_norm(6, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.one, self.two = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.large(x) + self.norm(self.one(x) + self.two(x)))
+        return self.norm(super().forward(x))
 
 
 def stretched() -> nn.Module:
     return nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1))
 
 
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "conv - norm - conv": (
-        lambda: Long(stretched()),
-        "a branch is Conv2d - BatchNorm2d - Conv2d; only conv - norm, conv, norm or nothing is "
-        "taken",
-    ),
-    "sum in a branch": (lambda: Long(InnerSum()), "branch.add is a sum inside a branch"),
-    "sum in a sum": (SumInSum, "a layer stands behind a sum of branches inside another sum"),
-    "no norms": (InnerSum, "its branches have no norms: it is linear already"),
+FLATTENED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "conv - norm - conv": (stretched, ["origin", "pointwise_pointwise"]),
+    "sum in a branch": (InnerSum, ["origin", "pointwise", "pointwise_2"]),
+    "norm behind an inner sum": (NormBehindInnerSum, ["origin", "pointwise", "pointwise_2"]),
 }
 
 
-@pytest.mark.parametrize(("build", "text"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_and_why(build: Callable[[], nn.Module], text: str) -> None:
+@pytest.mark.parametrize(("build", "names"), FLATTENED.values(), ids=FLATTENED)
+def test_long_branches_and_inner_sums_are_flattened(
+    build: Callable[[], nn.Module], names: list[str]
+) -> None:
+    net, x = randomise_norms(Long(build()).double()), wide()
+    expected = output(net, x)
+    model, made = linearize(net)
+    assert len(made.edits) == 1
+    block = model.get_submodule("block")
+    assert isinstance(block, LinearBlock)
+    assert list(block.branches) == names
+    assert_same(output(model, x), expected, 1e-12)
+
+
+def conv_behind_sum() -> nn.Module:
+    return nn.Sequential(InnerSum(), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "conv behind an inner sum": (
+        lambda: Long(conv_behind_sum()),
+        [
+            "its branches have no norms: it is linear already",
+            "a branch of its sum is not linear as a whole: Conv2d and a sum of 2 branches stand "
+            "one behind the other, and each of these would need a copy of its kernel",
+        ],
+    ),
+    "no norms": (InnerSum, ["its branches have no norms: it is linear already"]),
+}
+
+
+@pytest.mark.parametrize(("build", "texts"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_and_why(build: Callable[[], nn.Module], texts: list[str]) -> None:
     net, x = randomise_norms(build().double()), wide()
     made = linearize_plan(net)
     assert made.edits == ()
-    assert [(r.done_by, r.path, r.reason) for r in made.refusals] == [("linearize", "", text)]
+    assert [r.reason for r in made.refusals] == texts
+    assert {r.done_by for r in made.refusals} == {"linearize"}
     expanded = orepa.expand(net, block=orepa.OREPA)
     assert_same(output(expanded, x), output(net, x))
 

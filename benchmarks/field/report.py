@@ -1,0 +1,180 @@
+"""docs/field.md: what the rows say, as one page of markdown; and the same as a table to print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.field.examining import TOLERANCE, Row
+from benchmarks.zoo.counting import normalised
+
+_INTRODUCTION = """\
+# The field
+
+Every published block that is trained as several layers and run as one, written from its paper, and
+every class of timm with a `fuse`, `reparameterize` or `switch_to_deploy` of its own. Weights are
+random and norm statistics look trained. Each is collapsed by `orepa.collapse`, by the one analysis
+that knows none of them by name, and compared with itself.
+
+- **convs**, **norms**, **MACs** are counted while the model runs, before and after, for one image;
+  convs and norms that are called as functions count too. **left**: norms that alone read what a
+  conv or a linear layer gives, after collapse. The goal is 0.
+- **error**: the largest difference from the untouched model in float64, over its largest output:
+  collapsed in float64, collapsed in float32, and the untouched model itself in float32.
+- A row is *collapsed* with at most {float64:.0e} in float64 and {float32:.0e} in float32 (or twice
+  the error that the untouched model has itself), no norm left, and no more MACs. A row is *refused*
+  where it must be, and says why.
+"""
+_TIMM = """\
+The smallest model of each class, at {size} pixels, beside timm's own `reparameterize_model`. A row
+fails where timm leaves fewer norms or fewer MACs, or has less than half the error in float32. What
+is within that factor is rounding: compare the column of the untouched model.
+
+**own**: modules that the analysis would not finish and that are replaced by what their own method
+makes of them, after a check. timm's methods make float32 layers, so these rows are exact to
+float32 only.
+"""
+
+
+def report(rows: Iterable[Row], environment: dict[str, Any]) -> str:
+    """The page for these rows."""
+    every = list(rows)
+    blocks = [row for row in every if row["kind"] == "block"]
+    models = [row for row in every if row["kind"] == "timm"]
+    tolerances = {str(dtype).removeprefix("torch."): t for dtype, t in TOLERANCE.items()}
+    sizes = sorted({row["size"] for row in models})
+    parts = [
+        _INTRODUCTION.format(**tolerances),
+        _markdown(("", ""), headline(blocks, models)),
+        "## Blocks\n\n" + _markdown(_TITLES, [_block_line(row) for row in blocks]),
+        "## Refused, and why\n\n" + _markdown(("block", "why"), _refusals(blocks)),
+        "## timm\n\n" + _TIMM.format(size=" or ".join(map(str, sizes))),
+        _markdown(_TIMM_TITLES, [_timm_line(row) for row in models]),
+        "## What is kept apart in timm's models, and why\n\n"
+        + _markdown(("model", "norms left", "why"), _left(models)),
+        "## How it was run\n\n" + _markdown(("", ""), list(environment.items())),
+    ]
+    return "\n".join(parts)
+
+
+def headline(blocks: Sequence[Row], models: Sequence[Row]) -> list[tuple[str, str]]:
+    """The figures of the whole page."""
+    every = [*blocks, *models]
+    beside = [row for row in models if "after" in row["timm"]]
+    return [
+        ("published blocks collapsed as they should be", _share(blocks, "collapsed")),
+        ("refused as they should be", _share(blocks, "refused")),
+        ("models of timm collapsed", _share(models, "collapsed")),
+        ("failed", str(sum(row["status"] == "fail" for row in every))),
+        ("largest error of a block in float64", f"{_largest(blocks, 'float64'):.1e}"),
+        ("largest error of a block in float32", f"{_largest(blocks, 'float32'):.1e}"),
+        ("norms left alone behind a conv", str(sum(row["after"]["behind"] for row in every))),
+        ("rows with more MACs than before", str(sum(_grows(row) for row in every))),
+        ("norms left in timm's models, by us", str(sum(row["after"]["norms"] for row in beside))),
+        ("by timm", str(sum(row["timm"]["after"]["norms"] for row in beside))),
+    ]
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """All rows, to be printed."""
+    printed = Table(box=None, pad_edge=False, header_style="bold")
+    for index, title in enumerate(_TITLES):
+        printed.add_column(
+            title, justify="left" if index in (0, 1, 9) else "right", overflow="fold"
+        )
+    for row in rows:
+        style = "red" if row["status"] == "fail" else None
+        printed.add_row(*_block_line(row), style=style)
+    return printed
+
+
+_TITLES = (
+    "block", "from", "regions", "convs", "norms", "left", "MACs", "error, float64", "float32",
+    "",
+)  # fmt: skip
+_TIMM_TITLES = (
+    "model", "classes", "regions", "own", "convs", "norms", "timm", "left", "timm", "MACs",
+    "error, float64", "timm", "float32", "timm", "untouched", "",
+)  # fmt: skip
+
+
+def _block_line(row: Row) -> tuple[str, ...]:
+    return (
+        row["name"],
+        row["source"],
+        str(row["regions"]),
+        _change(row, "convs"),
+        _change(row, "norms"),
+        str(row["after"]["behind"]),
+        f"{row['before']['macs']:,} -> {row['after']['macs']:,}",
+        f"{row['float64']:.1e}",
+        f"{row['float32']:.1e} ({row['noise']:.1e})",
+        row["status"],
+    )
+
+
+def _timm_line(row: Row) -> tuple[str, ...]:
+    timm = row["timm"]
+    after = timm.get("after", {})
+    return (
+        row["name"],
+        row["source"].replace(", ", "<br>"),
+        str(row["regions"]),
+        str(row["adopted"]),
+        _change(row, "convs"),
+        _change(row, "norms"),
+        str(after.get("norms", "-")),
+        str(row["after"]["behind"]),
+        str(after.get("behind", "-")),
+        f"{row['before']['macs'] / 1e6:.1f} M -> {row['after']['macs'] / 1e6:.1f} M",
+        f"{row['float64']:.1e}",
+        _error(timm, "float64"),
+        f"{row['float32']:.1e}",
+        _error(timm, "float32"),
+        f"{row['noise']:.1e}",
+        row["status"],
+    )
+
+
+def _error(timm: Row, precision: str) -> str:
+    return f"{timm[precision]:.1e}" if precision in timm else "raises"
+
+
+def _refusals(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    return [(row["name"], "<br>".join(row["reasons"])) for row in rows if row["reasons"]]
+
+
+def _left(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    return [
+        (row["name"], str(row["after"]["norms"]), "<br>".join(sorted(reasons)))
+        for row in rows
+        if (reasons := {normalised(reason) for reason in row["reasons"]})
+    ]
+
+
+def _change(row: Row, what: str) -> str:
+    return f"{row['before'][what]} -> {row['after'][what]}"
+
+
+def _grows(row: Row) -> bool:
+    return bool(row["after"]["macs"] > row["before"]["macs"])
+
+
+def _largest(rows: Sequence[Row], precision: str) -> float:
+    return max((row[precision] for row in rows), default=0.0)
+
+
+def _share(rows: Sequence[Row], status: str) -> str:
+    return f"{sum(row['status'] == status for row in rows)} of {len(rows)}"
+
+
+def _markdown(titles: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    rows = [[_cell(str(value)) for value in line] for line in lines]
+    ruled = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

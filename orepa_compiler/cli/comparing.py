@@ -1,0 +1,86 @@
+"""`orepa verify A B`: the verdict, the first module that differs, and the files that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from orepa_compiler.cli.arguments import ExitCode, NotVerified, random_inputs
+from orepa_compiler.cli.inputs import load_inputs
+from orepa_compiler.cli.junit import write_junit
+from orepa_compiler.cli.sides import load_side
+from orepa_compiler.cli.summary import (
+    cases_of_report,
+    divergence_data,
+    show_divergence,
+    write_json,
+)
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.progress import announced
+from orepa_compiler.locating import explain_report
+from orepa_compiler.manifest import versions
+from orepa_compiler.picture import save_picture
+from orepa_compiler.verification import Report, verify
+from orepa_compiler.verification.divergence import Divergence
+
+Batch = tuple[Tensor, ...]
+
+
+def compare_sides(
+    reference: tuple[str, Path | None],
+    candidate: tuple[str, Path | None],
+    *,
+    data: Path | None,
+    shapes: Sequence[tuple[int, ...]],
+    batch: int,
+    stress: bool,
+    precision: str | None,
+    allow_pickle: bool,
+    json: Path | None,
+    junit: Path | None,
+    picture: Path | None,
+) -> ExitCode:
+    """The exit code of a comparison, after all of it is shown and written.
+
+    reference, candidate: what each is, and its checkpoint. Raises ReparamError for a mistake, and
+    NotVerified where the comparison cannot be made.
+    """
+    inputs = load_inputs(data, batch) if data else [random_inputs(shapes, batch)]
+    left = load_side(*reference, inputs=inputs[0], allow_pickle=allow_pickle)
+    right = load_side(*candidate, inputs=inputs[0], allow_pickle=allow_pickle)
+    with announced("comparing"):
+        try:
+            report = verify(left, right, inputs, precision=precision, stress=stress)
+        except ReparamError as error:
+            raise NotVerified(str(error)) from error
+    found = None if report else _explained(left, right, inputs, report, precision)
+    _show(report, found)
+    if json:
+        first = {} if found is None else {"divergence": divergence_data(found)}
+        about = {"reference": reference[0], "candidate": candidate[0], "versions": versions()}
+        write_json(json, {**report.to_dict(), **first, **about})
+    if junit:
+        write_junit(junit, "orepa-verify", cases_of_report(report, found))
+    if picture and isinstance(found, Divergence):
+        save_picture(found, picture)
+    return ExitCode.PASS if report else ExitCode.MISMATCH
+
+
+def _explained(
+    left: Any, right: Any, inputs: list[Batch], report: Report, precision: str | None
+) -> Divergence | str | None:
+    with announced("looking for the first module that differs"):
+        return explain_report(left, right, inputs, report, precision=precision)
+
+
+def _show(report: Report, found: Divergence | str | None) -> None:
+    console = Console()
+    # A pipe has no width; the text of a report has one of its own.
+    console.print(report) if console.is_terminal else typer.echo(str(report))
+    if found is not None:
+        show_divergence(console, found)

@@ -1,0 +1,65 @@
+"""What stands on one side of `orepa verify`: a torch model, an ONNX file or a TensorRT engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from orepa_compiler.cli.arguments import NotVerified, load_source
+from orepa_compiler.compiler import collapse
+from orepa_compiler.errors import MissingPackage, NotRun, ReparamError
+from orepa_compiler.export.progress import announced
+from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
+from orepa_compiler.model_source import FORMS
+
+SIDES = f"FILE.onnx, FILE.onnx@cuda, FILE.engine, {FORMS}, or such a model with @collapsed"
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ENGINES = (".engine", ".plan", ".trt")
+
+
+def load_side(
+    source: str, checkpoint: Path | None, *, inputs: tuple[Tensor, ...], allow_pickle: bool
+) -> Callable[..., Any]:
+    """One side of a comparison.
+
+    source: an ONNX file runs in onnxruntime, on the CPU or, with @cuda, on the GPU; an engine runs
+    on the GPU; a model is loaded as load_source does, and collapsed with @collapsed.
+    Raises what load_source raises, and NotVerified where what is needed to run it is not here.
+    """
+    name, form = _split(source)
+    if not (name.endswith(".onnx") or name.endswith(ENGINES)):
+        model: nn.Module = load_source(name, checkpoint, inputs=inputs, allow_pickle=allow_pickle)
+        if form != "collapsed":
+            _refuse(source, form)
+            return model
+        with announced(f"collapsing {name}"):
+            return collapse(model, inputs=inputs)
+    if checkpoint is not None:
+        raise ReparamError(f"{source}: an exported file holds its weights; leave out {checkpoint}")
+    try:
+        if name.endswith(ENGINES):
+            _refuse(source, form)
+            return TensorRTRunner(Path(name))
+        if form not in ("", *PROVIDERS):
+            _refuse(source, form)
+        return OnnxRunner(Path(name), provider=PROVIDERS[form or "cpu"])
+    except (MissingPackage, NotRun) as error:
+        reason = str(error)
+        raise NotVerified(reason if name in reason else f"{source}: {reason}") from error
+
+
+def _split(source: str) -> tuple[str, str]:
+    name, at, form = source.rpartition("@")
+    return (name, form) if at and form in ("collapsed", *PROVIDERS) else (source, "")
+
+
+def _refuse(source: str, form: str) -> None:
+    if form:
+        raise ReparamError(
+            f"{source}: @{form} has no meaning here; @collapsed goes with a model, @cpu and @cuda "
+            "with an ONNX file"
+        )

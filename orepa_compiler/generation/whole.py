@@ -1,0 +1,63 @@
+"""The kernels of all blocks of a model in one compiled function.
+
+Block by block, a GPU waits for launches and not for arithmetic. Compiled as a whole, the passes of
+a kernel become one, and so do those of its gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from orepa_compiler.generation import SqueezableBlock, generate
+from orepa_compiler.operators import ConvOperator
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The function for these blocks. geometry: their operators, of which the weights are old."""
+
+    blocks: tuple[SqueezableBlock, ...]
+    geometry: tuple[ConvOperator, ...]
+    make: Callable[[], list[Pair]]
+
+
+_compiled: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
+
+
+def generate_all(model: nn.Module, blocks: Sequence[SqueezableBlock]) -> list[ConvOperator]:
+    """The operators of the model's blocks, as `generate` gives them, made by one function.
+
+    It is compiled at the first call for a model, and kept for as long as the model has these
+    blocks.
+    """
+    known = _compiled.get(model)
+    if known is None or not _are_same(known.blocks, blocks):
+        known = _compiled[model] = _compile(tuple(blocks))
+    pairs = zip(known.geometry, known.make(), strict=True)
+    return [replace(like, weight=weight, bias=bias) for like, (weight, bias) in pairs]
+
+
+def _compile(blocks: tuple[SqueezableBlock, ...]) -> _Compiled:
+    def make() -> list[Pair]:
+        made = [generate(block) for block in blocks]
+        return [(operator.weight, operator.bias) for operator in made]
+
+    with torch.no_grad():
+        geometry = tuple(_empty(generate(block)) for block in blocks)
+    return _Compiled(blocks, geometry, torch.compile(make, fullgraph=True, dynamic=False))
+
+
+def _empty(operator: ConvOperator) -> ConvOperator:
+    """The operator without its values."""
+    return replace(operator, weight=operator.weight.to("meta"), bias=None)
+
+
+def _are_same(left: Sequence[SqueezableBlock], right: Sequence[SqueezableBlock]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))

@@ -1,0 +1,89 @@
+"""What the verbs ask of a model, its inputs and a plan before they begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.functional import calls_conv
+from orepa_compiler.layers import is_conv_like
+from orepa_compiler.passes.expand import Init, PostNorm
+from orepa_compiler.planning import Plan
+from orepa_compiler.selection import Where, selection
+from orepa_compiler.skeleton import check_wrapper, meta_copy
+from orepa_compiler.verification.evaluation import batches_of
+
+
+def check_model(model: nn.Module, *, also_functional: bool = False) -> None:
+    """A model that is not wrapped, with a conv: a layer, or also one that is called as F.conv2d."""
+    if not isinstance(model, nn.Module):
+        raise ReparamError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+    check_wrapper(model)
+    convs = [(p, m) for p, m in model.named_modules() if is_conv_like(m)]
+    has_conv = convs or any(isinstance(m, LinearBlock) for m in model.modules())
+    if not has_conv and not (also_functional and calls_conv(meta_copy(model))):
+        raise ReparamError(
+            f"{type(model).__name__} has no conv, so there is nothing to re-parameterize"
+        )
+    for path, conv in convs:
+        assert isinstance(conv, _ConvNd)
+        if not conv.weight.is_floating_point():
+            raise ReparamError(
+                f"its weight is {conv.weight.dtype}; only floating-point convs can be rewritten",
+                path=path,
+            )
+
+
+def check_inputs(inputs: Any) -> None:
+    if inputs is not None and not batches_of(inputs):
+        raise ReparamError("inputs: an empty list; give at least one batch")
+
+
+def check_values(model: nn.Module, why: str) -> None:
+    for path, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ReparamError(f"the weights are on the meta device: {why}", path=path)
+
+
+def check_plan(plan: Plan, *, init: Init, post_norm: PostNorm) -> None:
+    """A plan says how blocks start and where norms go: another wish beside it is an error."""
+    for edit in plan.of("expand").edits:
+        made = edit.options.get("init")
+        if made != init:
+            raise ReparamError(
+                f"the plan was made with init={made!r}, not {init!r}; make it with plan(init=...)",
+                path=edit.path,
+            )
+        if edit.options.get("norm") and post_norm == "none":
+            raise ReparamError(
+                "the plan inserts a norm here; make it with plan(post_norm='none')", path=edit.path
+            )
+
+
+def check_cut(model: nn.Module, where: Where, names: tuple[str, ...] | None) -> None:
+    """Some block must be selected, and each named branch must be there and be no origin."""
+    blocks = {path: m for path, m in model.named_modules() if isinstance(m, LinearBlock)}
+    is_selected = selection(where)
+    selected = [block for path, block in blocks.items() if is_selected(path, block)]
+    if not selected:
+        raise ReparamError(
+            f"where={where!r} selects no block of {len(blocks)}"
+            + (f"; the first is {next(iter(blocks))!r}" if blocks else "; expand the model first")
+        )
+    found = dict.fromkeys(name for block in selected for name in block.branches)
+    for name in names or ():
+        if name == "origin":
+            raise ReparamError(
+                "the origin takes the kernels of other branches, so it cannot be cut; "
+                "leave out branches= to make plain convs"
+            )
+        if name not in found:
+            raise ReparamError(
+                f"no selected block has a branch {name!r}; they have {', '.join(found)}"
+            )
+    if names == ():
+        raise ReparamError("branches= is empty; name some, or leave it out to cut all of them")

@@ -1,0 +1,63 @@
+"""For your own tests: an assertion that two models compute the same, which says where they do not.
+
+from orepa_compiler.testing import assert_equivalent
+
+def test_the_deployed_model(model, images):
+    assert_equivalent(model, orepa.collapse(model), images)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
+from orepa_compiler.locating import explain_report
+from orepa_compiler.verification import NOISE_FACTOR, Report, verify
+from orepa_compiler.verification.divergence import Divergence, plain_map
+
+_ENGINES = (".engine", ".plan", ".trt")
+
+
+def assert_equivalent(
+    model: Callable[..., Any] | str | PathLike[str],
+    deploy: Callable[..., Any] | str | PathLike[str],
+    inputs: Any,
+    *,
+    truth: nn.Module | None = None,
+    precision: str | None = None,
+    factor: float = NOISE_FACTOR,
+    stress: bool = True,
+) -> Report:
+    """The report, where `deploy` computes what `model` does; arguments as in orepa.verify.
+
+    model, deploy: modules, functions, or paths of ONNX files (run on the CPU) and TensorRT engines.
+
+    Raises AssertionError with the report, the first module that differs and a picture of its error
+    where they differ; ReparamError where they cannot be compared: that is no pass either.
+    """
+    __tracebackhide__ = True  # pytest then shows the line of the test
+    left, right = _runner(model), _runner(deploy)
+    options: dict[str, Any] = {"truth": truth, "precision": precision, "factor": factor}
+    report = verify(left, right, inputs, stress=stress, **options)
+    if not report:
+        raise AssertionError(f"{report}\n{_where(left, right, inputs, report, precision)}")
+    return report
+
+
+def _runner(side: Any) -> Callable[..., Any]:
+    if not isinstance(side, (str, PathLike)):
+        return side
+    path = Path(side)
+    return TensorRTRunner(path) if path.suffix in _ENGINES else OnnxRunner(path)
+
+
+def _where(left: Any, right: Any, inputs: Any, report: Report, precision: str | None) -> str:
+    found = explain_report(left, right, inputs, report, precision=precision)
+    if isinstance(found, Divergence) and found.error_map:
+        return f"{found}\n{plain_map(found.error_map)}"
+    return str(found)

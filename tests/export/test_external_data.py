@@ -1,0 +1,63 @@
+"""The weights' file beside an ONNX file: named by its content, removed when nothing names it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from orepa_compiler.export import OnnxRunner, export_onnx
+from orepa_compiler.export import onnx as exporting
+from orepa_compiler.export.atomic import staged
+from orepa_compiler.export.external_data import external_files, own_companions
+from orepa_compiler.export.inspection import load_graph
+from tests.export.nets import SmallNet, images
+
+
+@pytest.fixture(autouse=True)
+def _beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "EMBED_LIMIT_BYTES", 0)
+
+
+def test_the_same_weights_have_the_same_name_and_others_another(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    path = export_onnx(net, images(), tmp_path / "net.onnx")
+    (first,) = external_files(load_graph(path))
+    export_onnx(net, images(), path)
+    assert external_files(load_graph(path)) == [first]
+    torch.manual_seed(7)
+    export_onnx(SmallNet().eval(), images(), path)
+    (second,) = external_files(load_graph(path))
+    assert first != second
+    # The old weights are gone, the new ones are there, and nothing else was touched.
+    assert sorted(os.listdir(tmp_path)) == ["net.onnx", second]
+    OnnxRunner(path)(images())
+
+
+def test_weights_of_other_files_are_left_alone(net: nn.Module, tmp_path: Path) -> None:
+    others = ["other.onnx.0123456789abcdef.data", "net.onnx.data", "net.onnx.0123.data"]
+    for name in others:
+        (tmp_path / name).touch()
+    stale = tmp_path / "net.onnx.0123456789abcdef.data"
+    stale.touch()
+    assert own_companions(tmp_path / "net.onnx") == {stale}
+    export_onnx(net, images(), tmp_path / "net.onnx")
+    assert not stale.exists()
+    assert all((tmp_path / name).exists() for name in others)
+
+
+def test_the_folder_of_a_process_that_was_killed_long_ago_is_removed(tmp_path: Path) -> None:
+    old, new = tmp_path / ".orepa-old", tmp_path / ".orepa-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "half.onnx").touch()
+    long_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (long_ago, long_ago))
+    with staged(tmp_path / "net.onnx") as draft:
+        draft.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == [".orepa-new", "net.onnx"]

@@ -1,0 +1,119 @@
+"""Latencies: both files in turn, every backend a row, and what is within noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orepa_compiler.errors import ExportError
+from orepa_compiler.export import latency
+from orepa_compiler.export.latency import bench, contents_of, example_inputs, median_interval
+from orepa_compiler.export.latency_report import Bench, BenchRow, Timing
+from orepa_compiler.export.signature import TensorSpec
+from tests.export.nets import SmallNet
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_each_backend_is_a_row_and_says_why_it_did_not_run(exported: dict[str, Path]) -> None:
+    told: list[str] = []
+    found = bench(
+        exported["fp32"], exported["dict"], batch=3, rounds=6, turn_s=0.001, step=told.append
+    )
+    assert found
+    cpu, cuda, tensorrt = found.rows
+    assert cpu.model is not None
+    assert cpu.against is not None
+    assert cpu.model.calls >= 6
+    assert cpu.model.median_ms <= cpu.model.p95_ms
+    assert cpu.model.throughput == pytest.approx(3000 / cpu.model.median_ms)
+    assert cuda.verdict.startswith("not run: CUDAExecutionProvider is not in the installed")
+    assert tensorrt.verdict.startswith("not run: no engine was given; give both ENGINE and")
+    assert told == ["onnxruntime CPU", "onnxruntime CUDA", "TensorRT"]
+    text = str(found)
+    assert "not run: no engine was given" in text
+    assert "against" in text
+    assert len(json.loads(json.dumps(found.to_dict()))["rows"]) == 3
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_an_engine_without_a_gpu_is_not_run(exported: dict[str, Path], tmp_path: Path) -> None:
+    engine = tmp_path / "net.engine"
+    engine.write_bytes(b"engine")
+    found = bench(
+        exported["fp32"],
+        exported["fp32"],
+        engine=engine,
+        against_engine=engine,
+        rounds=6,
+        turn_s=0.001,
+    )
+    assert "net.engine: device numerics: not run; torch sees no CUDA GPU" in found.rows[2].verdict
+
+
+def test_the_files_are_timed_in_turn_and_the_slower_is_seen(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[int] = []
+
+    def seconds(runner: Any, inputs: Any) -> float:
+        side = 0 if "fp32" in str(runner.path) else 1
+        order.append(side)
+        return (2e-3 if side == 0 else 1e-3) * (1 + 0.01 * (len(order) % 3))
+
+    monkeypatch.setattr(latency, "_seconds", seconds)
+    found = bench(exported["fp32"], exported["dict"], rounds=6, turn_s=0.0)
+    row = found.rows[0]
+    assert row.verdict == "slower"
+    assert row.ratio == pytest.approx(2, rel=0.05)
+    # After the warm-up of both: model first, then against first, and so on.
+    assert order[-12:] == [0, 1, 1, 0] * 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.9, 1.1, "within noise"), (0.8, 0.99, "faster"), (1.01, 1.2, "slower")],
+)
+def test_within_noise_is_an_interval_that_holds_one(low: float, high: float, verdict: str) -> None:
+    timing = Timing.of([1.0], 1)
+    row = BenchRow("cpu", timing, timing, (low + high) / 2, low, high)
+    assert row.verdict == verdict
+
+
+def test_nothing_that_ran_is_no_bench() -> None:
+    assert not Bench((), (BenchRow("cpu", reason="not here"),), 1, 6)
+
+
+def test_the_interval_of_the_median_is_by_order_statistics() -> None:
+    # P(Bin(6, 1/2) < 1) = 1/64, and P(Bin(20, 1/2) < 6) = 0.0207: tables of the sign test.
+    assert median_interval([3, 1, 2, 6, 5, 4]) == (1, 6)
+    assert median_interval(range(1, 21)) == (6, 15)
+
+
+def test_too_few_rounds_and_open_shapes_are_refused(exported: dict[str, Path]) -> None:
+    with pytest.raises(ExportError, match=r"rounds=5: an interval for the median needs 6 rounds"):
+        bench(exported["fp32"], exported["fp32"], rounds=5)
+    spec = TensorSpec("x", ("batch", 3, "h", 8), torch.float32)
+    with pytest.raises(ExportError, match=r"x: float32 \(batch, 3, h, 8\): its shape is open"):
+        example_inputs([spec], 2)
+
+
+def test_inputs_are_of_the_files_types() -> None:
+    specs = [
+        TensorSpec("x", ("batch", 3), torch.float16),
+        TensorSpec("n", (-1,), torch.int64),
+        TensorSpec("fixed", (1, 2), torch.float32),
+    ]
+    tensors = example_inputs(specs, 4)
+    assert [tuple(tensor.shape) for tensor in tensors] == [(4, 3), (4,), (1, 2)]
+    assert [tensor.dtype for tensor in tensors] == [torch.float16, torch.int64, torch.float32]
+
+
+def test_the_contents_of_a_file_are_counted(exported: dict[str, Path], net: SmallNet) -> None:
+    found = contents_of(exported["fp32"])
+    assert (found.convs, found.norms) == (3, 0)
+    assert found.nodes > 5
+    assert found.size == exported["fp32"].stat().st_size

@@ -1,0 +1,181 @@
+"""The options of orepa-export and orepa bench: what is passed on, and a mistake in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orepa_compiler.cli import export_main, main
+from orepa_compiler.cli.engine_options import profile
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.inspection import load_graph
+
+NETS = """
+import torch
+from torch import nn
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+class Hot(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+def hot():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Hot())
+    with torch.no_grad():
+        net[2][0].weight.mul_(1e6)
+        net[2][2].weight.mul_(1e-5)
+    return net
+
+def batches():
+    for _ in range(2):
+        yield torch.randn(4, 3, 16, 16)
+
+def nothing():
+    return []
+
+def words():
+    return ["a"]
+
+def broken():
+    raise OSError("no disk")
+"""
+
+EXPORT = "nets.py:tiny --input-shape 3x16x16 --onnx net.onnx"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images" / "a.npy", np.random.default_rng(0).normal(size=(9, 3, 16, 16)))
+    np.save(tmp_path / "small.npy", np.zeros((2, 3, 8, 8)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path
+
+
+def run(command: Callable[..., int], line: str, capsys: pytest.CaptureFixture[str]) -> tuple:
+    code = command(line.split())
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()
+
+
+INT8 = f"{EXPORT} --precision int8"
+SHAPES = "--min-shapes 1x3x16x16 --opt-shapes {} --max-shapes {}"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (INT8, "--precision int8 takes the ranges of the values from your data: give --calibra"),
+        (f"{INT8} --calibration empty", "--calibration empty: this folder holds no .npy or .npz"),
+        (f"{INT8} --calibration gone", "--calibration gone: there is no such file or folder"),
+        (f"{INT8} --calibration small.npy", "batch 0 holds float32 (2, 3, 8, 8), but the model"),
+        (f"{INT8} --calibration nets.py:nothing", "nets.py:nothing: gave no batches"),
+        (f"{INT8} --calibration nets.py:words", "nets.py:words: batch 0 holds str; give a tensor"),
+        (f"{INT8} --calibration nets.py:broken", "calling broken() raised OSError: no disk"),
+        (f"{INT8} --calibration nets.py:batch", "defines no batch; did you mean batches"),
+        (f"{EXPORT} --keep-fp32 layer4", "keep_fp32: 'layer4' matches none of the 4 modules"),
+        (f"{EXPORT} --trt-flavor tensorrt", "Invalid value for '--trt-flavor'"),
+        (f"{EXPORT} --opt-shapes 1x3x16x16", "--min-shapes and --max-shapes: missing; give all"),
+        (
+            f"{EXPORT} {SHAPES.format('4x3x16x16', '2x3x16x16')}",
+            "are (1, 3, 16, 16), (4, 3, 16, 16) and (2, 3, 16, 16); each must lie within the next",
+        ),
+        (f"{EXPORT} {SHAPES.format('4x3x16x16', 'x')}", "--max-shapes x: write it as sizes"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(export_main, line, capsys)
+    assert (code, out, len(err)) == (2, "", 1), err
+    assert said in err[0]
+    assert not Path("net.onnx").exists()
+
+
+@pytest.mark.parametrize("source", ["images", "nets.py:batches"])
+def test_int8_is_calibrated_checked_and_built(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    shapes = SHAPES.format("2x3x16x16", "4x3x16x16")
+    line = f"{INT8} --calibration {source} --trt net.engine --json net.json {shapes}"
+    code, _, err = run(export_main, line, capsys)
+    assert (code, err) == (0, [])
+    assert Path("net.engine").stat().st_size > 1_000
+    steps = {step["step"]: step for step in json.loads(Path("net.json").read_text())["steps"]}
+    assert steps["check onnx"]["verdict"] == "pass"
+    (row, *_) = steps["check onnx"]["report"]["rows"]
+    assert 1e-4 < row["noise"] < 0.02
+    assert steps["check engine"]["verdict"] == "not run"
+
+
+def test_the_audit_is_a_step_and_its_advice_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    hot = "nets.py:hot --input-shape 3x16x16 --onnx net.onnx --precision fp16"
+    code, out, _ = run(export_main, hot, capsys)
+    assert code == 3
+    assert "keep in float32: --keep-fp32 2" in " ".join(out.split())
+    code, _, err = run(export_main, f"{hot} --keep-fp32 2 --json net.json", capsys)
+    assert (code, err) == (0, [])
+    properties = {e.key: e.value for e in load_graph(Path("net.onnx")).metadata_props}
+    assert properties["orepa.keep_fp32"] == "2"
+    steps = {step["step"]: step for step in json.loads(Path("net.json").read_text())["steps"]}
+    assert steps["audit half"]["audit"]["kept"] == ["2"]
+
+
+def test_shapes_are_by_name_or_alone() -> None:
+    assert profile(None, None, None) is None
+    assert profile(["1x3"], ["2x3"], ["4x3"]) == ((1, 3), (2, 3), (4, 3))
+    named = profile(["a:1x3", "b:1"], ["a:2x3", "b:2"], ["a:4x3", "b:4"])
+    assert named == {"a": ((1, 3), (2, 3), (4, 3)), "b": ((1,), (2,), (4,))}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((["a:1"], ["a:1"], ["b:1"]), "--max-shapes of a: missing; give all three"),
+        ((["1", "2"], ["1"], ["1"]), "--min-shapes 2: given twice for the only input"),
+        ((["1", "b:1"], ["1", "b:1"], ["1", "b:1"]), "give a name to every input, not to"),
+        ((["1x2"], ["1"], ["1"]), "each must lie within the next"),
+    ],
+)
+def test_shapes_that_make_no_profile_are_refused(given: tuple, said: str) -> None:
+    with pytest.raises(ReparamError, match=said):
+        profile(*given)
+
+
+def test_a_bench_prints_a_table_and_writes_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(export_main, EXPORT, capsys)[0] == 0
+    line = "bench net.onnx --against net.onnx --rounds 6 --batch 2 --json bench.json"
+    code, out, err = run(main, line, capsys)
+    assert (code, err) == (0, [])
+    assert "onnxruntime CPU" in out
+    assert "not run: CUDAExecutionProvider" in out
+    data = json.loads(Path("bench.json").read_text())
+    assert data["batch"] == 2
+    assert [row["verdict"].split(":")[0] for row in data["rows"]][1:] == ["not run", "not run"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("bench net.onnx", "nothing to compare with: give --against STOCK.onnx"),
+        ("bench gone.onnx --against gone.onnx", "gone.onnx: no such file"),
+        ("bench gone.onnx --against b.onnx --rounds 5", "Invalid value for '--rounds'"),
+    ],
+)
+def test_a_mistake_in_a_bench_is_one_line(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(main, line, capsys)
+    assert (code, out, len(err)) == (2, "", 1), err
+    assert said in err[0]
