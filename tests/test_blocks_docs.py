@@ -1,7 +1,8 @@
-"""docs/blocks.md: every line of Python in it runs, and each ablation is the one it says."""
+"""docs/blocks.md: every statement of Python in it runs, and each ablation is the one it says."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ SETUP, *REST = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOT
 
 
 class Small(nn.Module):
-    """What a line needs of ResNet-18: a large stem, 3 x 3 and 1 x 1 convs, a residual."""
+    """What a statement needs of ResNet-18: a large stem, 3 x 3 and 1 x 1 convs, a residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class Small(nn.Module):
         return self.relu(self.norm3(self.point(x + self.relu(self.norm2(self.conv(x))))))
 
 
-# What each line in the code blocks after the first makes of the net: path -> block, scaling layer.
+# What each statement after the setup makes of the net: path -> (scaling layer, branches).
 SIX = "origin pointwise pointwise_kernel average frequency depthwise_pointwise"
 DBB = "origin pointwise pointwise_kernel average"
 EXPECTED = {
@@ -67,17 +68,22 @@ EXPECTED = {
 }
 
 
-def lines() -> list[str]:
-    return [line for code in REST for line in code.splitlines()]
+def statements() -> list[str]:
+    """The statements after the setup, each with the comment behind it."""
+    return [
+        "\n".join(code.splitlines()[statement.lineno - 1 : statement.end_lineno])
+        for code in REST
+        for statement in ast.parse(code).body
+    ]
 
 
 def expansions() -> dict[str, str]:
-    """The lines that expand, by what is said of them."""
+    """The statements that expand, by what is said of them."""
     named = {}
-    for line in lines():
-        if line.startswith("orepa.expand"):
-            said = line.partition("  # ")[2] or re.findall(r'"(\w+)"', line)[-1]
-            named["DCT" if "DCTFilter" in line else said] = line
+    for statement in statements():
+        if statement.startswith("orepa.expand"):
+            said = statement.partition("  # ")[2] or re.findall(r'"(\w+)"', statement)[-1]
+            named["DCT" if "DCTFilter" in statement else said] = statement
     return named
 
 
@@ -85,14 +91,14 @@ def expansions() -> dict[str, str]:
 def names() -> dict[str, object]:
     made: dict[str, object] = {}
     exec(SETUP.replace("torchvision.models.resnet18()", "None"), made)
-    for line in lines():
-        if not line.startswith("orepa.expand"):
-            exec(line, made)
+    for statement in statements():
+        if not statement.startswith("orepa.expand"):
+            exec(statement, made)
     return made
 
 
 @pytest.mark.parametrize("said", EXPECTED)
-def test_each_line_is_the_ablation_it_says(said: str, names: dict[str, object]) -> None:
+def test_each_statement_is_the_ablation_it_says(said: str, names: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = Small().double()
     made = eval(expansions()[said], {**names, "model": model})
@@ -109,7 +115,7 @@ def test_each_line_is_the_ablation_it_says(said: str, names: dict[str, object]) 
     torch.testing.assert_close(made.eval()(x), model.eval()(x), rtol=1e-10, atol=1e-12)
 
 
-def test_every_line_that_expands_is_looked_at() -> None:
+def test_every_statement_that_expands_is_looked_at() -> None:
     assert expansions().keys() == EXPECTED.keys()
 
 

@@ -64,12 +64,13 @@ FLOORS = (
             "model_source",
             "reference",
         ),
-        *("export", "certificate", "locating", "manifest", "picture", "testing"),
+        *("export", "certificate", "locating", "manifest", "picture", "report", "testing"),
     ),
     ("__init__", "cli"),
 )
 
 OPTIONAL = {
+    "jinja2",
     "lightning",
     "matplotlib",
     "onnx",

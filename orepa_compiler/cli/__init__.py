@@ -23,11 +23,13 @@ from orepa_compiler.cli.arguments import (
     Model,
     NotVerified,
     Pickle,
+    Report,
     Shapes,
     check_folder,
     load_source,
     named_block,
     random_inputs,
+    report_files,
     shape,
 )
 from orepa_compiler.cli.bench import bench_command
@@ -46,6 +48,7 @@ from orepa_compiler.cli.engine_options import (
     profile,
 )
 from orepa_compiler.cli.junit import write_junit
+from orepa_compiler.cli.pages import not_run_page, page_of_export, page_of_recheck
 from orepa_compiler.cli.rechecking import recheck_steps
 from orepa_compiler.cli.sides import SIDES
 from orepa_compiler.cli.stages import ExportRequest, export_steps
@@ -64,6 +67,7 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.precision import Precision
 from orepa_compiler.export.progress import announced
 from orepa_compiler.manifest import is_manifest
+from orepa_compiler.report import write_page
 
 # typer exports this one's subclass only, and every wrong command line raises this one.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -165,6 +169,7 @@ def export_command(
     allow_pickle: Pickle = False,
     json: Json = None,
     junit: Junit = None,
+    report: Report = None,
     debug: Debug = False,
 ) -> int:
     """From a trained model to ONNX and TensorRT, each step checked against the one before it.
@@ -183,7 +188,8 @@ def export_command(
     target = onnx or (trt and trt.with_suffix(".onnx"))
     if target is None:
         raise ReparamError("nothing to write: give --onnx OUT.onnx or --trt OUT.engine")
-    for path in (target, trt, json, junit, timing_cache):
+    page, json = report_files(report, json)
+    for path in (target, trt, json, junit, timing_cache, page):
         check_folder(path)
     request = ExportRequest(
         model=model,
@@ -205,10 +211,13 @@ def export_command(
         workspace_gb=workspace,
         tf32=tf32,
         timing_cache=timing_cache,
+        report=page,
     )
     steps = export_steps(request)
     if json:
         write_json(json, report_of(request, steps))
+    if page:
+        write_page(page_of_export(request, steps), page)
     return _finish("orepa-export", steps, junit, debug)
 
 
@@ -234,6 +243,7 @@ def verify_command(
     allow_pickle: Pickle = False,
     json: Json = None,
     junit: Junit = None,
+    report: Report = None,
     picture: Annotated[
         Path | None,
         typer.Option(metavar="PNG", help="Where it fails: the error over the feature map."),
@@ -253,7 +263,8 @@ def verify_command(
     A manifest, which orepa-export writes, is checked again: hashes, gates and numbers, and on a
     machine with a GPU what was not run before.
     """
-    for path in (json, junit, picture):
+    page, json = report_files(report, json)
+    for path in (json, junit, picture, page):
         check_folder(path)
     if is_manifest(reference):
         if candidate is not None:
@@ -262,24 +273,28 @@ def verify_command(
             steps = recheck_steps(Path(reference))
         if json:
             write_json(json, recheck_report(steps))
+        if page:
+            write_page(page_of_recheck(Path(reference), steps), page)
         return _finish("orepa-verify", steps, junit, debug)
     if candidate is None:
         raise ReparamError(
             f"{reference}: give B, what to compare it with, or one FILE.manifest.json"
         )
-    return compare_sides(
-        (reference, checkpoint_a),
-        (candidate, checkpoint_b),
-        data=inputs,
-        shapes=[shape(text) for text in input_shape],
-        batch=batch,
-        stress=stress,
-        precision=precision,
-        allow_pickle=allow_pickle,
-        json=json,
-        junit=junit,
-        picture=picture,
-    )
+    with not_run_page(page, reference, candidate):
+        return compare_sides(
+            (reference, checkpoint_a),
+            (candidate, checkpoint_b),
+            data=inputs,
+            shapes=[shape(text) for text in input_shape],
+            batch=batch,
+            stress=stress,
+            precision=precision,
+            allow_pickle=allow_pickle,
+            json=json,
+            junit=junit,
+            picture=picture,
+            page=page,
+        )
 
 
 def _finish(suite: str, steps: Sequence[Step], junit: Path | None, debug: bool) -> int:

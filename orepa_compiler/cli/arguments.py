@@ -17,6 +17,7 @@ from orepa_compiler.checkpoints import load
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.progress import announced
 from orepa_compiler.model_source import FORMS, load_model
+from orepa_compiler.report import check_extra
 from orepa_compiler.weights import has_plan, load_weights
 
 # The seed of a model's own random weights and of the inputs: the same command, the same numbers.
@@ -57,7 +58,11 @@ Checkpoint = Annotated[
 ]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", "--report", metavar="FILE", help="Write all numbers here, as JSON."),
+    typer.Option("--json", metavar="FILE", help="Write all numbers here, as JSON."),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.html", help="Write a page with charts; any other ending: as JSON."),
 ]
 Junit = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the checks here, as JUnit XML.")
@@ -94,6 +99,22 @@ def check_folder(path: Path | None) -> None:
     """Raises ReparamError when the folder that `path` would be written into is not there."""
     if path is not None and not path.parent.is_dir():
         raise ReparamError(f"{path}: there is no folder {path.parent}; create it first")
+
+
+def report_files(report: Path | None, json: Path | None) -> tuple[Path | None, Path | None]:
+    """Where the page goes, and where the JSON.
+
+    Raises ReparamError where --report is JSON beside --json, and MissingPackage, before any work,
+    where a page is asked for and cannot be drawn.
+    """
+    if report is None:
+        return None, json
+    if report.suffix.lower() not in (".html", ".htm"):
+        if json is not None:
+            raise ReparamError(f"--report {report}: --json {json} writes that; end it in .html")
+        return None, report
+    check_extra()
+    return report, json
 
 
 def random_inputs(shapes: Sequence[tuple[int, ...]], batch: int) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from orepa_compiler.cli.arguments import ExitCode, NotVerified, random_inputs
 from orepa_compiler.cli.inputs import load_inputs
 from orepa_compiler.cli.junit import write_junit
+from orepa_compiler.cli.pages import page_of_comparison
 from orepa_compiler.cli.sides import load_side
 from orepa_compiler.cli.summary import (
     cases_of_report,
@@ -25,6 +26,7 @@ from orepa_compiler.export.progress import announced
 from orepa_compiler.locating import explain_report
 from orepa_compiler.manifest import versions
 from orepa_compiler.picture import save_picture
+from orepa_compiler.report import write_page
 from orepa_compiler.verification import Report, verify
 from orepa_compiler.verification.divergence import Divergence
 
@@ -44,6 +46,7 @@ def compare_sides(
     json: Path | None,
     junit: Path | None,
     picture: Path | None,
+    page: Path | None = None,
 ) -> ExitCode:
     """The exit code of a comparison, after all of it is shown and written.
 
@@ -66,6 +69,9 @@ def compare_sides(
         write_json(json, {**report.to_dict(), **first, **about})
     if junit:
         write_junit(junit, "orepa-verify", cases_of_report(report, found))
+    if page:
+        sides = (reference[0], left), (candidate[0], right)
+        write_page(page_of_comparison(*sides, inputs=inputs, report=report, found=found), page)
     if picture and isinstance(found, Divergence):
         save_picture(found, picture)
     return ExitCode.PASS if report else ExitCode.MISMATCH

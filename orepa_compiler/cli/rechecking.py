@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
-from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, attempt, judged
+from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, judged
 from orepa_compiler.errors import ExportError, MissingPackage, NotRun, ReparamError
 from orepa_compiler.export.artifact import check_collapsed, check_precision
 from orepa_compiler.export.inspection import conv_nodes, count_text, load_graph
@@ -88,7 +88,8 @@ class _Recheck:
         certificate = Certificate.from_json(text)
         reason = None if certificate else ReparamError(certificate.verdict)
         note = "" if reason else certificate.verdict
-        return Step("certificate", "mismatch" if reason else "pass", note=note, cause=reason)
+        verdict: Verdict = "mismatch" if reason else "pass"
+        return Step("certificate", verdict, note=note, cause=reason, certificate=certificate)
 
     def network(self) -> Step:
         try:

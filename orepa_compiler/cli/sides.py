@@ -52,6 +52,11 @@ def load_side(
         raise NotVerified(reason if name in reason else f"{source}: {reason}") from error
 
 
+def side_file(source: str) -> Path:
+    """The file that a side names, without its @cpu or @cuda."""
+    return Path(_split(source)[0])
+
+
 def _split(source: str) -> tuple[str, str]:
     name, at, form = source.rpartition("@")
     return (name, form) if at and form in ("collapsed", *PROVIDERS) else (source, "")

@@ -33,6 +33,7 @@ from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine
 from orepa_compiler.locating import explain_report
 from orepa_compiler.manifest import Check, Role, make_manifest, manifest_path, write_manifest
+from orepa_compiler.report import block_branches, measure_model
 from orepa_compiler.verification import Samples, take_samples, verify
 from orepa_compiler.verification.evaluation import Side, evaluate
 from orepa_compiler.verification.sample_file import save_samples
@@ -48,7 +49,8 @@ class ExportRequest:
     shapes: of the inputs, without the batch. batch: of the inputs compared; None is 1 where the
     artifacts keep it, and 2 where it is free, so that more than one image is really compared.
     data: the user's own inputs, to be compared beside random ones of their shape. calibration:
-    where the data for int8 comes from. profile: the shapes that the engine takes.
+    where the data for int8 comes from. profile: the shapes that the engine takes. report: where a
+    page goes, for which the models are measured.
     """
 
     model: str
@@ -70,6 +72,7 @@ class ExportRequest:
     workspace_gb: float | None = None
     tf32: bool = False
     timing_cache: Path | None = None
+    report: Path | None = None
 
     def inputs(self) -> list[tuple[Tensor, ...]]:
         batch = self.batch or (1 if self.static_batch else 2)
@@ -169,7 +172,14 @@ class _Export:
     def collapse(self) -> Step:
         with announced("collapsing"):
             self.deploy = collapse(self.model, inputs=self.inputs)
-        return Step("collapse", "done")
+        step = Step("collapse", "done")
+        if self.request.report is None:
+            return step
+        sizes = (
+            measure_model("model as loaded", self.model, self.inputs),
+            measure_model("collapsed model", self.deploy, self.inputs),
+        )
+        return replace(step, sizes=sizes, branches=block_branches(self.model))
 
     def check_collapse(self) -> Step:
         with announced("comparing the collapsed model"):

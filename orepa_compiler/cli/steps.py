@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from orepa_compiler.certificate import Certificate
 from orepa_compiler.export.audit_report import HalfAudit
+from orepa_compiler.report import BlockBranches, ModelSize
 from orepa_compiler.verification import Report, Samples, judge
 from orepa_compiler.verification.divergence import Divergence
 
@@ -26,7 +27,8 @@ class Step:
     error: the largest error of a comparison. report: the comparison itself. cause: what kept the
     step from being done. is_required: whether the export has failed to verify without it.
     certificate, divergence: what a certificate says, and where a comparison that fails first does;
-    a text where that cannot be told. audit: what half precision would do to the values.
+    a text where that cannot be told. audit: what half precision would do to the values. sizes,
+    branches: what a page shows of the models.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Step:
     certificate: Certificate | None = None
     divergence: Divergence | str | None = None
     audit: HalfAudit | None = None
+    sizes: tuple[ModelSize, ...] = ()
+    branches: tuple[BlockBranches, ...] = ()
 
 
 def attempt(
