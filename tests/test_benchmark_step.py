@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,14 @@ def test_saved_bytes_tell_kernels_from_features(name: str, kernels: bool) -> Non
     assert found["W_e"] == sum(4 * block.weight.numel() for block in blocks)
 
 
+@pytest.mark.parametrize("name", ["plain compiled", "orepa compiled"])
+def test_of_a_compiled_model_the_sum_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    stepper = Stepper(name, MODEL, batch=2, size=32, device="cpu", amp=False)
+    assert saved_bytes(stepper).keys() == {"saved"}
+    assert saved_bytes(stepper)["saved"] > 0
+
+
 @pytest.mark.parametrize("name", ["plain x4", "orepa x4", "two-phase", "dbb"])
 def test_every_form_takes_steps(name: str) -> None:
     stepper = Stepper(name, MODEL, batch=2, size=32, device="cpu", amp=True)
@@ -142,7 +151,7 @@ def test_the_command_writes_a_table_and_goes_on_where_it_stopped(
 
 def test_memory_is_that_of_a_process_of_its_own() -> None:
     found = measuring.memory(MODEL, "two-phase", SETTING)
-    assert set(found) == {"peak", "parameters", "features", "W_e", "kernels"}
+    assert set(found) == {"peak", "parameters", "saved", "features", "W_e", "kernels"}
     assert found["peak"] > 5e7
     assert found["kernels"] == 0
 
@@ -162,4 +171,4 @@ def test_a_figure_that_was_not_measured_is_a_dash() -> None:
     }
     (row,) = results.rows({"cases": {"a": case}})
     assert row[:7] == ("resnet18", "32", "orepa", "2.000", "1.100", "1.00 - 1.20", "1.15")
-    assert row[7:] == ("-",) * 5
+    assert row[7:] == ("-",) * 6

@@ -206,6 +206,29 @@ def test_a_large_model_is_planned_whole_and_checked_with_blocks_left_out(
     assert (row.get("reduced_for"), row.get("reduced_by")) == ("memory", 3), row
 
 
+class Growing(nn.Module):
+    """Its head reads what each of its blocks gives, so that none can be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.cat([block(x) for block in self.blocks], 1))
+
+
+def test_a_model_of_which_no_block_can_be_left_out_is_checked_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    give(monkeypatch, Growing)
+    row = examine(SUBJECT, Limits(60, 100e9, convs=3))
+    assert row["status"] == "pass"
+    assert "reduced_for" not in row
+    assert (row["convs"], row["blocks"]) == (6, row["plan"]["expanded"])
+
+
 class Block(nn.Module):
     """A residual block."""
 
@@ -383,6 +406,8 @@ def test_rows_are_kept_and_made_again_when_asked(tmp_path: Path) -> None:
     assert not again.is_due("timm:fail", "none", "a")
     assert {n for n in FAILED if again.is_due(f"timm:{n}", "failed", "a")} == FAILED
     assert not again.is_due("timm:pass", "failed", "a")
+    again.add({"library": "timm", "name": "odd", "status": "not compared"})
+    assert again.is_due("timm:odd", "failed", "a")
     assert again.is_due("timm:deep", "reduced", "a")
     assert not again.is_due("timm:pass", "reduced", "a")
     assert again.is_due("timm:deep", "old", "a")

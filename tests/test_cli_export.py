@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 
 from orepa_compiler.cli import export_main, main
 from orepa_compiler.cli.engine_options import profile
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.inspection import load_graph, torch_module
+from orepa_compiler.export.latency_report import Bench, BenchRow, Contents, Timing
 
 NETS = """
 import torch
@@ -179,3 +181,62 @@ def test_a_mistake_in_a_bench_is_one_line(
     code, out, err = run(main, line, capsys)
     assert (code, out, len(err)) == (2, "", 1), err
     assert said in err[0]
+
+
+@pytest.mark.parametrize(
+    ("gate", "nodes", "code"), [("--gate", 3, 1), ("--gate", 2, 0), ("", 3, 0)]
+)
+def test_a_bench_is_a_gate_where_it_is_asked_to_be(
+    gate: str, nodes: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = Timing.of([1.0], 1)
+    files = (Contents("a", 2, 1, 0, 9), Contents("b", nodes, 1, 0, 9))
+    found = Bench(files, (BenchRow("cpu", timing, timing, 1.0, 0.9, 1.1),), 1, 6)
+    monkeypatch.setattr("orepa_compiler.cli.bench.bench", lambda *_, **__: found)
+    assert main(f"bench a.onnx --against b.onnx {gate}".split()) == code
+
+
+def rechecked(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict]]:
+    code, _, _ = run(main, "verify net.onnx.manifest.json --json again.json", capsys)
+    steps = json.loads(Path("again.json").read_text())["steps"]
+    return code, {step["step"]: step for step in steps}
+
+
+def test_an_int8_file_is_checked_again_by_its_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{INT8} --calibration images --json net.json"
+    assert run(export_main, line, capsys)[0] == 0
+    first = {step["step"]: step for step in json.loads(Path("net.json").read_text())["steps"]}
+    code, steps = rechecked(capsys)
+    assert code == 0
+    assert steps["onnx gates"]["verdict"] == steps["onnx on the CPU"]["verdict"] == "pass"
+    # Judged by the noise of int8, which the samples hold, and not by that of float32.
+    again, before = (s["report"]["rows"] for s in (steps["onnx on the CPU"], first["check onnx"]))
+    assert [row["noise"] for row in again] == [row["noise"] for row in before]
+    assert again[0]["error"] > 1e-4
+    model = load_graph(Path("net.onnx"))
+    name = next(node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear")
+    scale = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    scale.CopyFrom(numpy_helper.from_array(8 * numpy_helper.to_array(scale), name))
+    Path("net.onnx").write_bytes(model.SerializeToString())
+    code, steps = rechecked(capsys)
+    assert code == 1
+    assert "has changed since the export" in steps["onnx gates"]["reason"]
+    assert steps["onnx on the CPU"]["verdict"] == "mismatch"
+
+
+def test_a_simplified_file_with_its_weights_beside_it_is_checked_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxsim")
+    monkeypatch.setattr("orepa_compiler.export.onnx.EMBED_LIMIT_BYTES", 100)
+    assert run(export_main, f"{EXPORT} --simplify", capsys)[0] == 0
+    (weights,) = Path().glob("net.onnx.*.data")
+    modules = [torch_module(n) for n in load_graph(Path("net.onnx")).graph.node]
+    assert modules == ["0", "2", "3"]
+    code, steps = rechecked(capsys)
+    assert (code, steps["weights file"]["verdict"]) == (0, "pass")
+    content = bytearray(weights.read_bytes())
+    content[7] ^= 1
+    weights.write_bytes(content)
+    code, steps = rechecked(capsys)
+    assert (code, steps["weights file"]["verdict"]) == (1, "mismatch")

@@ -73,6 +73,14 @@ def section(name: str, part: str) -> str:
     return found[1]
 
 
+def counts(name: str) -> list[tuple[str, ...]]:
+    """Convs, branches and norms of each form."""
+    found = re.findall(
+        r"<td>[^<]*</td>" + r'<td class="n">([^<]*)</td>' * 3, section(name, "sizes")
+    )
+    return list(found)
+
+
 def test_the_page_of_an_export_has_all_that_was_found() -> None:
     assert "✓ pass" in banner("net.html")
     chain = section("net.html", "chain")
@@ -83,6 +91,7 @@ def test_the_page_of_an_export_has_all_that_was_found() -> None:
     assert "certified: 2 blocks" in section("net.html", "layers")
     rows = re.findall(r"<td>([^<]*)</td>", section("net.html", "sizes"))
     assert rows == ["model as loaded", "collapsed model", "ONNX file"]
+    assert counts("net.html") == [("2", "12", "2"), ("2", "0", "0"), ("2", "0", "0")]
     assert section("net.html", "branches").count("<svg") == 4
     assert "fp16: " in section("net.html", "audit")
     assert "net.onnx.samples.safetensors" in section("net.html", "manifest")
@@ -95,6 +104,14 @@ def test_a_manifest_that_is_checked_again_says_what_was_not_run() -> None:
     chain = section("again.html", "chain")
     assert "not made again here" in chain
     assert chain.count('<span class="form open">') == 2
+    assert "a manifest is checked without the model" in section("again.html", "branches")
+    assert counts("again.html") == [("2", "0", "0")]
+
+
+def test_a_file_that_was_changed_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("net.onnx").write_bytes(b"cut off")
+    assert main(["verify", "net.onnx.manifest.json", "--report", "again.html"]) == 1
+    assert "✗ mismatch" in banner("again.html")
     assert "a manifest is checked without the model" in section("again.html", "sizes")
 
 

@@ -76,7 +76,7 @@ def run(
             "model": model,
             "setting": asdict(setting),
             "repeats": repeats,
-            "variants": {**done, **found},
+            "variants": {**done, **found} if again else {**found, **done},
         }
         write(output, results)
     console.print(table(results))

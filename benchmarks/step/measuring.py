@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,10 @@ def _parameter_bytes(stepper: Stepper) -> int:
 
 
 def saved_bytes(stepper: Stepper) -> dict[str, int]:
-    """What a forward pass keeps for backward beside parameters: features, W_e, other kernels."""
+    """What a forward pass keeps for backward beside parameters: features, W_e, other kernels.
+
+    Of a compiled model only the sum is known: in its graph nothing tells one from another.
+    """
     saved: dict[int, tuple[str, int]] = {}
     own = {p.untyped_storage().data_ptr() for p in stepper.net.parameters()}
     kernels: dict[int, Tensor] = {}
@@ -131,13 +134,18 @@ def saved_bytes(stepper: Stepper) -> dict[str, int]:
             saved.setdefault(place, (kind, tensor.untyped_storage().nbytes()))
         return tensor
 
-    with _watched_generation(kernels), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    is_compiled = stepper.variant.compiled
+    watching = nullcontext() if is_compiled else _watched_generation(kernels)
+    with watching, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         loss = stepper.loss()
+    total = sum(size for _, size in saved.values())
+    del loss
+    if is_compiled:
+        return {"saved": total}
     sums = {"features": 0, "W_e": 0, "kernels": 0}
     for place, (kind, size) in saved.items():
         sums["W_e" if place in kernels else kind] += size
-    del loss
-    return sums
+    return {"saved": total, **sums}
 
 
 _generating: list[bool] = []

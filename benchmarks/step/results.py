@@ -25,8 +25,9 @@ GOALS = {
 }
 COLUMNS = (
     "model", "batch", "variant", "s / step", "ratio", "from - to", "goal", "parameters",
-    "features", "W_e", "other kernels", "peak",
+    "saved", "features", "W_e", "other kernels", "peak",
 )  # fmt: skip
+_MEMORY = ("parameters", "saved", "features", "W_e", "kernels", "peak")
 
 Results = dict[str, Any]
 
@@ -77,8 +78,7 @@ def rows(results: Results) -> Iterator[tuple[str, ...]]:
                 f"{own['ratio']:.3f}" if "ratio" in own else "-",
                 f"{own['least']:.2f} - {own['most']:.2f}" if "ratio" in own else "-",
                 f"{goal:.2f}" if goal and is_cpu else "-",
-                *(_megabytes(own, key) for key in ("parameters", "features", "W_e", "kernels")),
-                _megabytes(own, "peak"),
+                *(_megabytes(own, key) for key in _MEMORY),
             )
 
 

@@ -68,13 +68,15 @@ def _examined(subject: Subject, limits: Limits) -> Row:
     if not convs.all:
         return {**row, "status": "no conv"}
     instance, reduced = _affordable(Instance(subject), full, limits)
-    if reduced:
-        row |= {**reduced, **_meta_plans(full)}
+    plans = _meta_plans(full) if reduced else {}
     del full
     try:
         instance, model, expected = find(instance)
     except NotComparable as problem:
-        return {**row, "status": "not compared", "why": str(problem)}
+        if reduced.get("reduced_for") == "time":  # what is left does not fit together
+            return _examined(subject, Limits(limits.seconds, limits.memory))
+        return {**row, **reduced, **plans, "status": "not compared", "why": str(problem)}
+    row |= {**reduced, **plans}
     row |= _described(instance, model) | {"find_s": round(time.perf_counter() - start, 2)}
     with watching_norms(model) as norms:
         observe(model, instance.inputs())

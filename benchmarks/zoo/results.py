@@ -55,7 +55,7 @@ class Results:
         if row is None or redo == "all":
             return True
         if redo == "failed":
-            return row["status"] in FAILED
+            return row["status"] in FAILED or row["status"] == "not compared"
         if redo == "reduced":
             return "reduced_for" in row
         return redo == "old" and row.get("source") != source

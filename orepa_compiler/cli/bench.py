@@ -28,6 +28,12 @@ def bench_command(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in one call.")] = 1,
     rounds: Annotated[int, typer.Option(min=6, help="How often both are timed in turn.")] = ROUNDS,
+    gate: Annotated[
+        bool,
+        typer.Option(
+            "--gate", help="Exit with 1 for another node count, or where MODEL is slower."
+        ),
+    ] = False,
     output: Json = None,
     debug: Debug = False,
 ) -> int:
@@ -42,7 +48,8 @@ def bench_command(
       orepa bench nets/a.onnx --against nets/b.onnx --batch 8 --json latency.json
 
     A model is within noise of the other where the 95 % interval of the ratio of their times,
-    round by round, holds 1.
+    round by round, holds 1. Stock nets of one architecture have its number of nodes: with --gate,
+    another number, or a backend on which MODEL is slower, is a mismatch.
     """
     if against is None:
         raise ReparamError("nothing to compare with: give --against STOCK.onnx")
@@ -61,4 +68,6 @@ def bench_command(
     console.print(found) if console.is_terminal else typer.echo(str(found))
     if output:
         write_json(output, found.to_dict())
-    return ExitCode.PASS if found else ExitCode.NOT_VERIFIED
+    if not found:
+        return ExitCode.NOT_VERIFIED
+    return ExitCode.MISMATCH if gate and found.problems else ExitCode.PASS

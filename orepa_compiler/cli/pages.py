@@ -79,6 +79,7 @@ def page_of_recheck(path: Path, steps: Sequence[Step]) -> Page:
         title=f"orepa verify {path}",
         first="model as loaded",
         links=tuple(links),
+        sizes=_recorded_sizes(path, steps),
         manifest=read_manifest(path),
         absent=(
             ("sizes", _NOT_LOADED),
@@ -195,6 +196,16 @@ def _file_sizes(steps: Sequence[Step]) -> list[ModelSize]:
     forms = {"write onnx": "ONNX file", "build engine": "TensorRT engine"}
     made = [(forms[step.name], step.file) for step in steps if step.name in forms]
     return [ModelSize.of_file(form, file) for form, file in made if file is not None]
+
+
+def _recorded_sizes(path: Path, steps: Sequence[Step]) -> tuple[ModelSize, ...]:
+    """Of the files that are still what the manifest says."""
+    forms = {"onnx file": "ONNX file", "engine file": "TensorRT engine"}
+    return tuple(
+        ModelSize.of_file(forms[step.name], step.file)
+        for step in steps
+        if step.name in forms and step.file is not None
+    )
 
 
 def _why_no_certificate(step: Step | None) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
+from orepa_compiler.export.counting import Counts, check_counts
 from orepa_compiler.export.inspection import (
     ConvNode,
     conv_nodes,
@@ -21,25 +22,24 @@ from orepa_compiler.export.inspection import (
     parallel_convs,
 )
 from orepa_compiler.export.precision import lies_in
-from orepa_compiler.export.tracing import count_convs, output_names
+from orepa_compiler.export.tracing import output_names
 
 
 @dataclass(frozen=True)
 class Expected:
     """What an ONNX file must hold.
 
-    modules: every module path of the torch model -> the shape of its weight where it is a conv.
-    kept: the modules that stay in float32. is_quantized: weights are int8 behind Q/DQ nodes.
+    counts: what the collapsed model runs. modules: every module path of the torch model -> the
+    shape of its weight where it is a conv. kept: the modules that stay in float32.
     """
 
-    convs: int
+    counts: Counts
     outputs: tuple[str, ...]
     modules: dict[str, tuple[int, ...] | None]
     element_type: str
     dynamic_batch: bool
     opset: int
     kept: tuple[str, ...] = ()
-    is_quantized: bool = False
 
     @classmethod
     def of(
@@ -54,11 +54,11 @@ class Expected:
     ) -> Expected:
         """What the export of a traced model must hold."""
         return cls(
-            convs=count_convs(program),
+            counts=Counts.of_program(program),
             outputs=tuple(output_names(program)),
             modules={
                 path: tuple(module.weight.shape) if isinstance(module, _ConvNd) else None
-                for path, module in model.named_modules()
+                for path, module in model.named_modules(remove_duplicate=False)
             },
             element_type=element_type,
             dynamic_batch=dynamic_batch,
@@ -74,8 +74,8 @@ def check_artifact(path: Path, expected: Expected) -> None:
     convs = conv_nodes(model)
     # First what tells a user most; the checker's own words come last.
     check_precision(convs, expected.element_type, kept=expected.kept)
-    _check_convs(convs, expected)
-    check_collapsed(model, convs)
+    check_collapsed(model, convs, expected.counts)
+    _check_modules(convs, expected)
     _check_interface(model, expected)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -101,16 +101,12 @@ def check_precision(
             )
 
 
-def _check_convs(convs: list[ConvNode], expected: Expected) -> None:
-    if len(convs) != expected.convs:
-        raise ExportError(
-            f"the ONNX graph has {len(convs)} Conv nodes, but the model runs {expected.convs} convs"
-        )
+def _check_modules(convs: list[ConvNode], expected: Expected) -> None:
     for conv in convs:
         shape = expected.modules.get(conv.module or "")
         known = conv.module is not None and conv.module in expected.modules
-        # A quantized weight comes from a node; it was checked before it was quantized.
-        other = shape not in (None, conv.weight_shape) and not expected.is_quantized
+        # A weight that is quantized, or made in the forward, comes from a node: it has no shape.
+        other = shape is not None and conv.weight_shape not in ((), shape)
         if not known or other:
             raise ExportError(
                 f"node {conv.name} names the torch module {conv.module!r} (weight {shape}), which "
@@ -118,8 +114,12 @@ def _check_convs(convs: list[ConvNode], expected: Expected) -> None:
             )
 
 
-def check_collapsed(model: Any, convs: list[ConvNode]) -> None:
-    """Raises ExportError where a norm or a parallel conv is left that a collapse folds."""
+def check_collapsed(model: Any, convs: list[ConvNode], counts: Counts | None = None) -> None:
+    """Raises ExportError where a norm or a parallel conv is left that a collapse folds.
+
+    Also where the file holds other convs, or more sums or norms, than `counts`: by default what
+    the file's metadata says that the collapsed model runs, where it says so.
+    """
     norms = foldable_norms(model)
     if norms:
         raise ExportError(
@@ -135,6 +135,10 @@ def check_collapsed(model: Any, convs: list[ConvNode]) -> None:
             f"({len(pairs)} such pairs); call orepa.collapse(model) and export again",
             path=first.where,
         )
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    wanted = counts or Counts.recorded(properties)
+    if wanted is not None:
+        check_counts(Counts.of_graph(model), wanted)
 
 
 def _check_interface(model: Any, expected: Expected) -> None:

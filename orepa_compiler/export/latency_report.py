@@ -79,6 +79,19 @@ class Bench:
     def __bool__(self) -> bool:
         return any(row.ratio is not None for row in self.rows)
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What keeps model from being as fast as against: other node counts, a slower backend.
+
+        Two files of the same architecture have the same number of nodes.
+        """
+        found = [f"{row.backend}: slower" for row in self.rows if row.verdict == "slower"]
+        counts = [file.nodes for file in self.files]
+        if len(set(counts)) > 1:
+            texts = " and ".join(f"{count:,}" for count in counts)
+            found.insert(0, f"the files have {texts} nodes: not the same architecture")
+        return tuple(found)
+
     def __repr__(self) -> str:
         return f"<Bench {'; '.join(f'{row.backend}: {row.verdict}' for row in self.rows)}>"
 
@@ -104,7 +117,8 @@ class Bench:
             f"batch {self.batch}; {self.rounds} rounds, each file in turn; ratio: model's time over"
             " against's, the median over the rounds and its 95 % interval; within noise: 1 is in it"
         )
-        return Group(contents, Text(""), timings, Text(note))
+        problems = [Text(problem) for problem in self.problems]
+        return Group(contents, Text(""), timings, Text(note), *problems)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values that json.dumps takes."""
@@ -113,6 +127,7 @@ class Bench:
             "rows": [{**asdict(row), "verdict": row.verdict} for row in self.rows],
             "batch": self.batch,
             "rounds": self.rounds,
+            "problems": list(self.problems),
         }
 
 

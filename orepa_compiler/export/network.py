@@ -10,6 +10,7 @@ from typing import Any
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.artifact import check_collapsed
+from orepa_compiler.export.counting import MAP_RANK, Counts
 from orepa_compiler.export.flavors import Flavor, error_log, load_flavor
 from orepa_compiler.export.inspection import (
     ConvNode,
@@ -35,8 +36,9 @@ _HINT = "replace this layer by one that TensorRT supports"
 class NetworkSummary:
     """What TensorRT's parser made of an ONNX file.
 
-    norms: batch norms (scale layers) and normalization layers. dtypes: the type that convs read
-    -> how many do. quantized: the convs that read values which were quantized just before.
+    adds: sums of two feature maps that depend on the input. norms: batch norms (scale layers) and
+    normalization layers. dtypes: the type that convs read -> how many do. quantized: the convs that
+    read values which were quantized just before.
     """
 
     layers: int
@@ -116,11 +118,25 @@ def summarize(tensorrt: ModuleType, network: Any) -> NetworkSummary:
     return NetworkSummary(
         layers=len(layers),
         convs=len(convs),
-        adds=sum(_is_add(tensorrt, layer) for layer in layers),
+        adds=_count_sums(tensorrt, network, layers),
         norms=sum(layer.type in (kinds.SCALE, kinds.NORMALIZATION) for layer in layers),
         dtypes=tuple(sorted(dtypes.items())),
         quantized=sum(conv.get_input(0).name in restored for conv in convs),
     )
+
+
+def _count_sums(tensorrt: ModuleType, network: Any, layers: list[Any]) -> int:
+    computed = {network.get_input(index).name for index in range(network.num_inputs)}
+    count = 0
+    for layer in layers:
+        read = [layer.get_input(index) for index in range(layer.num_inputs)]
+        names = {tensor.name for tensor in read if tensor is not None}
+        if not computed.isdisjoint(names):
+            computed.update(layer.get_output(index).name for index in range(layer.num_outputs))
+        if computed.issuperset(names) and _is_add(tensorrt, layer):
+            made = layer.get_output(0)
+            count += made.dtype.name in _TYPE_NAMES.values() and len(made.shape) >= MAP_RANK
+    return count
 
 
 def _is_add(tensorrt: ModuleType, layer: Any) -> bool:
@@ -135,11 +151,7 @@ def check_network(summary: NetworkSummary, source: Path, model: Any) -> None:
     """Raises ExportError where the network differs from its ONNX file, or is not collapsed."""
     convs = conv_nodes(model)
     check_collapsed(model, convs)
-    if summary.convs != len(convs):
-        raise ExportError(
-            f"{source}: the ONNX graph has {len(convs)} Conv nodes, but TensorRT's network "
-            f"{summary.convs}; its parser rewrote some, so the engine would not be this graph"
-        )
+    _check_counts(summary, source, model)
     wanted = _dtypes(convs)
     if summary.dtypes != wanted:
         raise ExportError(
@@ -152,6 +164,22 @@ def check_network(summary: NetworkSummary, source: Path, model: Any) -> None:
         raise ExportError(
             f"{source}: {quantized} convs of the ONNX graph read quantized values, but "
             f"{summary.quantized} of TensorRT's network; the engine would not be int8"
+        )
+
+
+def _check_counts(summary: NetworkSummary, source: Path, model: Any) -> None:
+    counts, kinds = Counts.of_graph(model), [node.op_type for node in walk(model.graph)]
+    if summary.convs != counts.convs:
+        raise ExportError(
+            f"{source}: the ONNX graph has {counts.convs} Conv nodes, but TensorRT's network "
+            f"{summary.convs}; its parser rewrote some, so the engine would not be this graph"
+        )
+    norms = sum(kind.endswith("Normalization") for kind in kinds)
+    if summary.adds > counts.sums or summary.norms > norms:
+        raise ExportError(
+            f"{source}: the ONNX graph has {counts.sums} sums of feature maps and {norms} norms, "
+            f"but TensorRT's network {summary.adds} and {summary.norms}: not collapsed; its parser "
+            "rewrote some, so the engine would not be this graph"
         )
 
 

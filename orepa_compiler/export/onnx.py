@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
@@ -19,6 +18,7 @@ from orepa_compiler.errors import ExportError
 from orepa_compiler.export.annotation import annotate, name_values
 from orepa_compiler.export.artifact import Expected, check_artifact
 from orepa_compiler.export.atomic import staged
+from orepa_compiler.export.counting import Counts
 from orepa_compiler.export.external_data import name_by_content, remove_stale
 from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.precision import (
@@ -34,7 +34,6 @@ from orepa_compiler.export.quantization import calibration_batches, quantize_fil
 from orepa_compiler.export.readiness import Inputs, check_ready, first_batch
 from orepa_compiler.export.simplification import simplify_file
 from orepa_compiler.export.tracing import (
-    count_convs,
     foldable_norms,
     quiet,
     returns_mapping,
@@ -115,7 +114,6 @@ def export_onnx(
             step(f"calibrating on {len(batches)} batches")
             check_artifact(draft, expected)
             quantize_file(draft, batches, keep=kept)
-            expected = replace(expected, is_quantized=True)
         step("checking the file")
         record_weights(draft)
         check_artifact(draft, expected)
@@ -173,7 +171,7 @@ def _model_properties(
         "orepa.precision": precision,
         "orepa.keep_fp32": " ".join(kept),
         "orepa.model_dtype": str(floats[0]) if floats else "none",
-        "orepa.convs": str(count_convs(program)),
+        **Counts.of_program(program).properties(),
         "orepa.outputs": "dict" if returns_mapping(program) else "tensors",
     }
 

@@ -84,7 +84,7 @@ def quiet() -> Iterator[None]:
 
 def count_convs(program: ExportedProgram) -> int:
     """How many convolutions a traced forward runs, transposed ones not counted."""
-    return sum(_is_conv(node) for node in _nodes(program))
+    return sum(_is_conv(node) for node in program_nodes(program))
 
 
 def train_mode_modules(program: ExportedProgram) -> list[str]:
@@ -92,11 +92,11 @@ def train_mode_modules(program: ExportedProgram) -> list[str]:
 
     The `training` flags of the modules do not tell: a new plain conv has it set, and no meaning.
     """
-    return [_module_path(node) for node in _nodes(program) if _is_training(node)]
+    return [_module_path(node) for node in program_nodes(program) if _is_training(node)]
 
 
 def _is_training(node: fx.Node) -> bool:
-    operator = _operator(node)
+    operator = operator_name(node)
     if operator == _NORM and node.args[3] is None:
         return False  # a norm without running statistics uses those of the batch in eval too
     flag = _TRAIN_FLAGS.get(operator)
@@ -111,8 +111,8 @@ def foldable_norms(program: ExportedProgram) -> list[str]:
     """
     return [
         _module_path(node)
-        for node in _nodes(program)
-        if _operator(node) == _NORM and not node.args[5] and _runs_alone(node.args[0])
+        for node in program_nodes(program)
+        if operator_name(node) == _NORM and not node.args[5] and _runs_alone(node.args[0])
     ]
 
 
@@ -158,20 +158,22 @@ def _leaf_name(path: tuple[Any, ...]) -> str:
     return start + ".".join(parts)
 
 
-def _nodes(program: ExportedProgram) -> Iterator[fx.Node]:
+def program_nodes(program: ExportedProgram) -> Iterator[fx.Node]:
+    """Every node of a traced program, those of the bodies of its branches included."""
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             yield from module.graph.nodes
 
 
-def _operator(node: Any) -> str:
+def operator_name(node: Any) -> str:
+    """The name of the operator that a node calls, such as aten::add; else nothing."""
     target = getattr(node, "target", None)
     return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def _is_conv(node: Any) -> bool:
     # aten::convolution's seventh argument tells whether it is transposed.
-    return _operator(node) in _CONVS and not (len(node.args) > 6 and node.args[6] is True)
+    return operator_name(node) in _CONVS and not (len(node.args) > 6 and node.args[6] is True)
 
 
 def _runs_alone(node: Any) -> bool:

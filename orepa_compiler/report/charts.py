@@ -84,9 +84,11 @@ def similarity(block: BlockBranches, name: str) -> str:
         axes.invert_yaxis()
         axes.set_aspect("equal")
         places = [index + 0.5 for index in range(len(names))]
-        axes.set_xticks(places, names, rotation=90)
-        axes.set_yticks(places, names)
-        figure.colorbar(mesh, label="cosine")
+        # Numbers below: names there would take half of a phone's width.
+        numbers = [str(number) for number in range(1, len(names) + 1)]
+        axes.set_xticks(places, numbers)
+        axes.set_yticks(places, [f"{n} {number}" for n, number in zip(names, numbers, strict=True)])
+        figure.colorbar(mesh, label="cosine", location="bottom", shrink=0.8)
         return _svg(figure, name, f"similarity of the branches of {block.snapshot.path}")
 
 

@@ -54,9 +54,20 @@ def render_page(page: Page) -> str:
     environment.filters |= {
         "error": lambda value: "-" if value is None else f"{value:.1e}" if value else "0",
         "count": lambda value: "-" if value is None else f"{value:,}",
+        "amount": _amount,
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return str(template.render(page=page, marks=_MARKS, limit=LIMIT, **_drawn(page)))
+
+
+def _amount(value: int | None) -> str:
+    """A number in at most seven characters, as a phone has room for."""
+    if value is None:
+        return "-"
+    for unit, size in ((" G", 1e9), (" M", 1e6)):
+        if value >= size:
+            return f"{value / size:,.1f}{unit}"
+    return f"{value:,}"
 
 
 def _drawn(page: Page) -> dict[str, Any]:

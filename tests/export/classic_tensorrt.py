@@ -1,8 +1,9 @@
 """Classic TensorRT as far as it can be had without a GPU: its names, over tensorrt_rtx's code.
 
 tensorrt_api.json holds the public names of the classic bindings, class by class, as dir() lists
-them in the wheels tensorrt_cu12_bindings 10.12 and tensorrt_cu13_bindings 11.4. The stand-in
-answers to no other name, so code that runs on it uses what each version has.
+them in the wheels tensorrt_cu12_bindings 10.12 and 10.16 and tensorrt_cu13_bindings 11.4;
+tensorrt_names.py writes it. The stand-in answers to no other name, so code that runs on it uses
+what each version has.
 """
 
 from __future__ import annotations

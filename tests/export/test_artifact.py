@@ -12,6 +12,7 @@ import pytest
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.annotation import set_properties
 from orepa_compiler.export.artifact import Expected, check_artifact
+from orepa_compiler.export.counting import Counts
 from orepa_compiler.export.inspection import MODULE_KEY
 from orepa_compiler.export.tracing import trace
 from tests.export.nets import SmallNet, images
@@ -35,7 +36,7 @@ def tampered(source: Path, folder: Path, change: Change) -> Path:
 def test_what_was_exported_is_what_was_expected(
     exported: dict[str, Path], expected: Expected
 ) -> None:
-    assert (expected.convs, expected.outputs) == (3, ("output",))
+    assert (expected.counts, expected.outputs) == (Counts(3, 1, 0), ("output",))
     assert expected.modules["block.0"] == (8, 4, 3, 3)
     assert expected.modules["fc"] is None
     check_artifact(exported["fp32"], expected)
@@ -44,7 +45,10 @@ def test_what_was_exported_is_what_was_expected(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"convs": 4}, r"the ONNX graph has 3 Conv nodes, but the model runs 4 convs"),
+        (
+            {"counts": Counts(4, 1, 0)},
+            r"the ONNX graph has 3 Conv nodes, but the model runs 4 convs",
+        ),
         ({"outputs": ("logits",)}, r"the file returns output, but the model logits"),
         ({"opset": 21}, r"the file has operator set 20, not 21; pass opset=20 or none"),
         ({"element_type": "FLOAT16"}, r"^conv1: the conv's input is FLOAT.*FLOAT16 was asked"),

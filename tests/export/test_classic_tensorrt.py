@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import re
 import sys
 import warnings
@@ -15,6 +17,7 @@ from orepa_compiler.errors import ExportError
 from orepa_compiler.export import build_engine, runners
 from orepa_compiler.export.flavors import error_log
 from tests.export.classic_tensorrt import NAMES, ClassicTensorRT
+from tests.export.tensorrt_names import names_of
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 
@@ -57,7 +60,8 @@ def test_the_stand_in_answers_to_no_other_name(classic: Any) -> None:
 
 
 def test_version_11_has_no_precision_flags_and_version_10_has() -> None:
-    ten, eleven = (ClassicTensorRT(version) for version in sorted(NAMES))
+    ten, later_ten, eleven = (ClassicTensorRT(version) for version in sorted(NAMES))
+    assert (later_ten.__name__, later_ten.__version__) == ("tensorrt", "tensorrt 10.16.1.11")
     assert ten.BuilderFlag.TF32 == eleven.BuilderFlag.TF32
     assert "FP16" in NAMES["tensorrt 10.12.0.36"]["BuilderFlag"].split()
     with pytest.raises(AttributeError, match=r"BuilderFlag.FP16 is not in tensorrt 11"):
@@ -82,3 +86,17 @@ def test_the_names_that_a_runner_uses_are_in_every_version(kind: str, pattern: s
     for version, names in NAMES.items():
         assert used <= set(names[kind].split()), version
     assert used <= set(dir(getattr(tensorrt_rtx, kind)))
+
+
+BINDINGS = importlib.util.find_spec("tensorrt_bindings")
+
+
+@pytest.mark.skipif(BINDINGS is None, reason="the classic bindings are not installed here")
+def test_the_record_is_what_the_installed_bindings_have() -> None:
+    assert BINDINGS is not None
+    assert BINDINGS.origin
+    owners = importlib.metadata.packages_distributions()["tensorrt_bindings"]
+    version = f"tensorrt {importlib.metadata.version(owners[0])}"
+    assert version in NAMES, "record it: python -m tests.export.tensorrt_names"
+    kinds = list(NAMES[version])
+    assert names_of(Path(BINDINGS.origin).parent, kinds) == NAMES[version]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def test_within_noise_is_an_interval_that_holds_one(low: float, high: float, ver
     timing = Timing.of([1.0], 1)
     row = BenchRow("cpu", timing, timing, (low + high) / 2, low, high)
     assert row.verdict == verdict
+
+
+def test_another_node_count_and_a_slower_backend_are_problems(exported: dict[str, Path]) -> None:
+    timing, file = Timing.of([1.0], 1), contents_of(exported["fp32"])
+    rows = tuple(
+        BenchRow(name, timing, timing, (low + high) / 2, low, high)
+        for name, low, high in (("cpu", 0.9, 1.1), ("cuda", 0.5, 0.6), ("trt", 1.01, 1.2))
+    )
+    found = Bench((file, replace(file, nodes=file.nodes + 2)), rows, 1, 6)
+    nodes = f"the files have {file.nodes} and {file.nodes + 2} nodes: not the same architecture"
+    assert found.problems == (nodes, "trt: slower")
+    assert nodes in str(found)
+    assert found.to_dict()["problems"] == [nodes, "trt: slower"]
+    assert Bench((file, file), rows[:2], 1, 6).problems == ()
 
 
 def test_nothing_that_ran_is_no_bench() -> None:

@@ -33,15 +33,31 @@ def test_the_network_has_the_convs_and_the_precision_of_the_file(
     exported: dict[str, Path], precision: str, dtype: str
 ) -> None:
     summary = inspect_network(exported[precision])
-    # The residual sum, and the bias of the linear layer.
-    assert (summary.convs, summary.adds, summary.norms) == (3, 2, 0)
+    # The residual sum; the bias of the linear layer is no feature map.
+    assert (summary.convs, summary.adds, summary.norms) == (3, 1, 0)
     assert summary.dtypes == ((dtype, 3),)
-    assert str(summary).startswith(f"3 convs (3 in {dtype}), 2 adds, 0 norms, ")
+    assert str(summary).startswith(f"3 convs (3 in {dtype}), 1 adds, 0 norms, ")
 
 
 def test_norms_that_stay_are_counted(tmp_path: Path) -> None:
     made = model(norm("x", "a"), conv("a", "b", **WIDE))
     assert inspect_network(saved(made, tmp_path)).norms == 1
+
+
+def test_a_sum_counts_where_both_sides_are_feature_maps(tmp_path: Path) -> None:
+    # A sum of maps, one with a constant, and one of vectors.
+    made = model(
+        add("x", "x", "a"),
+        add("a", "bn.0", "b"),
+        helper.make_node("GlobalAveragePool", ["b"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["v"]),
+        add("v", "v", "w"),
+        outputs=("b",),
+    )
+    vector = helper.make_tensor_value_info("w", TensorProto.FLOAT, ["batch", 4])
+    made.graph.output.append(vector)
+    made.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 4
+    assert inspect_network(saved(made, tmp_path)).adds == 1
 
 
 def test_a_file_that_is_not_collapsed_is_refused(tmp_path: Path) -> None:
@@ -62,6 +78,11 @@ def test_a_network_with_other_convs_than_the_file_is_refused(exported: dict[str,
     check_network(summary, source, graph)
     with pytest.raises(ExportError, match=r"has 3 Conv nodes, but TensorRT's network 4"):
         check_network(replace(summary, convs=4), source, graph)
+    for other in (replace(summary, adds=2), replace(summary, norms=1)):
+        with pytest.raises(
+            ExportError, match=r"has 1 sums of feature maps and 0 norms, but.*not c"
+        ):
+            check_network(other, source, graph)
     message = r"convs read \{'HALF': 3\}, but those of TensorRT's network \{'FLOAT': 3\}"
     with pytest.raises(ExportError, match=message):
         check_network(replace(summary, dtypes=(("FLOAT", 3),)), source, graph)

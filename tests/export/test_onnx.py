@@ -100,6 +100,8 @@ def test_the_file_says_where_it_comes_from(exported: dict[str, Path]) -> None:
         "orepa.keep_fp32": "",
         "orepa.model_dtype": "torch.float32",
         "orepa.convs": "3",
+        "orepa.sums": "1",
+        "orepa.norms": "0",
         "orepa.outputs": "tensors",
     }
 

@@ -52,7 +52,10 @@ def full_page() -> Page:
         checks=(Check(HOSTILE, "done", None, HOSTILE), Check("check", "pass", 1e-7)),
         certificate=Certificate((*blocks, block("silent", None), block("zero", 0.0))),
         divergence=Divergence(HOSTILE, "Conv2d", (1, 8, 8, 8), "error", 3, 0.5, 1e-5, 0.5, 0, bump),
-        sizes=(measure_model(HOSTILE, model, batch), ModelSize(HOSTILE, None, None, None, 12345)),
+        sizes=(
+            measure_model(HOSTILE, model, batch),
+            ModelSize(HOSTILE, None, None, None, None, None, 12345),
+        ),
         branches=block_branches(model),
         audit=HalfAudit("fp16", (AuditRow(HOSTILE, "output", 1e6, 0.0, 1e-3, "overflow"),), ("a",)),
         manifest=Manifest(

@@ -12,7 +12,7 @@ import pytest
 
 from orepa_compiler.certificate import Certificate
 from orepa_compiler.errors import MissingPackage
-from orepa_compiler.report import render_page, write_page
+from orepa_compiler.report import ModelSize, render_page, write_page
 from orepa_compiler.report import rendering as drawing
 from orepa_compiler.verification.divergence import Divergence
 from tests.report.pages import HOSTILE, block, empty_page, full_page
@@ -142,6 +142,28 @@ def test_no_id_is_given_twice_and_every_reference_is_met(full: str) -> None:
 def test_the_same_page_has_the_same_bytes() -> None:
     page = empty_page(certificate=Certificate((block("a", 1e-15),)))
     assert render_page(page) == render_page(page)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "-"), (999_999, "999,999"), (11_684_712, "11.7 M"), (4_089_184_256, "4.1 G")],
+)
+def test_large_amounts_are_short(value: int | None, said: str) -> None:
+    size = ModelSize("net", 1, 2, 3, value, None, 5)
+    assert f'<td class="n">{said}</td>' in section(render_page(empty_page(sizes=(size,))), "sizes")
+
+
+def test_a_column_of_reasons_stands_only_where_a_row_has_one(full: str) -> None:
+    right, wrong = section(full, "chain").split("rows compared")[1:]
+    assert "<th>why</th>" not in right
+    assert wrong.count("<th>why</th>") == 1
+
+
+def test_the_branches_of_a_heat_map_are_numbered(full: str) -> None:
+    heat = re.search(r'aria-label="similarity.*?</svg>', full, re.DOTALL)
+    assert heat
+    said = re.findall(r"<text [^>]*>([^<]*)</text>", heat[0])
+    assert {"origin 1", "depthwise_pointwise 6", "1", "6"} <= set(said)
 
 
 def test_a_chart_shows_the_worst_blocks_and_says_how_many_there_are() -> None:

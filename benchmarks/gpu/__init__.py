@@ -1,0 +1,1 @@
+"""What only a GPU can tell: engines compared with the model, and latencies beside the stock net."""

@@ -1,0 +1,72 @@
+"""The figure of a question: differences with their intervals, or accuracy over the rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.report import Line
+from orepa_compiler.export.atomic import staged
+
+# Matplotlib writes the time, and ids drawn at random, unless told not to: a page made again from
+# the same records is the same page.
+_SAVED = {"format": "svg", "metadata": {"Date": None}, "bbox_inches": "tight"}
+_COLOURS = {"better": "#2a7f3f", "worse": "#b3261e", "no difference shown": "#5f6368"}
+
+
+def draw(found: list[Line], path: Path) -> None:
+    """Writes the SVG, whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pyplot.rc_context({"svg.hashsalt": path.stem, "font.size": 9}):
+        is_tuned = found[0].cell.question.is_tuned
+        figure = _forest(pyplot, found) if is_tuned else _curves(pyplot, found)
+        with staged(path) as draft:
+            figure.savefig(draft, **_SAVED)
+        pyplot.close(figure)
+
+
+def _forest(pyplot: Any, found: list[Line]) -> Any:
+    """A panel for each net: the mean difference of each arm and its interval."""
+    nets = list(dict.fromkeys(line.cell.net for line in found))
+    shown = {net: [x for x in found if x.cell.net == net and x.difference] for net in nets}
+    tallest = max(1, *(len(part) for part in shown.values()))
+    size = (max(5.0, 3.1 * len(nets)), 1.2 + 0.3 * tallest)
+    figure, axes = pyplot.subplots(1, len(nets), figsize=size, squeeze=False, sharey=True)
+    for axis, net in zip(axes[0], nets, strict=True):
+        for height, line in enumerate(reversed(shown[net])):
+            difference = line.difference
+            assert difference is not None
+            colour = _COLOURS[difference.verdict]
+            axis.plot((difference.low, difference.high), (height, height), color=colour)
+            axis.plot(difference.mean, height, "o", color=colour)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(net)
+        axis.set_xlabel("accuracy less the base's, points")
+    names = [_name(line) for line in reversed(shown[nets[0]])]
+    axes[0][0].set_yticks(range(len(names)), names)
+    return figure
+
+
+def _name(line: Line) -> str:
+    return f"{line.cell.arm}\n{line.cell.setting}" if line.cell.setting else line.cell.arm
+
+
+def _curves(pyplot: Any, found: list[Line]) -> Any:
+    """Accuracy over the learning rate, an arm a line, with the spread over seeds."""
+    figure, axis = pyplot.subplots(figsize=(6, 3.6))
+    for arm in dict.fromkeys(line.cell.arm for line in found):
+        own = [line for line in found if line.cell.arm == arm]
+        rates, means = [line.rate for line in own], [line.mean for line in own]
+        (drawn,) = axis.plot(rates, means, "o-", label=arm)
+        low, high = ([f(line.accuracies) for line in own] for f in (min, max))
+        axis.fill_between(rates, low, high, color=drawn.get_color(), alpha=0.12)
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("accuracy, per cent")
+    axis.legend()
+    return figure

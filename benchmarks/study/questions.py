@@ -1,0 +1,213 @@
+"""The questions, as the runs that answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import mean
+from typing import Any
+
+from benchmarks.study.arms import REDUCTIONS
+from benchmarks.study.runs import Records, Run
+from orepa_compiler.catalogue import OREPA
+
+# A rate is chosen on other splits than those that are compared, and never on the test images.
+TUNING_SEEDS = (100, 101, 102)
+SEEDS = tuple(range(10))
+RATES = (0.03, 0.1, 0.3, 1.0)
+
+PRESERVED = tuple(f"OREPA, preserve {factor:g}" for factor in REDUCTIONS)
+DEFAULT = "OREPA, preserve 0.1"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which arms, on which nets.
+
+    base: the arm that the others are compared with, in the same setting; or base_setting: each arm
+    with itself in that one. rates: what each arm chooses its learning rate from, all with the same
+    budget; where is_tuned is False, what each arm is shown at. settings: name -> the fields of a
+    Run that differ.
+    """
+
+    title: str
+    asks: str
+    nets: tuple[str, ...]
+    arms: tuple[str, ...]
+    base: str = "plain"
+    base_setting: str | None = None
+    rates: tuple[float, ...] = RATES
+    is_tuned: bool = True
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    data: str = "mnist"
+
+    def cells(self) -> Iterator[Cell]:
+        """What is compared: each arm on each net in each setting."""
+        for net in self.nets:
+            for setting, fields in self.settings.items():
+                for arm in self.arms:
+                    yield Cell(self, net, setting, {"data": self.data, "net": net, **fields}, arm)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm on one net in one setting."""
+
+    question: Question
+    net: str
+    setting: str
+    fields: Mapping[str, Any]
+    arm: str
+
+    def tuning(self) -> list[Run]:
+        """The runs that choose the rate."""
+        if not self.question.is_tuned:
+            return []
+        return [
+            self._run(rate=rate, seed=seed, held="validation")
+            for rate in self.question.rates
+            for seed in TUNING_SEEDS
+        ]
+
+    def rates(self, records: Records) -> tuple[float, ...]:
+        """The rates that it is measured at: the chosen one, or all; empty while it is tuned."""
+        if not self.question.is_tuned:
+            return self.question.rates
+        runs = self.tuning()
+        if records.missing(runs):
+            return ()
+
+        def accuracy(rate: float) -> float:
+            return mean(records.accuracy(run) for run in runs if run.rate == rate)
+
+        return (max(self.question.rates, key=accuracy),)
+
+    def base(self) -> Cell:
+        """What it is compared with."""
+        question = self.question
+        if question.base_setting is None:
+            return replace(self, arm=question.base)
+        fields = {"data": question.data, "net": self.net}
+        fields |= question.settings[question.base_setting]
+        return replace(self, setting=question.base_setting, fields=fields)
+
+    def measured(self, rate: float) -> list[Run]:
+        """The paired runs at a rate."""
+        return [self._run(rate=rate, seed=seed) for seed in SEEDS]
+
+    def _run(self, **fields: Any) -> Run:
+        return Run(arm=self.arm, **{**self.fields, **fields})
+
+
+def needed(question: Question, records: Records) -> list[Run]:
+    """The runs that can be made now: those that tune, then those at the rates that are known."""
+    cells = list(question.cells())
+    tuning = [run for cell in cells for run in cell.tuning()]
+    measured = [
+        run for cell in cells for rate in cell.rates(records) for run in cell.measured(rate)
+    ]
+    return records.missing([*tuning, *measured])
+
+
+def progress(question: Question, records: Records) -> tuple[int, int]:
+    """How many runs are made, of how many."""
+    cells = list(question.cells())
+    rates = 1 if question.is_tuned else len(question.rates)
+    total = sum(len(cell.tuning()) + rates * len(SEEDS) for cell in cells)
+    known = {run for cell in cells for run in cell.tuning()}
+    known |= {run for cell in cells for rate in cell.rates(records) for run in cell.measured(rate)}
+    return len(known & records.known.keys()), total
+
+
+_ONE_NET = ("ResNet-8",)
+_BRANCHES = tuple(f"without {name}" for name in OREPA.branches if name != "origin")
+
+QUESTIONS: dict[str, Question] = {
+    "forms": Question(
+        "Does it help?",
+        "Plain, OREPA with both starts, and the offline blocks, at equal inference cost.",
+        ("ResNet-8", "ResNet-14", "Bottleneck-11", "VGG-7", "MobileNet-7"),
+        ("plain", "OREPA, paper", *PRESERVED, "DBB", "RepVGG"),
+    ),
+    "branches": Question(
+        "Which branches pay?",
+        "One branch left out at a time (Table 2 in small).",
+        _ONE_NET,
+        ("vector scaling", *_BRANCHES, "plain"),
+        base="vector scaling",
+    ),
+    "scaling": Question(
+        "Which scaling?",
+        "Vector, scalar, none, and no norm behind the sum (Table 3).",
+        _ONE_NET,
+        ("vector scaling", "scalar scaling", "no scaling", "no norm behind the sum"),
+        base="vector scaling",
+    ),
+    "stem": Question(
+        "The deep stem",
+        "For a 7 x 7 stem: the deep stem, or the block of every k x k conv.",
+        ("ResNet-8, 7 x 7 stem",),
+        ("plain", "deep stem", "stem as k x k"),
+    ),
+    "rates": Question(
+        "At which learning rate?",
+        "Every arm at every rate.",
+        _ONE_NET,
+        ("plain", "OREPA, paper", DEFAULT, "DBB"),
+        rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        is_tuned=False,
+    ),
+    "decay": Question(
+        "Weight decay on the scaling layers",
+        "With and without, at two strengths.",
+        _ONE_NET,
+        ("OREPA, paper", DEFAULT),
+        base_setting="0.0001, scaling does not decay",
+        settings={
+            f"{decay:g}, scaling {'decays' if decays else 'does not decay'}": {
+                "weight_decay": decay,
+                "scaling_decays": decays,
+            }
+            for decay in (1e-4, 1e-3)
+            for decays in (False, True)
+        },
+    ),
+    "warmup": Question(
+        "Warm-up",
+        "None, or five of twenty epochs.",
+        _ONE_NET,
+        ("plain", "OREPA, paper", DEFAULT),
+        settings={"none": {}, "5 epochs": {"warmup": 5}},
+    ),
+    "epochs": Question(
+        "How long?",
+        "10, 20 and 40 epochs.",
+        _ONE_NET,
+        ("plain", "OREPA, paper", DEFAULT, "DBB"),
+        settings={f"{epochs} epochs": {"epochs": epochs} for epochs in (10, 20, 40)},
+    ),
+    "norms": Question(
+        "Can online training have what branch norms give?",
+        "Kernels normalized, or scaled once from the data, beside DBB.",
+        ("ResNet-8", "VGG-7"),
+        (
+            *("plain", "vector scaling", "DBB", "normalized", "standardized"),
+            *("normalized, preserve", "scaled from data"),
+        ),
+    ),
+    "finetune": Question(
+        "Fine-tuning from ImageNet",
+        "EfficientNet-Lite0 from its pretrained weights, five epochs.",
+        ("EfficientNet-Lite0",),
+        ("plain", "OREPA, preserve 0", DEFAULT, "OREPA, preserve 0.3"),
+        rates=(0.003, 0.01, 0.03, 0.1),
+        settings={"5 epochs": {"epochs": 5}},
+    ),
+    "digits": Question(
+        "Other images",
+        "The digits of scikit-learn, 8 x 8.",
+        _ONE_NET,
+        ("plain", "OREPA, paper", DEFAULT, "DBB"),
+        data="digits",
+    ),
+}

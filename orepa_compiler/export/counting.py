@@ -1,0 +1,130 @@
+"""Convs, sums and norms, counted alike in a traced program, in an ONNX graph and for a network.
+
+A collapse makes the branches of a sum one conv, and folds norms. So a file with more sums of
+feature maps, or more batch norms, than the collapsed model runs is not that model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from orepa_compiler.dependencies import import_extra
+from orepa_compiler.errors import ExportError
+from orepa_compiler.export.inspection import walk
+from orepa_compiler.export.tracing import count_convs, operator_name, program_nodes
+
+# Of a feature map: images, channels, and at least one axis of positions. The bias of a linear layer
+# is added to two axes, and arithmetic on shapes has one.
+MAP_RANK = 3
+
+# Operators that add up two of what they read.
+_SUMS = {
+    *("aten::add", "aten::add_", "aten::addcmul", "aten::addcmul_", "aten::lerp", "aten::lerp_"),
+    *("aten::baddbmm", "aten::addbmm", "aten::hypot", "aten::logaddexp"),
+}
+# Its mask is added to the product of queries and keys.
+_ATTENTION = "aten::scaled_dot_product_attention"
+# x + 0.044715 x^3 where it is approximated.
+_GELU = "aten::gelu"
+_NORM = "aten::batch_norm"
+_KEYS = {"convs": "orepa.convs", "sums": "orepa.sums", "norms": "orepa.norms"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """convs: not transposed. sums: of two feature maps that depend on the input. norms: batch."""
+
+    convs: int
+    sums: int
+    norms: int
+
+    @classmethod
+    def of_program(cls, program: ExportedProgram) -> Counts:
+        """What a traced model runs: the most that a file of it may hold."""
+        names = [operator_name(node) for node in program_nodes(program)]
+        return cls(count_convs(program), _program_sums(program), names.count(_NORM))
+
+    @classmethod
+    def of_graph(cls, model: Any) -> Counts:
+        """What an ONNX graph holds."""
+        kinds = [node.op_type for node in walk(model.graph)]
+        return cls(kinds.count("Conv"), _graph_sums(model), kinds.count("BatchNormalization"))
+
+    @classmethod
+    def recorded(cls, properties: dict[str, str]) -> Counts | None:
+        """What export_onnx wrote into a file's metadata; None where it did not."""
+        if not properties.keys() >= set(_KEYS.values()):
+            return None
+        return cls(**{name: int(properties[key]) for name, key in _KEYS.items()})
+
+    def properties(self) -> dict[str, str]:
+        """The metadata that says so."""
+        return {key: str(getattr(self, name)) for name, key in _KEYS.items()}
+
+
+def check_counts(found: Counts, wanted: Counts) -> None:
+    """Raises ExportError where an ONNX graph holds more than the collapsed model runs."""
+    if found.convs != wanted.convs:
+        raise ExportError(
+            f"the ONNX graph has {found.convs} Conv nodes, but the model runs {wanted.convs} convs"
+        )
+    if found.sums > wanted.sums:
+        raise ExportError(
+            f"not collapsed: the ONNX graph adds up feature maps {found.sums} times, and the "
+            f"collapsed model {wanted.sums} times; call orepa.collapse(model) and export again"
+        )
+    if found.norms > wanted.norms:
+        raise ExportError(
+            f"not collapsed: the ONNX graph has {found.norms} BatchNormalization nodes, and the "
+            f"collapsed model {wanted.norms}; call orepa.collapse(model) and export again"
+        )
+
+
+def _program_sums(program: ExportedProgram) -> int:
+    inputs = program.graph_signature.input_specs
+    values = {spec.arg.name for spec in inputs if spec.kind is not InputKind.USER_INPUT}
+    computed: set[Node] = set()
+    count = 0
+    for node in program_nodes(program):
+        if node.op == "placeholder" and node.name not in values:
+            computed.add(node)
+        if node.op == "call_function" and computed.intersection(node.all_input_nodes):
+            computed.add(node)
+            is_map = getattr(node.meta.get("val"), "ndim", 0) >= MAP_RANK
+            count += is_map and _adds_up(node, computed)
+    return count
+
+
+def _adds_up(node: Node, computed: set[Node]) -> bool:
+    name = operator_name(node)
+    if name == _GELU:
+        return node.kwargs.get("approximate") == "tanh"
+    if name == _ATTENTION:
+        return node.kwargs.get("attn_mask", (*node.args, None, None)[3]) in computed
+    # Counted by argument: x + x reads one node twice.
+    return name in _SUMS and sum(term in computed for term in node.args) > 1
+
+
+def _graph_sums(model: Any) -> int:
+    onnx = import_extra("onnx", extra="onnx")
+    typed = onnx.shape_inference.infer_shapes(model).graph
+    infos = (*typed.input, *typed.output, *typed.value_info)
+    small = {v.name for v in infos if _is_no_map(v.type.tensor_type, onnx.TensorProto)}
+    weights = {tensor.name for tensor in model.graph.initializer}
+    computed, count = {value.name for value in model.graph.input} - weights, 0
+    for node in walk(model.graph):
+        if computed.intersection(node.input):
+            computed.update(node.output)
+        if node.op_type == "Add" and node.output[0] not in small:
+            count += computed.issuperset(node.input)
+    return count
+
+
+def _is_no_map(tensor: Any, types: Any) -> bool:
+    is_float = tensor.elem_type in (types.FLOAT, types.FLOAT16, types.BFLOAT16, types.DOUBLE)
+    return not is_float or (tensor.HasField("shape") and len(tensor.shape.dim) < MAP_RANK)
