@@ -74,6 +74,17 @@ class Rounds(Switches):
         return conv.float()
 
 
+class Copies(Switches):
+    """A method that fills a layer of torch's default dtype, as timm's do."""
+
+    def convert(self) -> nn.Conv2d:
+        weight, bias = self.folded()
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+        conv.weight.data.copy_(weight)
+        conv.bias.data.copy_(bias)  # type: ignore[union-attr]
+        return conv
+
+
 class Wrong(Switches):
     """The norms' means are forgotten."""
 

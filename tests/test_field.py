@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def peer_row() -> Row:
     from benchmarks.field.peers import examine_peer
 
     subject = Subject("timm", "repghostnet_050", "repghost")
-    return examine_peer(subject, ["repghost.RepGhostModule"])
+    return examine_peer(subject, command.LIMITS)
 
 
 def test_a_model_of_timm_beside_timms_own_way(peer_row: Row) -> None:
@@ -151,15 +152,51 @@ def test_the_command(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_whole_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peer_row: Row
-) -> None:
-    one = BLOCKS["DBB"]
-    tasks = [("DBB", lambda: examine_block(one)), ("bad", lambda: {**peer_row, "status": "fail"})]
-    monkeypatch.setattr(command, "_tasks", lambda timm: iter(tasks))
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch, peer_row: Row) -> list[str]:
+    """One block; of timm a model that is there, one whose process dies, and a large one."""
+    asked: list[str] = []
+
+    def run_all(subjects: list[Subject], *_: object, **__: object) -> Iterator[Row]:
+        for subject in subjects:
+            asked.append(subject.name)
+            died = {"name": subject.name, "status": "crash", "why": "it ended"}
+            yield peer_row if subject.name == peer_row["name"] else died
+
+    models = [Subject("timm", name, "family") for name in ("dies", peer_row["name"], "huge")]
+    monkeypatch.setattr(command, "BLOCKS", {"DBB": BLOCKS["DBB"]})
+    monkeypatch.setattr(command, "peers", lambda: (models[:2], models[2:]))
+    monkeypatch.setattr(command, "run_all", run_all)
+    return asked
+
+
+def test_the_command_writes_whole_pages_and_goes_on(tmp_path: Path, few: list[str]) -> None:
     paths = ["--output", str(tmp_path / "f.json"), "--docs", str(tmp_path / "f.md")]
     run = CliRunner().invoke(command.app, paths)
-    assert run.exit_code == 1
+    assert run.exit_code == 1, "one model died"
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["DBB", "repghostnet_050"]
-    assert "# The field" in (tmp_path / "f.md").read_text()
+    assert [row["name"] for row in rows] == ["DBB", "dies", "repghostnet_050", "huge"]
+    text = (tmp_path / "f.md").read_text()
+    assert "| dies | crash | it ended |" in text
+    assert "| huge | not run | more than 400 M parameters |" in text
+    assert "| failed | 1 |" in text
+    assert "| not run | 1 |" in text
+    assert "| repghost | 1 | 1 |" in text
+    assert few == ["dies", "repghostnet_050"]
+    CliRunner().invoke(command.app, paths)
+    assert few == ["dies", "repghostnet_050", "dies"], "a row that is there is kept"
+    old = json.loads((tmp_path / "f.json").read_text())
+    old["environment"]["source"] = "another"
+    (tmp_path / "f.json").write_text(json.dumps(old))
+    CliRunner().invoke(command.app, paths)
+    assert few[3:] == ["dies", "repghostnet_050"], "rows of another version are made again"
+
+
+def test_timms_models_are_those_with_such_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.field import peers
+
+    monkeypatch.setattr(peers, "MOST_PARAMETERS", 100e6)
+    small, large = ({subject.name for subject in part} for part in peers.peers())
+    assert {"repvgg_a0", "levit_128s", "repvit_m1", "fastvit_t8"} <= small
+    assert "resnet18" not in small | large
+    assert {"repvgg_b3", "fastvit_mci4"} <= large

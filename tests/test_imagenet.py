@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -125,6 +127,46 @@ def test_a_folder_of_images(recipe: Any, tmp_path: Path) -> None:
         train.main([*arguments, "--lr", "0.2"])
     with pytest.raises(SystemExit, match="--batch 8 does not divide into 1 processes of 3"):
         train.main([*arguments, "--accumulate", "3"])
+
+
+def shards_of(images: Path, folder: Path) -> Path:
+    """The images of a folder as two shards for each part: KEY.png, then KEY.cls, and so on."""
+    for part in ("train", "val"):
+        (folder / part).mkdir(parents=True)
+        for label, name in enumerate(("cat", "dog")):
+            with tarfile.open(folder / part / f"{label}.tar", "w") as archive:
+                for image in sorted((images / part / name).iterdir()):
+                    archive.add(image, f"some.{name}/{image.stem}.png")
+                    text = tarfile.TarInfo(f"some.{name}/{image.stem}.cls")
+                    text.size = 1
+                    archive.addfile(text, io.BytesIO(str(label).encode()))
+    return folder
+
+
+def test_shards_are_the_images_of_the_folder(recipe: Any, tmp_path: Path) -> None:
+    images: ModuleType = recipe("images")
+    folder = folder_of_images(tmp_path / "images")
+    unpacked = images.folder_images(folder, 32)
+    packed = images.folder_images(shards_of(folder, tmp_path / "shards"), 32)
+    assert type(packed.train).__name__ == "Shards"
+    assert (packed.classes, len(packed.train), len(packed.val)) == (2, 8, 4)
+    for index in range(4):
+        (image, label), (same, same_label) = packed.val[index], unpacked.val[index]
+        assert label == same_label
+        assert torch.equal(image, same)
+    assert [label for _, label in packed.train] == [0] * 4 + [1] * 4
+
+
+def test_a_shard_must_be_whole(recipe: Any, tmp_path: Path) -> None:
+    data = shards_of(folder_of_images(tmp_path / "images"), tmp_path / "shards")
+    with tarfile.open(data / "train" / "2.tar", "w") as archive:
+        archive.add(tmp_path / "images" / "val" / "cat" / "0.png", "alone.png")
+    with pytest.raises(ValueError, match=r"2\.tar: alone has no image or no \.cls"):
+        recipe("images").folder_images(data, 32)
+    (data / "val" / "0.tar").unlink()
+    (data / "val" / "1.tar").unlink()
+    with pytest.raises(ValueError, match=r"val: no shard \(\*\.tar\) there"):
+        recipe("shards").Shards(data / "val", lambda image: image)
 
 
 def test_a_run_that_is_killed_ends_as_an_undisturbed_one(recipe: Any, tmp_path: Path) -> None:

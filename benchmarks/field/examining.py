@@ -100,7 +100,7 @@ def is_sound(row: Row) -> bool:
     exact = max(TOLERANCE[torch.float64], _OF_ITS_OWN * row["noise"] * _FINER)
     single = max(TOLERANCE[torch.float32], _OF_ITS_OWN * row["noise"])
     return (
-        row["float64"] <= (single if row["adopted"] else exact)
+        row["float64"] <= exact
         and row["float32"] <= single
         and row["after"]["behind"] == 0
         and row["after"]["macs"] <= row["before"]["macs"]

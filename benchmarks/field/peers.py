@@ -17,9 +17,12 @@ from torch import nn
 from benchmarks.field.counting import counted
 from benchmarks.field.examining import Row, double, error, examine, is_sound, outputs
 from benchmarks.zoo.building import Subject, build, parameter_count
+from benchmarks.zoo.examining import Limits
 from benchmarks.zoo.inputs import Instance, find
 
 METHODS = ("fuse", "reparameterize", "switch_to_deploy")
+# A larger model is not run: in float64, beside copies of it, it would take more than 20 GB.
+MOST_PARAMETERS = 400_000_000
 # How much larger than timm's an error may be that is still that of float32 itself.
 _NOISE = 2.0
 
@@ -35,30 +38,31 @@ def classes() -> dict[type[nn.Module], str]:
     return found
 
 
-def peers() -> dict[Subject, list[str]]:
-    """The smallest model for each such class -> the classes it stands for."""
+def peers() -> tuple[list[Subject], list[Subject]]:
+    """The models of timm with such a class, and those of them that are too large to be run here."""
     wanted = classes()
-    smallest: dict[type[nn.Module], tuple[int, str]] = {}
-    for name, family in _registry._model_to_module.items():
+    found: tuple[list[Subject], list[Subject]] = ([], [])
+    for name, family in sorted(_registry._model_to_module.items()):
         if family not in wanted.values():
             continue
+        subject = Subject("timm", name, family)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = build(Subject("timm", name, family))
-        size = parameter_count(model)
-        for cls in {type(module) for module in model.modules()} & wanted.keys():
-            smallest[cls] = min(smallest.get(cls, (size, name)), (size, name))
-    stands: dict[Subject, list[str]] = {}
-    for cls, (_, name) in smallest.items():
-        subject = Subject("timm", name, _registry._model_to_module[name])
-        stands.setdefault(subject, []).append(f"{wanted[cls]}.{cls.__name__}")
-    return {subject: sorted(stands[subject]) for subject in sorted(stands, key=lambda s: s.name)}
+            model = build(subject)
+        if not {type(module) for module in model.modules()}.isdisjoint(wanted):
+            found[parameter_count(model) > MOST_PARAMETERS].append(subject)
+    return found
 
 
-def examine_peer(subject: Subject, names: list[str]) -> Row:
-    """The row of a timm model. status: collapsed, or fail, also where timm's is better."""
+def examine_peer(subject: Subject, limits: Limits) -> Row:
+    """The row of a timm model. status: collapsed, or fail, also where timm's is better.
+
+    limits: those of its process, which `run_all` watches.
+    """
     instance, model, _ = find(Instance(subject))
-    inputs = instance.inputs()
+    inputs, wanted = instance.inputs(), classes()
+    kinds = {type(module) for module in model.modules()} & wanted.keys()
+    names = sorted(f"{wanted[kind]}.{kind.__name__}" for kind in kinds)
     row: Row = {"kind": "timm", "name": subject.name, "source": ", ".join(names)}
     row |= {"size": instance.size, **examine(model, inputs)}
     row["timm"] = _by_timm(model, inputs)

@@ -14,7 +14,7 @@ _INTRODUCTION = """\
 # The field
 
 Every published block that is trained as several layers and run as one, written from its paper, and
-every class of timm with a `fuse`, `reparameterize` or `switch_to_deploy` of its own. Weights are
+every model of timm with a `fuse`, `reparameterize` or `switch_to_deploy` of its own. Weights are
 random and norm statistics look trained. Each is collapsed by `orepa.collapse`, by the one analysis
 that knows none of them by name, and compared with itself.
 
@@ -28,13 +28,12 @@ that knows none of them by name, and compared with itself.
   where it must be, and says why.
 """
 _TIMM = """\
-The smallest model of each class, at {size} pixels, beside timm's own `reparameterize_model`. A row
+Every model with such a method, at {size} pixels, beside timm's own `reparameterize_model`. A row
 fails where timm leaves fewer norms or fewer MACs, or has less than half the error in float32. What
 is within that factor is rounding: compare the column of the untouched model.
 
 **own**: modules that the analysis would not finish and that are replaced by what their own method
-makes of them, after a check. timm's methods make float32 layers, so these rows are exact to
-float32 only.
+makes of them in float64, after a check.
 """
 
 
@@ -42,16 +41,20 @@ def report(rows: Iterable[Row], environment: dict[str, Any]) -> str:
     """The page for these rows."""
     every = list(rows)
     blocks = [row for row in every if row["kind"] == "block"]
-    models = [row for row in every if row["kind"] == "timm"]
+    models = [row for row in every if row["kind"] == "timm" and "after" in row]
+    others = [row for row in every if "after" not in row]
     tolerances = {str(dtype).removeprefix("torch."): t for dtype, t in TOLERANCE.items()}
     sizes = sorted({row["size"] for row in models})
     parts = [
         _INTRODUCTION.format(**tolerances),
-        _markdown(("", ""), headline(blocks, models)),
+        _markdown(("", ""), headline(blocks, models, others)),
         "## Blocks\n\n" + _markdown(_TITLES, [_block_line(row) for row in blocks]),
         "## Refused, and why\n\n" + _markdown(("block", "why"), _refusals(blocks)),
         "## timm\n\n" + _TIMM.format(size=" or ".join(map(str, sizes))),
+        _markdown(_FAMILY_TITLES, _families(models)),
         _markdown(_TIMM_TITLES, [_timm_line(row) for row in models]),
+        "## Without a row\n\n"
+        + _markdown(("model", "", "why"), [(r["name"], r["status"], r["why"]) for r in others]),
         "## What is kept apart in timm's models, and why\n\n"
         + _markdown(("model", "norms left", "why"), _left(models)),
         "## How it was run\n\n" + _markdown(("", ""), list(environment.items())),
@@ -59,16 +62,25 @@ def report(rows: Iterable[Row], environment: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def headline(blocks: Sequence[Row], models: Sequence[Row]) -> list[tuple[str, str]]:
-    """The figures of the whole page."""
+def has_failed(row: Row) -> bool:
+    """Whether a row is wrong, or could not be made; one that was not tried is neither."""
+    return row["status"] not in ("collapsed", "refused", "not run")
+
+
+def headline(
+    blocks: Sequence[Row], models: Sequence[Row], others: Sequence[Row]
+) -> list[tuple[str, str]]:
+    """The figures of the whole page. others: models without a row."""
     every = [*blocks, *models]
     beside = [row for row in models if "after" in row["timm"]]
     return [
         ("published blocks collapsed as they should be", _share(blocks, "collapsed")),
         ("refused as they should be", _share(blocks, "refused")),
         ("models of timm collapsed", _share(models, "collapsed")),
-        ("failed", str(sum(row["status"] == "fail" for row in every))),
+        ("failed", str(sum(map(has_failed, [*every, *others])))),
+        ("not run", str(sum(row["status"] == "not run" for row in others))),
         ("largest error of a block in float64", f"{_largest(blocks, 'float64'):.1e}"),
+        ("largest error of a model of timm in float64", f"{_largest(models, 'float64'):.1e}"),
         ("largest error of a block in float32", f"{_largest(blocks, 'float32'):.1e}"),
         ("norms left alone behind a conv", str(sum(row["after"]["behind"] for row in every))),
         ("rows with more MACs than before", str(sum(_grows(row) for row in every))),
@@ -85,8 +97,8 @@ def table(rows: Iterable[Row]) -> Table:
             title, justify="left" if index in (0, 1, 9) else "right", overflow="fold"
         )
     for row in rows:
-        style = "red" if row["status"] == "fail" else None
-        printed.add_row(*_block_line(row), style=style)
+        style = "red" if has_failed(row) else None
+        printed.add_row(*_printed_line(row), style=style)
     return printed
 
 
@@ -94,10 +106,19 @@ _TITLES = (
     "block", "from", "regions", "convs", "norms", "left", "MACs", "error, float64", "float32",
     "",
 )  # fmt: skip
+_FAMILY_TITLES = (
+    "module of timm", "models", "collapsed", "largest error, float64", "of", "norms left", "timm",
+)  # fmt: skip
 _TIMM_TITLES = (
     "model", "classes", "regions", "own", "convs", "norms", "timm", "left", "timm", "MACs",
     "error, float64", "timm", "float32", "timm", "untouched", "",
 )  # fmt: skip
+
+
+def _printed_line(row: Row) -> tuple[str, ...]:
+    if "after" in row:
+        return _block_line(row)
+    return (row["name"], row["why"], *("",) * (len(_TITLES) - 3), row["status"])
 
 
 def _block_line(row: Row) -> tuple[str, ...]:
@@ -113,6 +134,32 @@ def _block_line(row: Row) -> tuple[str, ...]:
         f"{row['float32']:.1e} ({row['noise']:.1e})",
         row["status"],
     )
+
+
+def _families(models: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line for each module of timm that defines the classes."""
+    lines = []
+    for family in sorted({family for row in models for family in _modules(row)}):
+        own = [row for row in models if family in _modules(row)]
+        worst = max(own, key=lambda row: row["float64"])
+        beside = [row["timm"]["after"]["norms"] for row in own if "after" in row["timm"]]
+        left = sum(row["after"]["norms"] for row in own)
+        lines.append(
+            (
+                family,
+                str(len(own)),
+                str(sum(row["status"] == "collapsed" for row in own)),
+                f"{worst['float64']:.1e}",
+                worst["name"],
+                str(left),
+                str(sum(beside)) if len(beside) == len(own) else "raises",
+            )
+        )
+    return lines
+
+
+def _modules(row: Row) -> set[str]:
+    return {name.partition(".")[0] for name in row["source"].split(", ")}
 
 
 def _timm_line(row: Row) -> tuple[str, ...]:

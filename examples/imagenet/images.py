@@ -1,4 +1,4 @@
-"""The images: an ImageFolder as in the paper, or synthetic ones that need no files."""
+"""The images: a folder for each class, WebDataset shards, or synthetic ones that need no files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shards import Shards
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -51,15 +52,23 @@ def synthetic_images(count: int, size: int, *, classes: int = 10) -> Images:
 
 
 def folder_images(path: Path, size: int) -> Images:
-    """path/train and path/val, a folder for each class: random crops and flips, centre crops."""
+    """path/train and path/val, a folder for each class in each, or shards (*.tar).
+
+    Random crops and flips to train, centre crops to validate.
+    """
     declare_torchvision_operators()
     from torchvision import datasets, transforms  # synthetic images do without
 
     normalize = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     augment = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     centre = [transforms.Resize(round(size * _RESIZE)), transforms.CenterCrop(size)]
-    train = datasets.ImageFolder(path / "train", transforms.Compose([*augment, *normalize]))
-    val = datasets.ImageFolder(path / "val", transforms.Compose([*centre, *normalize]))
+    to_train = transforms.Compose([*augment, *normalize])
+    to_validate = transforms.Compose([*centre, *normalize])
+    if any((path / "train").glob("*.tar")):
+        shards = Shards(path / "train", to_train)
+        return Images(shards, Shards(path / "val", to_validate), shards.classes)
+    train = datasets.ImageFolder(path / "train", to_train)
+    val = datasets.ImageFolder(path / "val", to_validate)
     return Images(train, val, len(train.classes))
 
 

@@ -48,7 +48,7 @@ class Settings:
 
 
 HELP = {
-    "data": "a folder with train/ and val/, a folder for each class in each",
+    "data": "a folder with train/ and val/: in each a folder for each class, or shards (*.tar)",
     "output": "where checkpoints, logs and the exported model go; a run that is there goes on",
     "warmup": "epochs of linear warm-up",
     "batch": "images to a step, over all processes and micro-batches",

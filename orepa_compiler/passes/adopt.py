@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +28,7 @@ from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, e
 
 # In the order in which timm.utils.reparameterize_model looks for them.
 METHODS = ("fuse", "reparameterize", "switch_to_deploy")
-# What is left of a conv that the method casts to float32 on the way; errors of the method are far
-# larger.
+# What is left of a conv that a method itself casts to float32; errors of a method are far larger.
 TOLERANCE = 1e-5
 # Random maps: the size of their axes.
 _SIZE = 16
@@ -90,7 +89,8 @@ class Adopt:
         before = copy.deepcopy(module).double().eval()
         after = copy.deepcopy(before)
         try:
-            result = getattr(after, method)()
+            with _float64_by_default():  # also in the layers that the method makes
+                result = getattr(after, method)()
         except Exception as error:  # the method is the user's code
             return f"its {method}() raised {type(error).__name__}: {_line(error)}"
         after = (result if isinstance(result, nn.Module) else after).double().eval()
@@ -182,6 +182,16 @@ def _difference(before: nn.Module, after: nn.Module, method: str, call: Call | N
             f"{TOLERANCE:.0e}; kept as it is"
         )
     return f"its {method}() cannot be checked: it runs on no random map; give inputs="
+
+
+@contextmanager
+def _float64_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _random_calls(module: nn.Module) -> Iterator[Call]:

@@ -19,6 +19,7 @@ from tests.compiler_nets import assert_same, batch, conv_norm, output, untouched
 from tests.norms import randomise_norms
 from tests.own_way_nets import (
     Broken,
+    Copies,
     Fuses,
     OwnWay,
     Reparameterizes,
@@ -31,7 +32,7 @@ from tests.own_way_nets import (
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["a random map", "inputs"])
-@pytest.mark.parametrize("kind", [Switches, Reparameterizes, Fuses, Rounds])
+@pytest.mark.parametrize("kind", [Switches, Reparameterizes, Fuses, Rounds, Copies])
 def test_what_a_method_makes_is_taken_where_it_agrees(kind: type[OwnWay], given: bool) -> None:
     net, x = net_of(kind), batch()
     with untouched(net):
@@ -48,6 +49,12 @@ def test_what_a_method_makes_is_taken_where_it_agrees(kind: type[OwnWay], given:
     assert edit.after.endswith(f"by its {method}()")
     assert edit.parameters == (384, 330)
     assert not made.refusals
+
+
+@pytest.mark.parametrize("kind", [Copies, Broken])
+def test_the_default_dtype_is_what_it_was(kind: type[OwnWay]) -> None:
+    orepa.collapse(net_of(kind))
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_frozen_modules_stay_frozen() -> None:
