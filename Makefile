@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint docs format clean
 
 PYTHON ?= python3
 DEMO_OUTPUT ?= demo-output
@@ -17,7 +17,7 @@ demo: $(STAMP)  ## run every example, in order; what they write goes to demo-out
 		echo "== $$example"; $(BIN)/python "$$example" --output "$(DEMO_OUTPUT)"; \
 	done
 
-test: lint  ## lint, then the tests in two workers
+test: lint docs  ## lint, the documentation, then the tests in two workers
 	$(BIN)/pytest -n 2
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
@@ -25,12 +25,16 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The variable silences an advertisement; a warning still ends the build.
+docs: $(STAMP)  ## the documentation as pages in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(STAMP)  ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove the virtual environment and what the demo wrote
-	rm -rf .venv "$(DEMO_OUTPUT)"
+clean:  ## remove the virtual environment, the pages and what the demo wrote
+	rm -rf .venv site "$(DEMO_OUTPUT)"
 
 # Installed again only when one of these two files changes.
 $(STAMP): pyproject.toml constraints.txt

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from benchmarks.field import command
 from benchmarks.field.blocks import BLOCKS
 from benchmarks.field.counting import counted
-from benchmarks.field.examining import Row, error, examine_block, is_sound
+from benchmarks.field.examining import Row, _rounding, error, examine, examine_block, is_sound
 from benchmarks.field.registry import Published, conv_norm, published
 from benchmarks.field.report import report, table
 from benchmarks.zoo.building import Subject
@@ -58,6 +58,32 @@ def test_what_makes_a_row_fail(worse: Row) -> None:
 def test_a_net_that_amplifies_rounding_is_allowed_its_own_error() -> None:
     assert is_sound(sound() | {"float32": 1.9e-4, "noise": 1e-4})
     assert not is_sound(sound() | {"float32": 2.1e-4, "noise": 1e-4})
+    assert is_sound(sound() | {"float64": 3.9e-11, "rounding": 1e-11})
+    assert not is_sound(sound() | {"float64": 4.1e-11, "rounding": 1e-11})
+    assert not is_sound(sound() | {"float64": 1e-11, "noise": 1.0}), "float32 excuses nothing there"
+
+
+def test_what_rounding_does_is_measured_where_an_error_is_large() -> None:
+    """x (1 + 1e8 - 1e8): an ulp of the weight 1e8 is 1e-8 of the output."""
+    first, second = nn.Linear(1, 1, bias=False).double(), nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(first.weight, 1e8)
+    nn.init.constant_(second.weight, -1e8 + 1)
+
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x)
+
+    inputs = (torch.ones(1, 1, dtype=torch.float64),)
+    truth = [torch.ones(1, 1, dtype=torch.float64)]
+    assert 1e-9 < _rounding(Cancelling(), inputs, truth) < 1e-7
+    assert (
+        examine(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), (torch.randn(1, 3, 8, 8),))["rounding"]
+        is None
+    )
 
 
 def test_errors() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.report import Line
+from benchmarks.study.statistics import Difference
 from orepa_compiler.export.atomic import staged
 
 # Matplotlib writes the time, and ids drawn at random, unless told not to: a page made again from
@@ -33,23 +34,28 @@ def draw(found: list[Line], path: Path) -> None:
 def _forest(pyplot: Any, found: list[Line]) -> Any:
     """A panel for each net: the mean difference of each arm and its interval."""
     nets = list(dict.fromkeys(line.cell.net for line in found))
-    shown = {net: [x for x in found if x.cell.net == net and x.difference] for net in nets}
-    tallest = max(1, *(len(part) for part in shown.values()))
-    size = (max(5.0, 3.1 * len(nets)), 1.2 + 0.3 * tallest)
+    compared = [line for line in found if line.difference]
+    # Where runs are missing a net lacks some of the names: each has its own height in all panels.
+    names = list(dict.fromkeys(_name(line) for line in compared))[::-1]
+    size = (max(5.0, 3.1 * len(nets)), 1.2 + 0.3 * max(1, len(names)))
     figure, axes = pyplot.subplots(1, len(nets), figsize=size, squeeze=False, sharey=True)
     for axis, net in zip(axes[0], nets, strict=True):
-        for height, line in enumerate(reversed(shown[net])):
-            difference = line.difference
-            assert difference is not None
-            colour = _COLOURS[difference.verdict]
-            axis.plot((difference.low, difference.high), (height, height), color=colour)
-            axis.plot(difference.mean, height, "o", color=colour)
+        for line in compared:
+            if line.cell.net == net:
+                _interval(axis, names.index(_name(line)), line.difference)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(net)
         axis.set_xlabel("accuracy less the base's, points")
-    names = [_name(line) for line in reversed(shown[nets[0]])]
     axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].set_ylim(-0.6, len(names) - 0.4)
     return figure
+
+
+def _interval(axis: Any, height: int, difference: Difference | None) -> None:
+    assert difference is not None
+    colour = _COLOURS[difference.verdict]
+    axis.plot((difference.low, difference.high), (height, height), color=colour)
+    axis.plot(difference.mean, height, "o", color=colour)
 
 
 def _name(line: Line) -> str:

@@ -125,9 +125,15 @@ _BRANCHES = tuple(f"without {name}" for name in OREPA.branches if name != "origi
 QUESTIONS: dict[str, Question] = {
     "forms": Question(
         "Does it help?",
-        "Plain, OREPA with both starts, and the offline blocks, at equal inference cost.",
-        ("ResNet-8", "ResNet-14", "Bottleneck-11", "VGG-7", "MobileNet-7"),
-        ("plain", "OREPA, paper", *PRESERVED, "DBB", "RepVGG"),
+        "Plain, OREPA with both starts, and the offline block, at equal inference cost.",
+        ("ResNet-8", "VGG-7", "MobileNet-7", "Bottleneck-11", "ResNet-14"),
+        ("plain", "OREPA, paper", DEFAULT, "DBB"),
+    ),
+    "start": Question(
+        "How small should the other branches start?",
+        "The plain net's kernels kept; the other branches' scaling times 0 to 1. Beside it RepVGG.",
+        _ONE_NET,
+        ("plain", *PRESERVED, "RepVGG"),
     ),
     "branches": Question(
         "Which branches pay?",
