@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +248,24 @@ def test_an_unknown_question_is_an_error() -> None:
     done = CliRunner().invoke(command.app, ["--question", "why"])
     assert done.exit_code == 2
     assert "no question 'why'" in done.output
+
+
+def test_only_some_nets_of_a_question_can_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(ASKED, nets=("ResNet-8", "VGG-7"), settings={"": {"epochs": 1, "train": 100}})
+    monkeypatch.setattr(command, "QUESTIONS", {"asked": asked})
+    kept = tmp_path / "lines.jsonl"
+    places = ["--records", str(kept), "--docs", str(tmp_path / "evidence.md"), "--jobs", "1"]
+    done = CliRunner().invoke(command.app, [*places, "--net", "VGG-*", "--most", "2"])
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line)["run"]["net"] for line in kept.read_text().splitlines()] == [
+        "VGG-7",
+        "VGG-7",
+    ]
+    done = CliRunner().invoke(command.app, [*places, "--net", "ResNet-9"])
+    assert done.exit_code == 2
+    assert "no net is named 'ResNet-9'" in done.output
 
 
 def test_every_question_names_arms_and_nets_that_there_are() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import multiprocessing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.study.figures import draw
+from benchmarks.study.nets import NETS
 from benchmarks.study.questions import QUESTIONS, Question, needed
 from benchmarks.study.report import COLUMNS, legend, lines, proposition, rows, section
 from benchmarks.study.runs import Record, Records, Run
@@ -31,6 +34,7 @@ def study(
     question: Annotated[
         list[str] | None, typer.Option(help=f"One or several of: {', '.join(QUESTIONS)}.")
     ] = None,
+    net: Annotated[str, typer.Option(help="Only nets with such a name, * for any text.")] = "*",
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
     most: Annotated[int | None, typer.Option(help="No more than so many runs now.")] = None,
     summary: Annotated[bool, typer.Option(help="Make no run; write from what is there.")] = False,
@@ -41,20 +45,26 @@ def study(
 
     A run is a line of the records, written as it ends: a study that was stopped goes on.
 
-        python -m benchmarks.study --question forms --jobs 2
+        python -m benchmarks.study --question forms --net 'ResNet-*' --jobs 2
         python -m benchmarks.study --summary
     """
     console = Console()
     unknown = set(question or ()) - QUESTIONS.keys()
     if unknown:
         raise typer.BadParameter(f"no question {unknown.pop()!r}; there are {', '.join(QUESTIONS)}")
-    chosen = {name: QUESTIONS[name] for name in question or QUESTIONS}
+    chosen = {name: _with_nets(QUESTIONS[name], net) for name in question or QUESTIONS}
+    if not any(asked.nets for asked in chosen.values()):
+        raise typer.BadParameter(f"no net is named {net!r} there; the nets are {', '.join(NETS)}")
     known = Records(records)
     if not summary:
         _make(chosen, known, jobs, most, console)
     for asked in chosen.values():
         console.print(_table(asked, known))
     write_page(known, docs)
+
+
+def _with_nets(asked: Question, pattern: str) -> Question:
+    return replace(asked, nets=tuple(fnmatch.filter(asked.nets, pattern)))
 
 
 def _make(
