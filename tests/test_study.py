@@ -198,6 +198,15 @@ def test_a_run_that_diverged_is_told(tmp_path: Path) -> None:
     assert rows(lines(ASKED, made))[1][7] == "1 of 10 diverged"
 
 
+def test_an_arm_whose_base_was_not_made_is_not_called_a_base(tmp_path: Path) -> None:
+    made = records(tmp_path, {"plain": 0.1, "DBB": 0.3})
+    for run in lines(ASKED, made)[0].cell.measured(0.1):
+        del made.known[run]
+    (line,) = rows(lines(ASKED, made))
+    assert line[2] == "DBB"
+    assert line[5] == line[6] == line[7] == "-"
+
+
 def test_a_setting_can_be_compared_with_another(tmp_path: Path) -> None:
     asked = replace(
         ASKED,

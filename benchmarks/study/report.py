@@ -88,13 +88,19 @@ def rows(found: list[Line]) -> list[tuple[str, ...]]:
             line.cell.arm,
             f"{line.rate:g}",
             f"{line.mean:.2f} ± {stdev(line.accuracies):.2f}",
-            f"{line.difference.mean:+.2f}" if line.difference else "base",
+            _difference_of(line),
             _interval(line.difference),
             _says(line),
             "-" if line.similarity is None else f"{line.similarity:.3f}",
         )
         for line in found
     ]
+
+
+def _difference_of(line: Line) -> str:
+    if line.difference:
+        return f"{line.difference.mean:+.2f}"
+    return "base" if line.cell.base() == line.cell else "-"  # - : the base was not made yet
 
 
 def _interval(difference: Difference | None) -> str:
