@@ -169,7 +169,10 @@ def test_each_arm_is_measured_at_the_rate_that_its_own_tuning_chose(tmp_path: Pa
         ("plain", 0.1),
         ("DBB", 0.3),
     ]
-    assert progress(ASKED, made) == (32, 32)
+    assert progress(ASKED, made) == (38, 38)
+    tuned = {(run.arm, run.rate) for run in made.known if run.held == "validation"}
+    wider = {("plain", 0.03), ("DBB", 1.0)}  # the best of the first was the last on its side
+    assert tuned == {(arm, rate) for arm in ASKED.arms for rate in ASKED.rates} | wider
     measured = [run for run in made.known if run.held == "test"]
     assert {run.seed for run in measured} == set(SEEDS)
     assert {run.seed for run in made.known if run.held == "validation"} == set(TUNING_SEEDS)
@@ -185,8 +188,8 @@ def test_lines_on_disk_are_gone_on_with(tmp_path: Path) -> None:
     made.path.write_text("\n".join(text[:-3]) + "\n")
     again = Records(made.path)
     assert len(needed(ASKED, again)) == 3
-    assert progress(ASKED, again) == (29, 32)
-    assert "29 of 32 runs are made" in section("asked", ASKED, again)
+    assert progress(ASKED, again) == (35, 38)
+    assert "35 of 38 runs are made" in section("asked", ASKED, again)
     assert "| plain |" in section("asked", ASKED, again)
     assert "| DBB |" not in section("asked", ASKED, again)
 
@@ -196,6 +199,26 @@ def test_a_run_that_diverged_is_told(tmp_path: Path) -> None:
     run = lines(ASKED, made)[1].cell.measured(0.3)[0]
     made.add(run, {**made.known[run], "loss": None})
     assert rows(lines(ASKED, made))[1][7] == "1 of 10 diverged"
+
+
+def test_several_nets_are_averaged_seed_by_seed(tmp_path: Path) -> None:
+    asked, made = replace(ASKED, nets=("ResNet-8", "VGG-7")), Records(tmp_path / "lines.jsonl")
+    gain = {"ResNet-8": 1.0, "VGG-7": 3.0}
+    while runs := needed(asked, made):
+        for run in runs:
+            helped = gain[run.net] + 0.01 * run.seed if run.arm == "DBB" else 0.0
+            accuracy = 90 + helped + 0.1 * run.seed - 9 * (run.rate != 0.1)
+            made.add(run, {"accuracy": accuracy, "loss": 0.5, "similarity": 0.25})
+    base, own = lines(asked, made)[-2:]
+    assert base.accuracies == pytest.approx([90 + 0.1 * seed for seed in SEEDS])
+    known = ttest_rel(own.accuracies, base.accuracies).confidence_interval(0.95)
+    assert own.difference is not None
+    assert own.difference.mean == pytest.approx(2.045)
+    assert (own.difference.low, own.difference.high) == pytest.approx((known.low, known.high))
+    assert rows([base, own])[1][:4] == ("all nets", "-", "DBB", "-")
+    lost = next(run for run in made.known if run.net == "VGG-7" and run.held == "test")
+    del made.known[lost]
+    assert "all nets" not in {line.cell.net for line in lines(asked, made) if line.difference}
 
 
 def test_an_arm_whose_base_was_not_made_is_not_called_a_base(tmp_path: Path) -> None:
@@ -218,7 +241,7 @@ def test_a_setting_can_be_compared_with_another(tmp_path: Path) -> None:
     made = Records(tmp_path / "lines.jsonl")
     while runs := needed(asked, made):
         for run in runs:
-            accuracy = 90 + 0.1 * run.seed + 2 * (run.epochs == 40)
+            accuracy = 90 + 0.1 * run.seed + 2 * (run.epochs == 40) - 9 * (run.rate != 0.1)
             made.add(run, {"accuracy": accuracy, "loss": 0.5, "similarity": 0.25})
     short, long = rows(lines(asked, made))
     assert short[5] == "base"
@@ -229,7 +252,8 @@ def test_a_setting_can_be_compared_with_another(tmp_path: Path) -> None:
 def test_the_command_makes_what_is_missing_and_writes_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = replace(ASKED, rates=(0.1,), settings={"": {"epochs": 1, "train": 100}})
+    short = {"": {"epochs": 1, "train": 100}}
+    asked = replace(ASKED, rates=(0.1,), is_tuned=False, settings=short)
     monkeypatch.setattr(command, "QUESTIONS", {"asked": asked})
     page, kept = tmp_path / "evidence.md", tmp_path / "lines.jsonl"
     page.write_text(f"before\n{command.BEGIN}old\n{command.END}after\n")
@@ -239,7 +263,7 @@ def test_the_command_makes_what_is_missing_and_writes_the_page(
     assert len(kept.read_text().splitlines()) == 5
     done = CliRunner().invoke(command.app, [*places, "--jobs", "1"])
     assert done.exit_code == 0, done.output
-    assert len(kept.read_text().splitlines()) == 26
+    assert len(kept.read_text().splitlines()) == 20
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

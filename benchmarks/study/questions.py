@@ -15,6 +15,7 @@ from orepa_compiler.catalogue import OREPA
 TUNING_SEEDS = (100, 101, 102)
 SEEDS = tuple(range(10))
 RATES = (0.03, 0.1, 0.3, 1.0)
+WIDER = (0.001, 0.003, 0.01, *RATES, 3.0, 10.0)
 
 PRESERVED = tuple(f"OREPA, preserve {factor:g}" for factor in REDUCTIONS)
 DEFAULT = "OREPA, preserve 0.1"
@@ -26,7 +27,8 @@ class Question:
 
     base: the arm that the others are compared with, in the same setting; or base_setting: each arm
     with itself in that one. rates: what each arm chooses its learning rate from, all with the same
-    budget; where is_tuned is False, what each arm is shown at. settings: name -> the fields of a
+    budget, and the next ones beside them while the best is the last of them; where is_tuned is
+    False, what each arm is shown at. settings: name -> the fields of a
     Run that differ.
     """
 
@@ -59,28 +61,45 @@ class Cell:
     fields: Mapping[str, Any]
     arm: str
 
-    def tuning(self) -> list[Run]:
-        """The runs that choose the rate."""
-        if not self.question.is_tuned:
-            return []
-        return [
-            self._run(rate=rate, seed=seed, held="validation")
-            for rate in self.question.rates
-            for seed in TUNING_SEEDS
-        ]
+    def tuning(self, records: Records) -> list[Run]:
+        """The runs that choose the rate, as far as they are known to be needed."""
+        return [run for rate in self._tried(records) for run in self._tuned_at(rate)]
 
     def rates(self, records: Records) -> tuple[float, ...]:
         """The rates that it is measured at: the chosen one, or all; empty while it is tuned."""
         if not self.question.is_tuned:
             return self.question.rates
-        runs = self.tuning()
-        if records.missing(runs):
+        if records.missing(self.tuning(records)):
             return ()
+        return (self._best(self._tried(records), records),)
 
+    def _tried(self, records: Records) -> tuple[float, ...]:
+        """No arm is judged at the edge of what was tried: the best rate has one on either side."""
+        if not self.question.is_tuned:
+            return ()
+        low, high = (
+            WIDER.index(rate) for rate in (self.question.rates[0], self.question.rates[-1])
+        )
+        while True:
+            tried = WIDER[low : high + 1]
+            if records.missing(run for rate in tried for run in self._tuned_at(rate)):
+                return tried
+            best = self._best(tried, records)
+            if best == tried[0] and low > 0:
+                low -= 1
+            elif best == tried[-1] and high < len(WIDER) - 1:
+                high += 1
+            else:
+                return tried
+
+    def _best(self, tried: tuple[float, ...], records: Records) -> float:
         def accuracy(rate: float) -> float:
-            return mean(records.accuracy(run) for run in runs if run.rate == rate)
+            return mean(records.accuracy(run) for run in self._tuned_at(rate))
 
-        return (max(self.question.rates, key=accuracy),)
+        return max(tried, key=accuracy)
+
+    def _tuned_at(self, rate: float) -> list[Run]:
+        return [self._run(rate=rate, seed=seed, held="validation") for seed in TUNING_SEEDS]
 
     def base(self) -> Cell:
         """What it is compared with."""
@@ -102,7 +121,7 @@ class Cell:
 def needed(question: Question, records: Records) -> list[Run]:
     """The runs that can be made now: those that tune, then those at the rates that are known."""
     cells = list(question.cells())
-    tuning = [run for cell in cells for run in cell.tuning()]
+    tuning = [run for cell in cells for run in cell.tuning(records)]
     measured = [
         run for cell in cells for rate in cell.rates(records) for run in cell.measured(rate)
     ]
@@ -113,8 +132,8 @@ def progress(question: Question, records: Records) -> tuple[int, int]:
     """How many runs are made, of how many."""
     cells = list(question.cells())
     rates = 1 if question.is_tuned else len(question.rates)
-    total = sum(len(cell.tuning()) + rates * len(SEEDS) for cell in cells)
-    known = {run for cell in cells for run in cell.tuning()}
+    total = sum(len(cell.tuning(records)) + rates * len(SEEDS) for cell in cells)
+    known = {run for cell in cells for run in cell.tuning(records)}
     known |= {run for cell in cells for rate in cell.rates(records) for run in cell.measured(rate)}
     return len(known & records.known.keys()), total
 

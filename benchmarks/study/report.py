@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 from benchmarks.study.arms import ARMS
@@ -12,6 +12,7 @@ from benchmarks.study.questions import Cell, Question, progress
 from benchmarks.study.runs import Records
 from benchmarks.study.statistics import Difference, paired
 
+ALL_NETS = "all nets"
 COLUMNS = (
     "net",
     "setting",
@@ -27,13 +28,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Line:
-    """What is known of a cell at a rate. difference: None for the base itself.
+    """What is known of a cell at a rate, or over all nets.
 
+    rate: None over all nets, for each has its own. difference: None for the base itself.
     diverged: runs whose loss was not finite at the end.
     """
 
     cell: Cell
-    rate: float
+    rate: float | None
     accuracies: tuple[float, ...]
     similarity: float | None
     diverged: int
@@ -46,7 +48,8 @@ class Line:
 
 def lines(question: Question, records: Records) -> list[Line]:
     """The cells whose runs are all there; a base that is missing leaves its difference out."""
-    return list(_lines(question, records))
+    found = list(_lines(question, records))
+    return [*found, *_over_nets(question, found)]
 
 
 def _lines(question: Question, records: Records) -> Iterator[Line]:
@@ -79,6 +82,40 @@ def _difference(cell: Cell, rate: float, records: Records) -> Difference | None:
     return paired(own, [records.accuracy(run) for run in runs])
 
 
+def _over_nets(question: Question, found: list[Line]) -> Iterator[Line]:
+    """Each arm's mean over the nets, seed by seed: all nets share the seeds, which stay the pairs.
+
+    Only where there are several, and an arm was measured on each.
+    """
+    if len(question.nets) < 2 or not question.is_tuned:
+        return
+    cells = list(replace(question, nets=question.nets[:1]).cells())
+    own = {_name(c): [line for line in found if _name(line.cell) == _name(c)] for c in cells}
+    means = {
+        name: tuple(map(mean, zip(*(line.accuracies for line in every), strict=True)))
+        for name, every in own.items()
+        if len(every) == len(question.nets)
+    }
+    for cell in cells:
+        if (name := _name(cell)) not in means:
+            continue
+        base = cell.base()
+        known = None if base == cell else means.get(_name(base))
+        similar = [line.similarity for line in own[name] if line.similarity is not None]
+        yield Line(
+            replace(cell, net=ALL_NETS),
+            None,
+            means[name],
+            mean(similar) if similar else None,
+            sum(line.diverged for line in own[name]),
+            paired(means[name], known) if known else None,
+        )
+
+
+def _name(cell: Cell) -> tuple[str, str]:
+    return cell.arm, cell.setting
+
+
 def rows(found: list[Line]) -> list[tuple[str, ...]]:
     """As text, in the order of COLUMNS."""
     return [
@@ -86,7 +123,7 @@ def rows(found: list[Line]) -> list[tuple[str, ...]]:
             line.cell.net,
             line.cell.setting or "-",
             line.cell.arm,
-            f"{line.rate:g}",
+            "-" if line.rate is None else f"{line.rate:g}",
             f"{line.mean:.2f} ± {stdev(line.accuracies):.2f}",
             _difference_of(line),
             _interval(line.difference),
