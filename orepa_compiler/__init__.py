@@ -9,20 +9,22 @@
 `orepa_compiler.plan(model)` says first what would be done, and what not, and why.
 """
 
+from orepa_compiler.algebra.layers import conv_operator as conv_operator
+from orepa_compiler.algebra.operators import ConvOperator as ConvOperator
 from orepa_compiler.blocks import Block as Block
-from orepa_compiler.branch_history import BranchHistory as BranchHistory
-from orepa_compiler.catalogue import ACNET as ACNET
-from orepa_compiler.catalogue import DBB as DBB
-from orepa_compiler.catalogue import DEEP_STEM as DEEP_STEM
-from orepa_compiler.catalogue import DILATED as DILATED
-from orepa_compiler.catalogue import DO_CONV as DO_CONV
-from orepa_compiler.catalogue import EXPAND_NET as EXPAND_NET
-from orepa_compiler.catalogue import MOBILEONE as MOBILEONE
-from orepa_compiler.catalogue import OREPA as OREPA
-from orepa_compiler.catalogue import OREPA_1X1 as OREPA_1X1
-from orepa_compiler.catalogue import OREPA_VGG as OREPA_VGG
-from orepa_compiler.catalogue import REPVGG as REPVGG
-from orepa_compiler.catalogue import mobileone as mobileone
+from orepa_compiler.blocks.catalogue import ACNET as ACNET
+from orepa_compiler.blocks.catalogue import DBB as DBB
+from orepa_compiler.blocks.catalogue import DEEP_STEM as DEEP_STEM
+from orepa_compiler.blocks.catalogue import DILATED as DILATED
+from orepa_compiler.blocks.catalogue import DO_CONV as DO_CONV
+from orepa_compiler.blocks.catalogue import EXPAND_NET as EXPAND_NET
+from orepa_compiler.blocks.catalogue import MOBILEONE as MOBILEONE
+from orepa_compiler.blocks.catalogue import OREPA as OREPA
+from orepa_compiler.blocks.catalogue import OREPA_1X1 as OREPA_1X1
+from orepa_compiler.blocks.catalogue import OREPA_VGG as OREPA_VGG
+from orepa_compiler.blocks.catalogue import REPVGG as REPVGG
+from orepa_compiler.blocks.catalogue import mobileone as mobileone
+from orepa_compiler.branches.field import DCTFilter as DCTFilter
 from orepa_compiler.certificate import certify as certify
 from orepa_compiler.checkpoints import load as load
 from orepa_compiler.checkpoints import save as save
@@ -39,18 +41,16 @@ from orepa_compiler.errors import TrainingFormWarning as TrainingFormWarning
 from orepa_compiler.export.audit import audit_half as audit_half
 from orepa_compiler.export.onnx import export_onnx as export_onnx
 from orepa_compiler.export.tensorrt import build_engine as build_engine
-from orepa_compiler.field_branches import DCTFilter as DCTFilter
-from orepa_compiler.layers import conv_operator as conv_operator
-from orepa_compiler.operators import ConvOperator as ConvOperator
-from orepa_compiler.optimizer_mapping import map_optimizer as map_optimizer
-from orepa_compiler.parameter_groups import param_groups as param_groups
 from orepa_compiler.passes import COLLAPSE as COLLAPSE
 from orepa_compiler.passes import EXPAND as EXPAND
 from orepa_compiler.passes import Pipeline as Pipeline
 from orepa_compiler.planning import Plan as Plan
 from orepa_compiler.planning import recorded_plans as recorded_plans
 from orepa_compiler.reference import load_reference as load_reference
-from orepa_compiler.stepping import kernels_once as kernels_once
+from orepa_compiler.training.branch_history import BranchHistory as BranchHistory
+from orepa_compiler.training.optimizer_mapping import map_optimizer as map_optimizer
+from orepa_compiler.training.parameter_groups import param_groups as param_groups
+from orepa_compiler.training.stepping import kernels_once as kernels_once
 from orepa_compiler.verification import verify as verify
 
 __version__ = "0.1.0"

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.nesting import map_tensors, named_leaves
 from orepa_compiler.planning import Edit, Plan, recorded_plans
 from orepa_compiler.verification.comparison import size_of
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
+from orepa_compiler.verification.nesting import map_tensors, named_leaves
 
 # The most that composing kernels in another order may change in float64: 4,500 eps. The blocks of
 # thirty models came to 6e-15 at most.

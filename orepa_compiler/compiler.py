@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from orepa_compiler.blocks import Block
-from orepa_compiler.calibration import calibrate
 from orepa_compiler.capture import untraced_owners
+from orepa_compiler.capture.recording import Recording, record
+from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import (
@@ -35,9 +36,8 @@ from orepa_compiler.preconditions import (
     check_plan,
     check_values,
 )
-from orepa_compiler.recording import Recording, record
 from orepa_compiler.selection import Where
-from orepa_compiler.skeleton import meta_copy
+from orepa_compiler.training.calibration import calibrate
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 
 Inputs = Any

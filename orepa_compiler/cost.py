@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orepa_compiler.algebra.layers import is_conv_like
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.layers import is_conv_like
-from orepa_compiler.nesting import map_tensors
-from orepa_compiler.skeleton import meta_copy
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
+from orepa_compiler.verification.nesting import map_tensors
 
 
 def conv_macs(model: nn.Module, inputs: Any) -> dict[str, int]:

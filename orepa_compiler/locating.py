@@ -16,7 +16,6 @@ from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import NotRun, ReparamError
 from orepa_compiler.export.runners import OnnxRunner
 from orepa_compiler.export.tapping import onnx_outputs
-from orepa_compiler.nesting import map_tensors, tensors_in
 from orepa_compiler.planning import Edit, recorded_plans
 from orepa_compiler.verification import NOISE_FACTOR, PRECISIONS, Report
 from orepa_compiler.verification.divergence import (
@@ -26,6 +25,7 @@ from orepa_compiler.verification.divergence import (
     taps_of,
 )
 from orepa_compiler.verification.evaluation import Batch, batches_of, evaluation_mode, own_dtype
+from orepa_compiler.verification.nesting import map_tensors, tensors_in
 from orepa_compiler.verification.probes import made_batches
 
 Outputs = dict[str, tuple[str, Tensor]]

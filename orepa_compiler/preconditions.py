@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from orepa_compiler.algebra.layers import is_conv_like
+from orepa_compiler.analysis.functional import calls_conv
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture.skeleton import check_wrapper, meta_copy
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.functional import calls_conv
-from orepa_compiler.layers import is_conv_like
 from orepa_compiler.passes.expand import Init, PostNorm
 from orepa_compiler.planning import Plan
 from orepa_compiler.selection import Where, selection
-from orepa_compiler.skeleton import check_wrapper, meta_copy
 from orepa_compiler.verification.evaluation import batches_of
 
 

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from orepa_compiler.operators import ConvOperator
+from orepa_compiler.algebra.operators import ConvOperator
 
 # Relative to the largest output. float64 rounds at 1e-16 and the sums here have under 1e4 terms.
 TOLERANCE = 1e-12

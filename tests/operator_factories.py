@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from orepa_compiler.algebra.operators import ConvOperator, identity
 from orepa_compiler.errors import NotLinear
-from orepa_compiler.operators import ConvOperator, identity
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 

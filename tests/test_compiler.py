@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Plan, recorded_plans
-from orepa_compiler.skeleton import meta_copy
 from tests.compiler_nets import (
     assert_same,
     bare_net,

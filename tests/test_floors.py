@@ -18,53 +18,15 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "dependencies", "operators", "composition", "kernels"),
-    (
-        *("skeleton", "capture", "tracing", "recording", "elementwise", "branches", "selection"),
-        *("linear", "field_branches", "constants", "bordering"),
-    ),
-    (
-        *("layers", "padding", "functional", "forwards", "rewrite", "following", "absorption"),
-        *("shifting", "generation", "sequences"),
-    ),
-    (
-        "blocks",
-        "catalogue",
-        "offline",
-        "residual",
-        "own_forward",
-        "regions",
-        "widths",
-        "crossing",
-        "initialization",
-        "parts",
-        "plain",
-    ),
-    (
-        *(
-            "planning",
-            "nesting",
-            "verification",
-            "cost",
-            "calibration",
-            "stepping",
-            "reduction",
-            "parameter_groups",
-        ),
-        *("chains", "chain_blocks", "optimizer_mapping"),
-    ),
+    ("errors", "dependencies", "atomic", "algebra"),
+    ("capture", "branches"),
+    ("generation", "rewrite", "selection"),
+    ("blocks",),
+    ("analysis", "planning", "verification", "cost", "training"),
     ("passes",),
     (
-        *(
-            "preconditions",
-            "compiler",
-            "checkpoints",
-            "branch_history",
-            "weights",
-            "model_source",
-            "reference",
-        ),
-        *("export", "certificate", "locating", "manifest", "picture", "report", "testing"),
+        *("preconditions", "compiler", "checkpoints", "model_source", "reference", "export"),
+        *("certificate", "locating", "report", "testing"),
     ),
     ("__init__", "cli"),
 )

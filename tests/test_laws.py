@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.errors import NotLinear
-from orepa_compiler.operators import ConvOperator
 from tests.convolution_reference import CLEARLY_WRONG, TOLERANCE, assert_same, error, reference
 from tests.operator_factories import (
     EVERY,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from orepa_compiler.capture.tracing import trace
 from orepa_compiler.rewrite import edit_graph, free_name, replace_regions, set_module
-from orepa_compiler.tracing import trace
 
 
 class Residual(nn.Module):

@@ -16,9 +16,9 @@ import torchvision
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
+from orepa_compiler.algebra.layers import is_batch_norm, is_conv_like
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import capture
-from orepa_compiler.layers import is_batch_norm, is_conv_like
 from orepa_compiler.passes import Collapse, is_leaf
 from orepa_compiler.planning import recorded_plans
 from tests.norms import randomise_norms

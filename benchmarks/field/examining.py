@@ -13,7 +13,7 @@ import orepa_compiler as orepa
 from benchmarks.field.counting import counted
 from benchmarks.field.registry import Published
 from benchmarks.zoo.values import RECIPES, fill, settling
-from orepa_compiler.nesting import map_tensors, tensors_in
+from orepa_compiler.verification.nesting import map_tensors, tensors_in
 
 Row = dict[str, Any]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orepa_compiler.blocks import BranchSum, ReparamConv
+from orepa_compiler.blocks.catalogue import DeepStem
 from orepa_compiler.branches import (
     AveragePool,
     DepthwisePointwise,
@@ -19,7 +20,6 @@ from orepa_compiler.branches import (
     PointwiseKernel,
     PointwisePointwise,
 )
-from orepa_compiler.catalogue import DeepStem
 
 
 class NaiveConv(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from benchmarks.step.dbb import with_diverse_branches
 from benchmarks.step.naive import naive
-from orepa_compiler.stepping import kernels_once
+from orepa_compiler.training.stepping import kernels_once
 
 MICRO_BATCHES = 4
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from benchmarks.study.normalized import normalized
-from orepa_compiler import initialization
-from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.blocks import Block, LinearBlock, initialization
 
 # A plain net and a batch of images -> the net that is trained.
 Form = Callable[[nn.Module, Tensor], nn.Module]

@@ -18,10 +18,10 @@ from rich.table import Table
 from benchmarks.study.figures import draw
 from benchmarks.study.nets import NETS
 from benchmarks.study.questions import QUESTIONS, Question, needed
-from benchmarks.study.report import COLUMNS, legend, lines, proposition, rows, section
+from benchmarks.study.report import legend, lines, proposition, section, table
 from benchmarks.study.runs import Record, Records, Run
 from benchmarks.study.training import train
-from orepa_compiler.export.atomic import staged
+from orepa_compiler.atomic import staged
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- study: begin -->\n", "<!-- study: end -->\n"
@@ -98,9 +98,10 @@ def _one(run: Run) -> tuple[Run, dict[str, Any]]:
 
 def _table(asked: Question, known: Records) -> Table:
     made = Table(title=f"{asked.title} {asked.asks}", box=None, title_justify="left")
-    for column in COLUMNS:
-        made.add_column(column)
-    for row in rows(lines(asked, known)):
+    heads, *rows = table(lines(asked, known))
+    for head in heads:
+        made.add_column(head)
+    for row in rows:
         made.add_row(*row)
     return made
 

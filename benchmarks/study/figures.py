@@ -7,11 +7,12 @@ from typing import Any
 
 from benchmarks.study.report import Line
 from benchmarks.study.statistics import Difference
-from orepa_compiler.export.atomic import staged
+from orepa_compiler.atomic import staged
 
 # Matplotlib writes the time, and ids drawn at random, unless told not to: a page made again from
 # the same records is the same page.
 _SAVED = {"format": "svg", "metadata": {"Date": None}, "bbox_inches": "tight"}
+_COLUMNS = 3  # panels side by side that a page can show
 _COLOURS = {"better": "#2a7f3f", "worse": "#b3261e", "no difference shown": "#5f6368"}
 
 
@@ -37,15 +38,20 @@ def _forest(pyplot: Any, found: list[Line]) -> Any:
     compared = [line for line in found if line.difference]
     # Where runs are missing a net lacks some of the names: each has its own height in all panels.
     names = list(dict.fromkeys(_name(line) for line in compared))[::-1]
-    size = (max(5.0, 3.1 * len(nets)), 1.2 + 0.3 * max(1, len(names)))
-    figure, axes = pyplot.subplots(1, len(nets), figsize=size, squeeze=False, sharey=True)
-    for axis, net in zip(axes[0], nets, strict=True):
+    columns = min(len(nets), _COLUMNS)
+    lines = -(-len(nets) // columns)
+    size = (max(5.0, 3.1 * columns), lines * (1.2 + 0.3 * max(1, len(names))))
+    shape = {"figsize": size, "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot.subplots(lines, columns, sharex=True, sharey=True, **shape)
+    for axis in axes.flat[len(nets) :]:
+        axis.remove()
+    for axis, net in zip(axes.flat, nets, strict=False):
         for line in compared:
             if line.cell.net == net:
                 _interval(axis, names.index(_name(line)), line.difference)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(net)
-        axis.set_xlabel("accuracy less the base's, points")
+    figure.supxlabel("accuracy less the base's, points", fontsize=9)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].set_ylim(-0.6, len(names) - 0.4)
     return figure

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import Block, BranchMaker
-from orepa_compiler.operators import ConvOperator
 
 _EPS = 1e-6
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.study.arms import REDUCTIONS
 from benchmarks.study.runs import Records, Run
-from orepa_compiler.catalogue import OREPA
+from orepa_compiler.blocks.catalogue import OREPA
 
 # A rate is chosen on other splits than those that are compared, and never on the test images.
 TUNING_SEEDS = (100, 101, 102)

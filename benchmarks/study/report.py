@@ -134,6 +134,13 @@ def rows(found: list[Line]) -> list[tuple[str, ...]]:
     ]
 
 
+def table(found: list[Line]) -> list[tuple[str, ...]]:
+    """The heads and the rows, without the columns in which nothing stands."""
+    every = rows(found)
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in every)]
+    return [tuple(row[i] for i in kept) for row in (COLUMNS, *every)]
+
+
 def _difference_of(line: Line) -> str:
     if line.difference:
         return f"{line.difference.mean:+.2f}"
@@ -159,7 +166,7 @@ def section(name: str, question: Question, records: Records) -> str:
         text += [f"{made} of {total} runs are made; what is not made is not shown.", ""]
     if found:
         text += [
-            _markdown([COLUMNS, *rows(found)]),
+            _markdown(table(found)),
             "",
             f"![{question.title}](evidence/{name}.svg)",
         ]
@@ -167,8 +174,8 @@ def section(name: str, question: Question, records: Records) -> str:
     return "\n".join([*text, f"    python -m benchmarks.study --question {name}", ""])
 
 
-def _markdown(table: list[tuple[str, ...]]) -> str:
-    head, *body = table
+def _markdown(cells: list[tuple[str, ...]]) -> str:
+    head, *body = cells
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ("---",) * len(head), *body])
 
 

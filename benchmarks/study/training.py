@@ -15,7 +15,7 @@ from benchmarks.study.data import shifted, split
 from benchmarks.study.nets import NETS
 from benchmarks.study.runs import Run
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.branch_history import branch_snapshots
+from orepa_compiler.training.branch_history import branch_snapshots
 
 MOMENTUM = 0.9
 SHIFT = 2  # pixels of augmentation for 28, one for 8

@@ -19,7 +19,7 @@ from benchmarks.zoo.counting import convs_of, normalised, watching_norms
 from benchmarks.zoo.inputs import Instance, observe
 from benchmarks.zoo.training import NotFinite, train_step
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.nesting import is_finite
+from orepa_compiler.verification.nesting import is_finite
 
 CHECKS = ("preserve", "step", "collapse", "stock")
 # Relative to the largest output: what float32 keeps through a deep net, and float64.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.nesting import is_finite
+from orepa_compiler.verification.nesting import is_finite
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.zoo import detection
 from benchmarks.zoo.inputs import Instance
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.nesting import tensors_in
+from orepa_compiler.verification.nesting import tensors_in
 
 # The length of the step, relative to that of all weights: small steps add up over the layers.
 _STEP = 1e-4

@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch import Tensor, fx, nn
 
+from orepa_compiler.algebra.layers import is_norm
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import LinearBlock, ReparamConv
+from orepa_compiler.blocks.offline import OfflineBlock, OfflineBranch
 from orepa_compiler.branches import SequenceBranch
-from orepa_compiler.layers import is_norm
-from orepa_compiler.offline import OfflineBlock, OfflineBranch
-from orepa_compiler.operators import ConvOperator
 from orepa_compiler.passes import is_leaf
 
 # What runs on feature maps (a conv, a norm, the rest), and what runs on kernels alone.

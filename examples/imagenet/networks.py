@@ -6,7 +6,7 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.catalogue import OREPA_3X3_REPVGG
+from orepa_compiler.blocks.catalogue import OREPA_3X3_REPVGG
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.reference.architectures import ARCHITECTURES, named
 

@@ -12,13 +12,13 @@ import typer
 from torch import Tensor, nn
 
 from orepa_compiler.blocks import Block
-from orepa_compiler.catalogue import BLOCKS
+from orepa_compiler.blocks.catalogue import BLOCKS
 from orepa_compiler.checkpoints import load
+from orepa_compiler.checkpoints.weights import has_plan, load_weights
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.progress import announced
 from orepa_compiler.model_source import FORMS, load_model
 from orepa_compiler.report import check_extra
-from orepa_compiler.weights import has_plan, load_weights
 
 # The seed of a model's own random weights and of the inputs: the same command, the same numbers.
 SEED = 0

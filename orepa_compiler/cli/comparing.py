@@ -22,11 +22,11 @@ from orepa_compiler.cli.summary import (
     write_json,
 )
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.manifest import versions
 from orepa_compiler.export.progress import announced
 from orepa_compiler.locating import explain_report
-from orepa_compiler.manifest import versions
-from orepa_compiler.picture import save_picture
 from orepa_compiler.report import write_page
+from orepa_compiler.report.picture import save_picture
 from orepa_compiler.verification import Report, verify
 from orepa_compiler.verification.divergence import Divergence
 

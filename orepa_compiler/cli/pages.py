@@ -12,11 +12,11 @@ from torch import nn
 
 from orepa_compiler.certificate import LIMIT
 from orepa_compiler.cli.arguments import ExitCode, NotVerified
+from orepa_compiler.cli.export_request import ExportRequest
 from orepa_compiler.cli.sides import side_file
-from orepa_compiler.cli.stages import ExportRequest
 from orepa_compiler.cli.steps import Step
 from orepa_compiler.cli.summary import complaints, verdict
-from orepa_compiler.manifest import Check, read_manifest
+from orepa_compiler.export.manifest import Check, read_manifest
 from orepa_compiler.report import (
     Link,
     ModelSize,

@@ -13,11 +13,11 @@ from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, j
 from orepa_compiler.errors import ExportError, MissingPackage, NotRun, ReparamError
 from orepa_compiler.export.artifact import check_collapsed, check_precision
 from orepa_compiler.export.inspection import conv_nodes, count_text, load_graph
+from orepa_compiler.export.manifest import FileRecord, read_manifest
 from orepa_compiler.export.network import inspect_network
 from orepa_compiler.export.precision import ELEMENT_TYPES
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.weight_record import check_weights, properties_of
-from orepa_compiler.manifest import FileRecord, read_manifest
 from orepa_compiler.verification.sample_file import load_samples
 
 CUDA = "CUDAExecutionProvider"

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 
+from orepa_compiler.atomic import staged
 from orepa_compiler.certificate import Certificate, certify
-from orepa_compiler.cli.arguments import load_source, random_inputs
-from orepa_compiler.cli.calibration import BATCH, load_calibration
-from orepa_compiler.cli.inputs import load_inputs
+from orepa_compiler.cli.arguments import load_source
+from orepa_compiler.cli.export_request import ExportRequest, calibration_of
 from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, compared, judged
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.atomic import staged
 from orepa_compiler.export.audit import HALVES, audit_half
 from orepa_compiler.export.dithering import with_int8_noise
 from orepa_compiler.export.external_data import external_files
-from orepa_compiler.export.flavors import Flavor
 from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
 from orepa_compiler.export.onnx import export_onnx
-from orepa_compiler.export.precision import PRECISIONS, Precision, cast, kept_modules
-from orepa_compiler.export.profiles import Shape
+from orepa_compiler.export.precision import PRECISIONS, cast, kept_modules
 from orepa_compiler.export.progress import announced
-from orepa_compiler.export.quantization import calibration_batches
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine
 from orepa_compiler.locating import explain_report
-from orepa_compiler.manifest import Check, Role, make_manifest, manifest_path, write_manifest
 from orepa_compiler.report import block_branches, measure_model
 from orepa_compiler.verification import Samples, take_samples, verify
 from orepa_compiler.verification.evaluation import Side, evaluate
@@ -40,50 +35,6 @@ from orepa_compiler.verification.sample_file import save_samples
 
 # The calibration batches on which an int8 file is compared with the model.
 INT8_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What orepa-export was asked for.
-
-    shapes: of the inputs, without the batch. batch: of the inputs compared; None is 1 where the
-    artifacts keep it, and 2 where it is free, so that more than one image is really compared.
-    data: the user's own inputs, to be compared beside random ones of their shape. calibration:
-    where the data for int8 comes from. profile: the shapes that the engine takes. report: where a
-    page goes, for which the models are measured.
-    """
-
-    model: str
-    onnx: Path
-    checkpoint: Path | None = None
-    engine: Path | None = None
-    shapes: tuple[tuple[int, ...], ...] = ((3, 224, 224),)
-    batch: int | None = None
-    precision: Precision = "fp32"
-    static_batch: bool = False
-    simplify: bool = False
-    flavor: Flavor = "auto"
-    compute_capability: str | None = None
-    allow_pickle: bool = False
-    data: Path | None = None
-    keep_fp32: tuple[str, ...] = ()
-    calibration: str | None = None
-    profile: dict[str, tuple[Shape, ...]] | tuple[Shape, ...] | None = None
-    workspace_gb: float | None = None
-    tf32: bool = False
-    timing_cache: Path | None = None
-    report: Path | None = None
-
-    def inputs(self) -> list[tuple[Tensor, ...]]:
-        batch = self.batch or (1 if self.static_batch else 2)
-        if self.data is None:
-            return [random_inputs(self.shapes, batch)]
-        batches = load_inputs(self.data, batch)
-        # A file with a fixed batch takes no smaller one.
-        full = [given for given in batches if len(given[0]) == batch]
-        if self.static_batch and not full:
-            raise ReparamError(f"--inputs {self.data}: holds fewer than {batch} samples")
-        return full if self.static_batch else batches
 
 
 def export_steps(request: ExportRequest) -> list[Step]:
@@ -100,32 +51,6 @@ def export_steps(request: ExportRequest) -> list[Step]:
     if export.has_written:
         steps.append(attempt("write manifest", False, lambda: export.write_manifest(steps)))
     return steps
-
-
-def calibration_of(request: ExportRequest) -> list[tuple[Tensor, ...]]:
-    """The batches of calibration data; none where none are named.
-
-    Raises ReparamError for int8 without any, and for batches of other shapes than the inputs.
-    """
-    if request.calibration is None and request.precision == "int8":
-        raise ReparamError(
-            "--precision int8 takes the ranges of the values from your data: give --calibration "
-            "FOLDER of .npy files, or path/to/file.py:function that gives batches"
-        )
-    if request.calibration is None:
-        return []
-    like = request.inputs()[0]
-    size = len(like[0]) if request.static_batch else BATCH
-    batches = calibration_batches(load_calibration(request.calibration, size), like)
-    if not request.static_batch:
-        return batches
-    full = [batch for batch in batches if len(batch[0]) == size]
-    if not full:
-        raise ReparamError(
-            f"--calibration {request.calibration}: gives no batch of {size}, which --static-batch "
-            "asks for"
-        )
-    return full
 
 
 class _Export:

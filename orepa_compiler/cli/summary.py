@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from orepa_compiler.atomic import staged
 from orepa_compiler.cli.arguments import ExitCode
+from orepa_compiler.cli.export_request import ExportRequest
 from orepa_compiler.cli.junit import Case, Outcome
-from orepa_compiler.cli.stages import ExportRequest
 from orepa_compiler.cli.steps import Step
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.atomic import staged
 from orepa_compiler.export.external_data import sha256
-from orepa_compiler.manifest import versions
+from orepa_compiler.export.manifest import versions
 from orepa_compiler.verification import Report
 from orepa_compiler.verification.divergence import Divergence, half_blocks, plain_map
 

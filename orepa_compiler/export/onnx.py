@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from orepa_compiler.atomic import staged
 from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.annotation import annotate, name_values
 from orepa_compiler.export.artifact import Expected, check_artifact
-from orepa_compiler.export.atomic import staged
 from orepa_compiler.export.counting import Counts
 from orepa_compiler.export.external_data import name_by_content, remove_stale
 from orepa_compiler.export.inspection import load_graph

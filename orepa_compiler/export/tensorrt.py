@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.atomic import staged
 from orepa_compiler.export.flavors import Flavor, error_log, load_flavor
 from orepa_compiler.export.network import ParsedNetwork, parse_network
 from orepa_compiler.export.profiles import Shapes, set_shapes

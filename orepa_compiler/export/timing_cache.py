@@ -6,8 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.atomic import staged
 
 
 def read_timing_cache(tensorrt: ModuleType, config: Any, path: Path) -> None:

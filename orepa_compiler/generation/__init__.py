@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.generation.algebra import full_precision, squeeze
 from orepa_compiler.generation.rules import RULES, Rule, Term, TermGradient
-from orepa_compiler.operators import ConvOperator
 
 # What a branch must have in common with its block for its kernel to need no placing.
 GEOMETRY = ("kernel_size", "stride", "pads", "dilation", "groups", "padding_mode")

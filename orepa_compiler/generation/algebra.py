@@ -13,8 +13,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.branches import Branch
-from orepa_compiler.operators import ConvOperator
 
 
 def squeeze(branches: Iterable[Branch], scaling: Tensor | None) -> ConvOperator:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import SqueezableBlock, generate, is_watched
 from orepa_compiler.generation.watching import warn_if_exported
-from orepa_compiler.operators import ConvOperator
 
 # A tensor's bits are read in the widest of these words that it is a whole number of, and summed
 # along the rows and the columns of a table as wide as this.

@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.generation import SqueezableBlock, generate
-from orepa_compiler.operators import ConvOperator
 
 Pair = tuple[Tensor, Tensor | None]
 

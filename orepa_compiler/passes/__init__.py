@@ -12,10 +12,11 @@ from typing import Protocol
 
 from torch import nn
 
+from orepa_compiler.algebra.layers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
+from orepa_compiler.capture.recording import Recording
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.layers import is_norm
 from orepa_compiler.passes.adopt import Adopt
 from orepa_compiler.passes.collapse import Collapse
 from orepa_compiler.passes.cut import Cut
@@ -23,7 +24,6 @@ from orepa_compiler.passes.expand import Expand
 from orepa_compiler.passes.linearize import Linearize
 from orepa_compiler.passes.squeeze import Squeeze
 from orepa_compiler.planning import Plan
-from orepa_compiler.recording import Recording
 
 __all__ = [
     "COLLAPSE",

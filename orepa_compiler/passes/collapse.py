@@ -15,21 +15,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orepa_compiler.absorption import absorb
+from orepa_compiler.algebra.layers import (
+    holds_kernel,
+    is_batch_norm,
+    is_conv_like,
+    is_idle,
+    linear_part,
+)
+from orepa_compiler.analysis.absorption import absorb
+from orepa_compiler.analysis.crossing import crossings, with_norm
+from orepa_compiler.analysis.functional import functional_conv
+from orepa_compiler.analysis.linear import Linear
+from orepa_compiler.analysis.regions import Interpreter, Region
+from orepa_compiler.analysis.shifting import give_bias, norm_behind
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
+from orepa_compiler.blocks.own_forward import OwnForwardConv, own_conv
+from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Call, Capture, ancestors, join
-from orepa_compiler.crossing import crossings, with_norm
+from orepa_compiler.capture.tracing import trace
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.functional import functional_conv
-from orepa_compiler.layers import holds_kernel, is_batch_norm, is_conv_like, is_idle, linear_part
-from orepa_compiler.linear import Linear
-from orepa_compiler.own_forward import OwnForwardConv, own_conv
-from orepa_compiler.plain import like, plain_conv
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.regions import Interpreter, Region
 from orepa_compiler.rewrite import free_name, replace_regions, set_module, set_module_everywhere
-from orepa_compiler.shifting import give_bias, norm_behind
-from orepa_compiler.tracing import trace
 
 
 @dataclass(frozen=True)

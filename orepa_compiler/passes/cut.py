@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks.parts import PartOfBlock
+from orepa_compiler.blocks.plain import like, plain_conv
+from orepa_compiler.branches.sequences import trained_kernel
 from orepa_compiler.capture import Capture
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.parts import PartOfBlock
-from orepa_compiler.plain import like, plain_conv
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import set_module_everywhere
 from orepa_compiler.selection import Where, selection
-from orepa_compiler.sequences import trained_kernel
 
 
 @dataclass(frozen=True)

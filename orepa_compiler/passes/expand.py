@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock, inserted_norm
-from orepa_compiler.branches import Kernel
-from orepa_compiler.capture import Capture
-from orepa_compiler.catalogue import BLOCKS, OREPA_VGG, automatic_block
-from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.following import ACTIVATION, NORM, NOTHING, followed_by, reads_pooled
-from orepa_compiler.initialization import extend, preserve, with_origin
-from orepa_compiler.layers import (
+from orepa_compiler.algebra.layers import (
     computes_kernel,
     conv_operator,
     is_channels_last,
@@ -25,13 +17,28 @@ from orepa_compiler.layers import (
     kernel_operator,
     own_forward_reason,
 )
-from orepa_compiler.offline import OfflineBlock, features_cost
-from orepa_compiler.own_forward import OwnForwardConv
+from orepa_compiler.analysis.eligibility import (
+    describe,
+    left_alone_reason,
+    no_conv_reason,
+    no_norms_reason,
+    scripted_reason,
+    takes_norm,
+    unsound_reason,
+)
+from orepa_compiler.analysis.following import NORM, followed_by
+from orepa_compiler.analysis.residual import is_summed, residual_reason
+from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock, inserted_norm
+from orepa_compiler.blocks.catalogue import BLOCKS, OREPA_VGG, automatic_block
+from orepa_compiler.blocks.initialization import extend, preserve, with_origin
+from orepa_compiler.blocks.offline import OfflineBlock, features_cost
+from orepa_compiler.blocks.own_forward import OwnForwardConv
+from orepa_compiler.branches import Kernel
+from orepa_compiler.capture import Capture
+from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.residual import is_summed, residual_reason
 from orepa_compiler.rewrite import set_module_everywhere
 from orepa_compiler.selection import Where, is_asked_for, selection
-from orepa_compiler.skeleton import LAZY
 
 Init = Literal["preserve", "paper"]
 PostNorm = Literal["auto", "none"]
@@ -72,9 +79,11 @@ class Expand:
                 if any(is_selected(place, capture.module(place)) for place in places):
                     edits += self._extension(path, module)
             if computes_kernel(module):
-                refusals.append(Refusal(self.name, path, type(module).__name__, _no_conv(module)))
-            if reason := _scripted(capture, path, module):
-                refusals.append(Refusal(self.name, path, "TorchScript", reason))
+                refusals.append(
+                    Refusal(self.name, path, type(module).__name__, no_conv_reason(module))
+                )
+            if scripted := scripted_reason(capture, path, module):
+                refusals.append(Refusal(self.name, path, "TorchScript", scripted))
             if not is_conv_like(module):
                 continue
             if not is_selected(path, module):
@@ -96,7 +105,7 @@ class Expand:
                 if edit.options.get("extends"):
                     ratio = self._extend(module, edit)
                 else:
-                    if reason := _unsound(capture, edit.path, capture.module(edit.path)):
+                    if reason := unsound_reason(capture, edit.path, capture.module(edit.path)):
                         message = f"the plan does not fit this model: {reason}"
                         raise ReparamError(message, path=edit.path)
                     block, ratio = self._build(module, edit)
@@ -113,22 +122,24 @@ class Expand:
     def _decide(
         self, capture: Capture, path: str, conv: nn.Module, *, is_residual: bool
     ) -> Edit | str:
-        reason = _unsound(capture, path, conv)
+        reason = unsound_reason(capture, path, conv)
         if reason:
             return reason
         assert isinstance(conv, _ConvNd)
         follows = followed_by(capture, path)
-        if not is_asked_for(self.where) and (reason := _left_alone(capture, path, conv, follows)):
+        if not is_asked_for(self.where) and (
+            reason := left_alone_reason(capture, path, conv, follows)
+        ):
             return reason
         block = self._block(capture, path, conv, is_residual=is_residual)
         branches = block.make(kernel_operator(conv))
         if all(name == "origin" and isinstance(b, Kernel) for name, b in branches.items()):
             return f"block {block.name} has no branch beside the kernel of a {describe(conv)}"
         is_offline = block.scaling_layer == "norm"
-        if is_offline and (reason := _no_norms(capture, path, conv)):
+        if is_offline and (reason := no_norms_reason(capture, path, conv)):
             return reason
         wants_norm = self.post_norm == "auto" and follows != NORM and not is_offline
-        needs_norm = wants_norm and _takes_norm(capture, path)
+        needs_norm = wants_norm and takes_norm(capture, path)
         return self._edit(path, conv, block, needs_norm=needs_norm)
 
     def _edit(self, path: str, conv: _ConvNd, block: Block, *, needs_norm: bool) -> Edit:
@@ -197,7 +208,9 @@ class Expand:
             block = self.block
         else:
             has_company = is_residual or is_summed(capture, path)  # explicit branches beside it
-            may_normalize = conv.weight.requires_grad and _no_norms(capture, path, conv) is None
+            may_normalize = (
+                conv.weight.requires_grad and no_norms_reason(capture, path, conv) is None
+            )
             is_alone = may_normalize and not has_company
             block = automatic_block(kernel_operator(conv), is_residual=not is_alone)
         return with_origin(block) if self.init == "preserve" else block
@@ -228,21 +241,6 @@ class Expand:
         return new, ratio
 
 
-def describe(module: nn.Module) -> str:
-    """A conv in a few words: Conv2d 64 -> 128 3x3 /2."""
-    if not isinstance(module, _ConvNd):
-        return type(module).__name__
-    parts = [f"{type(module).__name__} {module.in_channels} -> {module.out_channels}"]
-    parts.append("x".join(map(str, module.kernel_size)))
-    if set(module.stride) != {1}:
-        parts.append("/" + "x".join(map(str, dict.fromkeys(module.stride))))
-    if module.groups > 1:
-        parts.append(f"groups {module.groups}")
-    if set(module.dilation) != {1}:
-        parts.append("dilation " + "x".join(map(str, dict.fromkeys(module.dilation))))
-    return " ".join(parts)
-
-
 def _block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> LinearBlock:
     """The block for a conv: on features, to be squeezed, or with the conv's own forward."""
     if block.scaling_layer == "norm":
@@ -250,68 +248,6 @@ def _block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> LinearBlock:
     if own_forward_reason(conv) is not None:
         return OwnForwardConv(conv, block)
     return LinearBlock(conv, block, norm=_post_norm(conv) if needs_norm else None)
-
-
-def _unsound(capture: Capture, path: str, conv: nn.Module) -> str | None:
-    """Why a block in the place of this conv could change what the model computes, or never run."""
-    if any(isinstance(p, LAZY) for p in conv.parameters()):
-        return "its shape is not known yet (lazy); run the model once first"
-    if not isinstance(conv, _ConvNd) or "weight" not in conv._parameters:
-        return _no_conv(conv)
-    if "forward" in vars(conv):
-        return "its forward was replaced on this one module, which a block could not call"
-    if reason := capture.swap_refusal(path):
-        return reason
-    if path and not capture.calls.get(path) and not capture.unknown_calls(path):
-        return "no forward calls it"
-    return None
-
-
-def _no_conv(layer: nn.Module) -> str:
-    name = type(layer).__name__
-    return f"{name} is no conv of torch.nn with one kernel, so no block can stand for it"
-
-
-def _scripted(capture: Capture, path: str, module: nn.Module) -> str | None:
-    """Why nothing inside a scripted part is expanded, or None where it holds no kernel."""
-    parent = capture.module(path.rpartition(".")[0])
-    is_scripted = isinstance(module, torch.jit.ScriptModule)
-    if not is_scripted or isinstance(parent, torch.jit.ScriptModule):
-        return None
-    has_kernel = any(p.dim() > 2 for p in module.parameters())
-    return "put the nn.Module that it was scripted from in its place" if has_kernel else None
-
-
-def _takes_norm(capture: Capture, path: str) -> bool:
-    """Whether a BatchNorm may be inserted behind this conv: a plain one, with one known call."""
-    calls = capture.calls.get(path, [])
-    is_plain = own_forward_reason(capture.module(path)) is None
-    return is_plain and (len(calls) == 1 or not path) and capture.unknown_calls(path) is None
-
-
-def _no_norms(capture: Capture, path: str, conv: nn.Module) -> str | None:
-    """Why no block with norms in its branches may stand here, or None."""
-    online = "give a block without norms, as by replace(block, scaling_layer='vector')"
-    if reason := own_forward_reason(conv):
-        return f"{reason}, and branches that normalize run in its place; {online}"
-    if not _takes_norm(capture, path):
-        reason = capture.unknown_calls(path) or "it is called several times"
-        return f"{reason}, so the statistics of its branches would be mixed; {online}"
-    return None
-
-
-def _left_alone(capture: Capture, path: str, conv: _ConvNd, follows: str) -> str | None:
-    """Why a block would not pay or not train here; where= overrides it."""
-    ask = "; ask for it with where="
-    if reads_pooled(capture, path):
-        return "on maps pooled to one pixel its kernel costs more to make than to apply" + ask
-    if conv.kernel_size == conv.stride and prod(conv.kernel_size) > 1:
-        return "a patch embedding (kernel = stride)" + ask
-    if follows in (NORM, ACTIVATION):
-        return None
-    if follows == NOTHING and (reason := capture.unknown_calls(path)):
-        return f"what follows it is not known: {reason}" + ask
-    return f"no norm follows: {follows}" + ask
 
 
 def _named_block(name: str, block: Block | Literal["auto"]) -> Block:

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.analysis.chain_blocks import linear_block, linearized
+from orepa_compiler.analysis.chains import ChainInterpreter, Layer, SummedOperator
+from orepa_compiler.analysis.elementwise import is_add
+from orepa_compiler.analysis.following import NORM, followed_by
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.capture import Call, Capture
-from orepa_compiler.chain_blocks import linear_block, linearized
-from orepa_compiler.chains import ChainInterpreter, Layer, SummedOperator
-from orepa_compiler.elementwise import is_add
+from orepa_compiler.capture.tracing import trace
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.following import NORM, followed_by
-from orepa_compiler.layers import is_batch_norm
-from orepa_compiler.offline import OfflineBlock
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import (
     Part,
@@ -33,7 +34,6 @@ from orepa_compiler.rewrite import (
     set_module_everywhere,
 )
 from orepa_compiler.selection import Where, selection
-from orepa_compiler.tracing import trace
 
 
 @dataclass(frozen=True)

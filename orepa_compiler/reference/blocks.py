@@ -8,10 +8,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from orepa_compiler.algebra.layers import conv_operator
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import Block, BranchSum
-from orepa_compiler.catalogue import OREPA, OREPA_1X1, OREPA_3X3_REPVGG
-from orepa_compiler.layers import conv_operator
-from orepa_compiler.operators import ConvOperator
+from orepa_compiler.blocks.catalogue import OREPA, OREPA_1X1, OREPA_3X3_REPVGG
 from orepa_compiler.reference.branches import (
     PLAIN_DEEP_STEM,
     Tensors,

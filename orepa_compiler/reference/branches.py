@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from orepa_compiler.blocks.catalogue import DEEP_STEM, OREPA
 from orepa_compiler.branches import identity_kernel
-from orepa_compiler.catalogue import DEEP_STEM, OREPA
 
 Tensors = Mapping[str, Tensor]
 

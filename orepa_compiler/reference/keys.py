@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orepa_compiler.checkpoints.weights import (
+    PREFIXES,
+    find_state,
+    first_few,
+    read_checkpoint,
+    shape_of,
+)
 from orepa_compiler.errors import CheckpointError
 from orepa_compiler.reference.architectures import Architecture, Place
 from orepa_compiler.reference.blocks import Kind, recognised
 from orepa_compiler.reference.shapes import Shapes, conv_shape, norm_shapes
-from orepa_compiler.weights import PREFIXES, find_state, first_few, read_checkpoint, shape_of
 
 _COUNTER = "num_batches_tracked"
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from orepa_compiler.analysis.eligibility import describe
 from orepa_compiler.blocks import Block
 from orepa_compiler.capture import capture
 from orepa_compiler.errors import CheckpointError
 from orepa_compiler.passes import Expand, Squeeze, is_leaf
-from orepa_compiler.passes.expand import describe
 from orepa_compiler.planning import Plan, Refusal, record_plan
 from orepa_compiler.reference.branches import Tensors
 from orepa_compiler.reference.keys import Part

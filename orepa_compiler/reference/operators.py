@@ -7,9 +7,9 @@ from operator import add
 
 from torch import Tensor, nn
 
+from orepa_compiler.algebra.layers import conv_operator, conv_padding
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.branches import identity_kernel
-from orepa_compiler.layers import conv_operator, conv_padding
-from orepa_compiler.operators import ConvOperator
 from orepa_compiler.reference.branches import Tensors
 
 # The eps of every norm in their networks.

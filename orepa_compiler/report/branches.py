@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from orepa_compiler.branch_history import BlockSnapshot, branch_snapshots
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.training.branch_history import BlockSnapshot, branch_snapshots
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from orepa_compiler.certificate import Certificate
 from orepa_compiler.export.audit_report import HalfAudit
-from orepa_compiler.manifest import Check, Manifest
+from orepa_compiler.export.manifest import Check, Manifest
 from orepa_compiler.report.branches import BlockBranches
 from orepa_compiler.report.sizes import ModelSize
 from orepa_compiler.verification import Report

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from orepa_compiler.algebra.layers import is_conv_like
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.latency import contents_of
-from orepa_compiler.layers import is_conv_like
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orepa_compiler.nesting import is_comparable, kind_of, nonfinite_counts
+from orepa_compiler.verification.nesting import is_comparable, kind_of, nonfinite_counts
 from orepa_compiler.verification.verdict import Row
 
 # How much worse than the reference a right candidate may be. On models with random norms (ResNet,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.nesting import (
+from orepa_compiler.verification.nesting import (
     Form,
     describe,
     form_of,

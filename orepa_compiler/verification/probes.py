@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from orepa_compiler.nesting import map_tensors
 from orepa_compiler.verification.evaluation import Batch
+from orepa_compiler.verification.nesting import map_tensors
 
 # Times the user's own amplitude. Ten times an image in units of its standard deviation is beyond
 # any real one, and still within what float16 holds in most nets.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.nesting import is_comparable
 from orepa_compiler.verification.evaluation import (
     Batch,
     Outputs,
@@ -19,6 +18,7 @@ from orepa_compiler.verification.evaluation import (
     evaluation_mode,
     refuse_unusable,
 )
+from orepa_compiler.verification.nesting import is_comparable
 from orepa_compiler.verification.probes import made_batches
 from orepa_compiler.verification.truth import Truth, truth_of
 

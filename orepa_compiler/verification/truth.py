@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.nesting import is_comparable
 from orepa_compiler.verification.evaluation import (
     Batch,
     Outputs,
@@ -21,6 +20,7 @@ from orepa_compiler.verification.evaluation import (
     own_dtype,
     paired,
 )
+from orepa_compiler.verification.nesting import is_comparable
 
 # How many errors a noise floor is measured on, at least. The largest of few is luck: with a single
 # output, right candidates came to 13 times the noise of one evaluation, and 1.3 times that of 64.

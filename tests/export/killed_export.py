@@ -20,7 +20,8 @@ import onnx
 import torch
 from torch import nn
 
-from orepa_compiler.export import OnnxRunner, atomic, export_onnx
+from orepa_compiler import atomic
+from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export import onnx as exporting
 from orepa_compiler.export.tracing import trace
 

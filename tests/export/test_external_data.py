@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from orepa_compiler.atomic import staged
 from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.atomic import staged
 from orepa_compiler.export.external_data import external_files, own_companions
 from orepa_compiler.export.inspection import load_graph
 from tests.export.nets import SmallNet, images

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.catalogue import OREPA
+from orepa_compiler.blocks.catalogue import OREPA
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.precision import cast
 from orepa_compiler.export.readiness import check_ready, first_batch

@@ -12,8 +12,8 @@ from torch import nn
 import orepa_compiler as orepa
 from orepa_compiler import OREPA
 from orepa_compiler.blocks import LinearBlock, ReparamConv2d
+from orepa_compiler.blocks.own_forward import OwnForwardConv
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.own_forward import OwnForwardConv
 from tests.compiler_nets import (
     CONVS,
     assert_same,

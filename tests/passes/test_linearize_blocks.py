@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
+from orepa_compiler.algebra.layers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock, ReparamConv
 from orepa_compiler.branches import Identity
-from orepa_compiler.layers import is_batch_norm
+from orepa_compiler.branches.sequences import FixedKernel, LayerSequence
 from orepa_compiler.passes import Linearize, Pipeline, Squeeze
-from orepa_compiler.sequences import FixedKernel, LayerSequence
 from tests.branch_nets import (
     BLOCKS,
     DiverseBranches,

@@ -11,12 +11,12 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock
+from orepa_compiler.blocks.catalogue import ACNET, DBB, MOBILEONE, OREPA_VGG
+from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.branches import Kernel
-from orepa_compiler.catalogue import ACNET, DBB, MOBILEONE, OREPA_VGG
-from orepa_compiler.offline import OfflineBlock
+from orepa_compiler.branches.sequences import LayerSequence
 from orepa_compiler.passes import Linearize, Pipeline, Squeeze
 from orepa_compiler.planning import Plan
-from orepa_compiler.sequences import LayerSequence
 from tests.branch_nets import DiverseBranches, offline_net
 from tests.compiler_nets import assert_same, bare_net, batch, output, stem_net, train_a_step
 from tests.norms import randomise_norms

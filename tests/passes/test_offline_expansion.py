@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler import DBB, OREPA, OREPA_VGG, REPVGG, Block, ReparamError, mobileone
+from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.analysis.shifting import norm_behind
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.branches import Kernel, Pointwise
-from orepa_compiler.calibration import inserted_norms
-from orepa_compiler.layers import is_batch_norm
-from orepa_compiler.offline import OfflineBlock
-from orepa_compiler.shifting import norm_behind
+from orepa_compiler.training.calibration import inserted_norms
 from tests.compiler_nets import (
     Inline,
     assert_same,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orepa_compiler.blocks import LinearBlock, ReparamConv2d
-from orepa_compiler.catalogue import OREPA
+from orepa_compiler.blocks.catalogue import OREPA
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import Expand, Linearize, Pipeline, Squeeze
 from orepa_compiler.planning import Plan

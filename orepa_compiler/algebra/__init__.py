@@ -1,0 +1,1 @@
+"""Convolutions as values: parallel sum, composition, and the layers of torch that become one."""

@@ -1,0 +1,287 @@
+"""From a layer to its operator: what conv_operator knows, and how anyone adds to it.
+
+A handler speaks only for the exact forward it was written for. A subclass with another forward (a
+weight-standardized conv, say) is refused by name and never read as if it were its base class.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from orepa_compiler.algebra.operators import ConvOperator, Padding, identity
+from orepa_compiler.errors import NotLinear
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# Layers of libraries that are never imported here, known by where their class is defined.
+_FROZEN_NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d"}
+_NORMS_WITH_ACTIVATION = {
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+}
+_DROPOUTS = {"timm.layers.drop.DropPath", "torchvision.ops.stochastic_depth.StochasticDepth"}
+_ACTIVATION_MODULES = ("torch.nn.modules.activation", "timm.layers.activations")
+
+
+@singledispatch
+def conv_operator(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
+    """The operator that a layer computes in eval mode.
+
+    in_channels: the width of the input, for layers that do not know it (identity, average pooling).
+    Add a layer with `@conv_operator.register(MyLayer)`.
+    Raises NotLinear where the layer is not one convolution, or is not known.
+    """
+    name = qualified_name(layer)
+    if name in _FROZEN_NORMS:
+        return _norm_operator(layer, rank=2)
+    if name in _NORMS_WITH_ACTIVATION:
+        operator, rest = linear_part(layer)
+        if rest is None:
+            return operator
+        raise NotLinear(f"{type(layer).__name__} is followed by its activation {rest}")
+    raise NotLinear(
+        f"{type(layer).__name__} is not a known linear layer; if it is one, add it with "
+        f"conv_operator.register({type(layer).__name__})"
+    )
+
+
+def linear_part(
+    layer: nn.Module, in_channels: int | None = None
+) -> tuple[ConvOperator, nn.Module | None]:
+    """A layer as (operator, what is left to do after it); None where nothing is left.
+
+    A norm with an activation inside is linear and then not: its norm can be folded, its activation
+    stays. Raises NotLinear as conv_operator does.
+    """
+    if qualified_name(layer) not in _NORMS_WITH_ACTIVATION:
+        return conv_operator(layer, in_channels), None
+    operator = _norm_operator(layer, rank=2)
+    parts = [getattr(layer, name, None) for name in ("drop", "act")]
+    rest = [part for part in parts if part is not None and not isinstance(part, nn.Identity)]
+    if not rest:
+        return operator, None
+    return operator, rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+
+
+def own_forward_reason(layer: nn.Module) -> str | None:
+    """Why this conv cannot be read as a plain one, or None where it is plain."""
+    for base in CONVS:
+        if isinstance(layer, base):
+            cls = type(layer)
+            plain = (
+                cls.forward is base.forward
+                and cls._conv_forward is base._conv_forward
+                and not {"forward", "_conv_forward"} & vars(layer).keys()
+            )
+            return None if plain else f"{cls.__name__} has a forward of its own"
+    return f"{type(layer).__name__} is not a conv"
+
+
+def kernel_operator(conv: _ConvNd) -> ConvOperator:
+    """The conv's kernel with its geometry, whatever its forward does with it.
+
+    That of a transposed conv, (C_in, C_out / groups, *K), is the kernel of the conv that it is the
+    adjoint of.
+    """
+    return ConvOperator(
+        conv.weight,
+        None if conv.transposed else conv.bias,
+        tuple(conv.stride),
+        conv_padding(conv),
+        tuple(conv.dilation),
+        conv.groups,
+        conv.padding_mode,
+    )
+
+
+def is_plain_conv(layer: nn.Module) -> bool:
+    return own_forward_reason(layer) is None
+
+
+def is_conv_like(layer: nn.Module) -> bool:
+    """Whether the plan must say something about this layer: any torch conv, transposed too.
+
+    The conv inside a block, which holds no kernel of its own, is none.
+    """
+    return isinstance(layer, _ConvNd) and hasattr(layer, "weight")
+
+
+def computes_kernel(layer: nn.Module) -> bool:
+    """Whether a layer is a conv by its name and weight, and none of torch (CondConv2d).
+
+    Its forward makes, or applies, the kernel in a way of its own.
+    """
+    named = "Conv" in type(layer).__name__ and not isinstance(layer, _ConvNd)
+    return named and "weight" in dict(layer._parameters) and hasattr(layer, "kernel_size")
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Whether the layer normalizes: torch norms and layers named for it, not blocks of layers."""
+    if isinstance(layer, (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)):
+        return True
+    if "Norm" not in type(layer).__name__ or any(isinstance(m, _ConvNd) for m in layer.modules()):
+        return False
+    has_tensors = any(True for _ in (*layer.parameters(False), *layer.buffers(False)))
+    return has_tensors or not layer._modules
+
+
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Whether the layer is a norm that is affine in eval mode, so that a conv can absorb it."""
+    name = qualified_name(layer)
+    return name in _FROZEN_NORMS | _NORMS_WITH_ACTIVATION or isinstance(layer, _BatchNorm)
+
+
+def holds_kernel(layer: nn.Module) -> bool:
+    """Whether the layer's parameters are more than a norm's: a conv, a block, a layer like them."""
+    return not is_norm(layer) and any(True for _ in layer.parameters())
+
+
+def is_activation(layer: nn.Module) -> bool:
+    module = type(layer).__module__
+    return module.startswith(_ACTIVATION_MODULES) and not isinstance(layer, nn.MultiheadAttention)
+
+
+def is_dropout(layer: nn.Module) -> bool:
+    """Whether the layer drops values in train mode and gives its input back in eval mode."""
+    if isinstance(layer, _DropoutNd):
+        return has_torch_forward(layer)
+    return qualified_name(layer) in _DROPOUTS and "forward" not in vars(layer)
+
+
+def is_idle(layer: nn.Module) -> bool:
+    """Whether the layer, in the mode it is in, gives its input back."""
+    if isinstance(layer, nn.Identity):
+        return has_torch_forward(layer)
+    return is_dropout(layer) and not layer.training
+
+
+def qualified_name(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def is_channels_last(kernel: Tensor) -> bool:
+    """Whether a 2-d kernel lies in memory with its channels last."""
+    if kernel.dim() != 4 or kernel.is_contiguous():
+        return False
+    return kernel.is_contiguous(memory_format=torch.channels_last)
+
+
+def conv_padding(conv: _ConvNd) -> Padding:
+    """The conv's padding as (before, after) per axis; strings spelled out as torch does it."""
+    if conv.padding == "valid":
+        return ((0, 0),) * len(conv.kernel_size)
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((int(p), int(p)) for p in conv.padding)
+
+
+@conv_operator.register(nn.Conv1d)
+@conv_operator.register(nn.Conv2d)
+@conv_operator.register(nn.Conv3d)
+def _(layer: _ConvNd, in_channels: int | None = None) -> ConvOperator:
+    reason = own_forward_reason(layer)
+    if reason:
+        raise NotLinear(reason)
+    return kernel_operator(layer)
+
+
+@conv_operator.register(nn.Linear)
+def _(layer: nn.Linear, in_channels: int | None = None) -> ConvOperator:
+    check_torch_forward(layer)
+    return ConvOperator(layer.weight, layer.bias)
+
+
+@conv_operator.register(nn.BatchNorm1d)
+@conv_operator.register(nn.BatchNorm2d)
+@conv_operator.register(nn.BatchNorm3d)
+@conv_operator.register(nn.SyncBatchNorm)
+def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
+    if qualified_name(layer) in _NORMS_WITH_ACTIVATION:
+        return conv_operator.dispatch(object)(layer, in_channels)
+    check_torch_forward(layer)
+    ranks = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+    rank = next((r for base, r in ranks.items() if isinstance(layer, base)), 2)
+    return _norm_operator(layer, rank=rank)
+
+
+@conv_operator.register(nn.Identity)
+@conv_operator.register(_DropoutNd)
+def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
+    check_torch_forward(layer)
+    return identity(known_width(in_channels, layer), 0, like=torch.empty((), dtype=torch.float64))
+
+
+@conv_operator.register(nn.AvgPool1d)
+@conv_operator.register(nn.AvgPool2d)
+@conv_operator.register(nn.AvgPool3d)
+def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
+    check_torch_forward(layer)
+    channels = known_width(in_channels, layer)
+    rank = next(r for r, c in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), 1)
+                if isinstance(layer, c))  # fmt: skip
+    kernel, stride, padding = (
+        _per_axis(getattr(layer, name), rank) for name in ("kernel_size", "stride", "padding")
+    )
+    if getattr(layer, "divisor_override", None) or layer.ceil_mode:
+        raise NotLinear("average pooling with ceil_mode or divisor_override is not one conv")
+    if any(padding) and not layer.count_include_pad:
+        raise NotLinear(
+            "border: average pooling with count_include_pad=False divides by another number there"
+        )
+    weight = torch.full((channels, 1, *kernel), 1 / prod(kernel), dtype=torch.float64)
+    return ConvOperator(weight, None, stride, tuple((p, p) for p in padding), groups=channels)
+
+
+def _norm_operator(layer: nn.Module, *, rank: int) -> ConvOperator:
+    """y = weight (x - mean) / sqrt(var + eps) + bias, with the running statistics."""
+    if "forward" in vars(layer):
+        raise NotLinear(f"{type(layer).__name__} has a forward of its own")
+    mean, var = layer.running_mean, layer.running_var
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        raise NotLinear(
+            f"{type(layer).__name__} keeps no running statistics (track_running_stats=False), "
+            "so it is not affine in eval mode"
+        )
+    weight, bias = (t if isinstance(t, Tensor) else None for t in (layer.weight, layer.bias))
+    return norm_operator(mean, var, weight, bias, float(layer.eps), rank=rank)  # type: ignore[arg-type]
+
+
+def norm_operator(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rank: int
+) -> ConvOperator:
+    """y = weight (x - mean) / sqrt(var + eps) + bias; all are (C,)."""
+    factor = torch.rsqrt(var + eps)
+    if weight is not None:
+        factor = factor * weight
+    shift = -mean * factor if bias is None else bias - mean * factor
+    return ConvOperator(factor.reshape(-1, 1, *(1,) * rank), shift, groups=factor.shape[0])
+
+
+def has_torch_forward(layer: nn.Module) -> bool:
+    """Whether a layer of torch, or a subclass, runs the forward that torch gave it."""
+    forward = type(layer).forward
+    return forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(layer)
+
+
+def check_torch_forward(layer: nn.Module) -> None:
+    if not has_torch_forward(layer):
+        raise NotLinear(f"{type(layer).__name__} has a forward of its own")
+
+
+def known_width(in_channels: int | None, layer: nn.Module) -> int:
+    if in_channels is None:
+        raise NotLinear(f"the number of channels that {type(layer).__name__} sees is not known")
+    return in_channels
+
+
+def _per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value)

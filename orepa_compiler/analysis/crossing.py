@@ -1,0 +1,83 @@
+"""Norms that stand right behind a conv, with the border of a module between the two.
+
+A stem written as Sequential(..., conv) with its norm in the parent, or a conv whose norm is the
+first layer of the module that follows: no single graph shows the pair, but nothing else is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from orepa_compiler.algebra.layers import is_batch_norm, linear_part
+from orepa_compiler.analysis.absorption import absorbs_norm
+from orepa_compiler.analysis.linear import Linear, maximal
+from orepa_compiler.analysis.regions import Interpreter, Region
+from orepa_compiler.blocks.own_forward import own_conv
+from orepa_compiler.capture import Call
+from orepa_compiler.capture.forwards import Read
+
+
+def crossings(interpreter: Interpreter) -> Iterator[tuple[Region | str, str]]:
+    """What ends in a conv, each with the path of the norm that alone reads its output.
+
+    A region; or, of a conv that is no operator but can take a norm, its path.
+    """
+    for owner in interpreter.capture.graphs:
+        for value in maximal(interpreter.values(owner)):
+            norm = value.nodes[0] if value.layers == 1 and not value.convs else None
+            if norm is None or norm.op != "call_module":
+                continue
+            if interpreter.remaining_reads(owner, value.nodes):
+                continue
+            path = interpreter.capture.path_of(Call(owner, norm))
+            if not is_batch_norm(interpreter.capture.module(path)):
+                continue
+            end = _conv_end(interpreter, owner, value.source, norm)
+            if end is not None:
+                yield end, path
+
+
+def with_norm(value: Linear, path: str, read: Read) -> Linear:
+    """The value followed by the norm at `path`, without the activation that may be inside it."""
+    norm, _ = linear_part(read(path))
+    assert value.operator is not None
+    device = value.operator.weight.device
+    joined = norm.to(torch.float64, device) @ value.operator
+    return replace(value, operator=joined)
+
+
+def _conv_end(
+    interpreter: Interpreter, owner: str, node: fx.Node, user: fx.Node
+) -> Region | str | None:
+    """The region, or the path of the conv, whose value reaches `user` and nobody else."""
+    capture = interpreter.capture
+    if list(node.users) != [user] or owner in capture.doubtful:
+        return None
+    value = interpreter.values(owner).get(node)
+    if value is not None:
+        is_conv = value.operator is not None and value.operator.rank > 0  # and no linear layer
+        ends_in_conv = value.convs and value.rest is None and is_conv
+        return Region(owner, value) if ends_in_conv else None
+    if node.op == "placeholder" and owner and capture.refusal(owner) is None:
+        (call,) = capture.calls[owner]
+        inputs = [n for n in node.graph.nodes if n.op == "placeholder"]
+        index = inputs.index(node)
+        args = call.node.args
+        source = args[index] if index < len(args) and not call.node.kwargs else None
+        if isinstance(source, fx.Node) and args.count(source) == 1:
+            return _conv_end(interpreter, call.owner, source, call.node)
+    if node.op == "call_module":
+        path = capture.path_of(Call(owner, node))
+        if capture.refusal(path) is not None:
+            return None
+        if absorbs_norm(own_conv(capture.module(path))):
+            return path
+        if path in capture.graphs:
+            output = next(iter(reversed(capture.graphs[path].nodes)))
+            if isinstance(output.args[0], fx.Node):
+                return _conv_end(interpreter, path, output.args[0], output)
+    return None

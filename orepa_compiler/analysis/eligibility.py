@@ -1,0 +1,91 @@
+"""Whether a block may stand in the place of a conv, and whether it would pay there."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from orepa_compiler.algebra.layers import own_forward_reason
+from orepa_compiler.analysis.following import ACTIVATION, NORM, NOTHING, reads_pooled
+from orepa_compiler.capture import Capture
+from orepa_compiler.capture.skeleton import LAZY
+
+
+def describe(module: nn.Module) -> str:
+    """A conv in a few words: Conv2d 64 -> 128 3x3 /2."""
+    if not isinstance(module, _ConvNd):
+        return type(module).__name__
+    parts = [f"{type(module).__name__} {module.in_channels} -> {module.out_channels}"]
+    parts.append("x".join(map(str, module.kernel_size)))
+    if set(module.stride) != {1}:
+        parts.append("/" + "x".join(map(str, dict.fromkeys(module.stride))))
+    if module.groups > 1:
+        parts.append(f"groups {module.groups}")
+    if set(module.dilation) != {1}:
+        parts.append("dilation " + "x".join(map(str, dict.fromkeys(module.dilation))))
+    return " ".join(parts)
+
+
+def unsound_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
+    """Why a block in the place of this conv could change what the model computes, or never run."""
+    if any(isinstance(p, LAZY) for p in conv.parameters()):
+        return "its shape is not known yet (lazy); run the model once first"
+    if not isinstance(conv, _ConvNd) or "weight" not in conv._parameters:
+        return no_conv_reason(conv)
+    if "forward" in vars(conv):
+        return "its forward was replaced on this one module, which a block could not call"
+    if reason := capture.swap_refusal(path):
+        return reason
+    if path and not capture.calls.get(path) and not capture.unknown_calls(path):
+        return "no forward calls it"
+    return None
+
+
+def no_conv_reason(layer: nn.Module) -> str:
+    name = type(layer).__name__
+    return f"{name} is no conv of torch.nn with one kernel, so no block can stand for it"
+
+
+def scripted_reason(capture: Capture, path: str, module: nn.Module) -> str | None:
+    """Why nothing inside a scripted part is expanded, or None where it holds no kernel."""
+    parent = capture.module(path.rpartition(".")[0])
+    is_scripted = isinstance(module, torch.jit.ScriptModule)
+    if not is_scripted or isinstance(parent, torch.jit.ScriptModule):
+        return None
+    has_kernel = any(p.dim() > 2 for p in module.parameters())
+    return "put the nn.Module that it was scripted from in its place" if has_kernel else None
+
+
+def takes_norm(capture: Capture, path: str) -> bool:
+    """Whether a BatchNorm may be inserted behind this conv: a plain one, with one known call."""
+    calls = capture.calls.get(path, [])
+    is_plain = own_forward_reason(capture.module(path)) is None
+    return is_plain and (len(calls) == 1 or not path) and capture.unknown_calls(path) is None
+
+
+def no_norms_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
+    """Why no block with norms in its branches may stand here, or None."""
+    online = "give a block without norms, as by replace(block, scaling_layer='vector')"
+    if reason := own_forward_reason(conv):
+        return f"{reason}, and branches that normalize run in its place; {online}"
+    if not takes_norm(capture, path):
+        reason = capture.unknown_calls(path) or "it is called several times"
+        return f"{reason}, so the statistics of its branches would be mixed; {online}"
+    return None
+
+
+def left_alone_reason(capture: Capture, path: str, conv: _ConvNd, follows: str) -> str | None:
+    """Why a block would not pay or not train here; where= overrides it."""
+    ask = "; ask for it with where="
+    if reads_pooled(capture, path):
+        return "on maps pooled to one pixel its kernel costs more to make than to apply" + ask
+    if conv.kernel_size == conv.stride and prod(conv.kernel_size) > 1:
+        return "a patch embedding (kernel = stride)" + ask
+    if follows in (NORM, ACTIVATION):
+        return None
+    if follows == NOTHING and (reason := capture.unknown_calls(path)):
+        return f"what follows it is not known: {reason}" + ask
+    return f"no norm follows: {follows}" + ask

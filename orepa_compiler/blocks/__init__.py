@@ -1,0 +1,242 @@
+"""Blocks: which branches stand in for a conv, and the modules that hold them.
+
+A Block is a value: names, and for each a function from the conv's operator to a branch, or None
+where the branch does not apply (`catalogue` has those that are published). LinearBlock runs its
+branches on feature maps; ReparamConv, its squeezed form, runs one conv. A block whose branches
+normalize cannot be squeezed (`offline`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from orepa_compiler.algebra.composition import sum_biases
+from orepa_compiler.algebra.layers import conv_operator
+from orepa_compiler.algebra.operators import ConvOperator
+from orepa_compiler.branches import Geometry
+from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.generation import generate
+from orepa_compiler.generation.store import KernelStore
+
+BranchMaker = Callable[[ConvOperator], "nn.Module | None"]
+Scaling = Literal["vector", "scalar", "none", "norm"]
+
+# The block name of what linearize makes: the branches that were there, in linear form.
+LINEARIZED = "LINEARIZED"
+
+_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a conv becomes in training: named branches, and what their scaling layers start from.
+
+    branches: name -> function from the conv's operator to a branch module (None: not applicable).
+    scaling: name -> initial scaling factor; 1 where a name is absent.
+    scaling_layer: a vector per branch, one scalar per branch, or none (Hu et al. 2022, Table 3);
+    or "norm": a BatchNorm behind each layer of each branch, on feature maps (Fig. 3, left). It
+    starts as the identity, whatever `scaling` says.
+    """
+
+    name: str
+    branches: Mapping[str, BranchMaker]
+    scaling: Mapping[str, float]
+    scaling_layer: Scaling = "vector"
+
+    def make(self, conv: ConvOperator) -> dict[str, nn.Module]:
+        """Fresh branches for a conv, those that apply."""
+        made = {name: maker(conv) for name, maker in self.branches.items()}
+        return {name: branch for name, branch in made.items() if branch is not None}
+
+
+class BranchSum(Geometry):
+    """Parallel branches, each ending in its scaling layer: a branch itself, so blocks nest."""
+
+    scaling: nn.Parameter | None
+
+    def __init__(self, conv: ConvOperator, block: Block) -> None:
+        super().__init__(conv)
+        branches = self.make(conv, block)
+        self.block_name, self.scaling_layer = block.name, block.scaling_layer
+        self.branches = nn.ModuleDict(branches)
+        columns = {"vector": conv.out_channels, "scalar": 1}.get(block.scaling_layer, 0)
+        if columns:
+            factors = conv.weight.new_tensor([block.scaling.get(name, 1.0) for name in branches])
+            self.scaling = nn.Parameter(factors.unsqueeze(1).repeat(1, columns))
+        else:
+            self.register_parameter("scaling", None)
+
+    def make(self, conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
+        """The branches for a conv. Raises NotLinear for a block whose branches normalize."""
+        if block.scaling_layer == "norm":
+            raise NotLinear(
+                f"the branches of block {block.name} end in norms, so no kernel can be made of "
+                "them; use replace(block, scaling_layer='vector')"
+            )
+        return block.make(conv)
+
+    def operator(self) -> ConvOperator:
+        """The branches squeezed into one operator (Hu et al. 2022, Eq. 3 and 4)."""
+        return generate(self)
+
+    def branch_operators(self) -> dict[str, ConvOperator]:
+        """Each branch behind its scaling layer, by name: what the plots of Fig. 7 compare."""
+        operators = {
+            name: branch.operator()  # type: ignore[operator]
+            for name, branch in self.branches.items()
+        }
+        if self.scaling is None:
+            return operators
+        scaled = zip(operators.items(), self.scaling, strict=True)
+        return {name: operator.scale(v) for (name, operator), v in scaled}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branches on feature maps, scaled and added."""
+        outputs = [branch(x) for branch in self.branches.values()]
+        if self.scaling is not None:
+            shape = (1, -1, *(1,) * len(self.kernel_size))
+            outputs = [v.reshape(shape) * y for v, y in zip(self.scaling, outputs, strict=True)]
+        return reduce(torch.add, outputs)
+
+
+class SqueezedSum(BranchSum):
+    """Parallel branches as one conv: what a sum of branches is inside an offline block."""
+
+    def __init__(self, branches: BranchSum) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(branches.__dict__)
+        self.store = KernelStore()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.store.operator(self)(x)
+
+
+class LinearBlock(BranchSum):
+    """A conv's place in training form: branches, the conv's bias, and a norm if one was inserted.
+
+    It answers the attributes of the conv that it stands for. As a LinearBlock it computes its
+    branches on feature maps (linearized, not yet squeezed).
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, conv: _ConvNd, block: Block, *, norm: nn.Module | None = None) -> None:
+        super().__init__(self.read(conv), block)
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.padding = conv.padding
+        self.norm = norm
+        self.store = KernelStore()
+        self.replaces_bias = conv.bias is not None
+        # behind a norm a bias has no effect in train mode: the norm's own bias takes it over
+        bias = None if conv.bias is None or norm is not None else conv.bias.detach().clone()
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.train(conv.training)
+
+    @staticmethod
+    def read(conv: _ConvNd) -> ConvOperator:
+        """The operator of the conv that a block of this class stands for. Raises NotLinear."""
+        return conv_operator(conv)
+
+    @property
+    def weight(self) -> Tensor:
+        """The squeezed kernel, (C_out, C_in / groups, *K): what the conv's weight would be."""
+        return self.operator().weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.bias is not None:
+            y = y + self.bias.reshape(1, -1, *(1,) * len(self.kernel_size))
+        return y if self.norm is None else self.norm(y)
+
+    def fuse(self) -> nn.Module:
+        """The plain conv that the block stands for: what timm's reparameterize_model asks for.
+
+        In float64, cast once. Raises NotLinear where an inserted norm is not affine.
+        """
+        from orepa_compiler.blocks.plain import plain_conv
+
+        return plain_conv(self)
+
+    def switch_to_deploy(self) -> None:
+        """Become that conv, in place: for converters that were written for RepVGG or MobileOne."""
+        conv = self.fuse()
+        self.__class__ = type(conv)  # type: ignore[assignment]
+        self.__dict__ = vars(conv)
+
+    reparameterize = switch_to_deploy
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks of each module first."""
+        raise ReparamError(
+            "torch.jit.script cannot read a model in training form; script orepa.collapse(model)"
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, block={self.block_name}, scaling={self.scaling_layer}"
+        )
+
+
+class ReparamConv(LinearBlock):
+    """The squeezed form of a block: one conv with the kernel that its branches make."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.store.operator(self)
+        y = made.with_bias(sum_biases(made.bias, self.bias))(x)
+        return y if self.norm is None else self.norm(y)
+
+
+class ReparamConv1d(ReparamConv):
+    """A squeezed block in the place of an nn.Conv1d."""
+
+
+class ReparamConv2d(ReparamConv):
+    """A squeezed block in the place of an nn.Conv2d."""
+
+
+class ReparamConv3d(ReparamConv):
+    """A squeezed block in the place of an nn.Conv3d."""
+
+
+REPARAM_CONVS: dict[int, type[ReparamConv]] = {1: ReparamConv1d, 2: ReparamConv2d, 3: ReparamConv3d}
+
+
+def squeezed(block: LinearBlock) -> ReparamConv:
+    """The squeezed form of a block: the same parameters, another forward."""
+    assert block.scaling_layer != "norm"
+    cls = REPARAM_CONVS[len(block.kernel_size)]
+    squeezed_block = cls.__new__(cls)
+    squeezed_block.__dict__.update(block.__dict__)
+    return squeezed_block
+
+
+def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:
+    """A BatchNorm for the output of a conv: the identity in eval mode at first.
+
+    like: gives dtype and device.
+    """
+    norm = _NORMS[operator.rank](operator.out_channels, device=like.device, dtype=like.dtype)
+    nn.init.constant_(norm.weight, (1 + norm.eps) ** 0.5)
+    return norm
+
+
+@conv_operator.register(LinearBlock)
+def _(layer: LinearBlock, in_channels: int | None = None) -> ConvOperator:
+    operator = layer.operator()
+    operator = operator.with_bias(sum_biases(operator.bias, layer.bias))
+    if layer.norm is None:
+        return operator
+    try:
+        return conv_operator(layer.norm) @ operator
+    except NotLinear as error:
+        raise NotLinear(f"the norm of the block: {error.reason}") from error

@@ -1,0 +1,181 @@
+"""What a model does, module by module: one fx graph for each forward, with the children as leaves.
+
+Capturing works on a copy without values (the meta device), so it runs no arithmetic, costs little
+memory, and cannot change the user's model. Paths are those of the model's named_modules; a node is
+found again by its name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from orepa_compiler.capture.calls import Call as Call
+from orepa_compiler.capture.calls import Capture as Capture
+from orepa_compiler.capture.calls import ancestors as ancestors
+from orepa_compiler.capture.calls import join as join
+from orepa_compiler.capture.recording import Recording
+from orepa_compiler.capture.skeleton import check_wrapper, meta_copy, names_of, tied_modules
+from orepa_compiler.capture.tracing import trace
+
+_HARMLESS_READS = {"dtype", "device", "shape", "ndim", "size", "dim"}
+
+
+def capture(
+    model: nn.Module,
+    *,
+    training: bool | None,
+    is_leaf: Callable[[nn.Module], bool],
+    recording: Recording | None = None,
+) -> Capture:
+    """The capture of a model as it runs in train or in eval mode; None: as it is, no graph made.
+
+    is_leaf: modules whose inside is of no interest, though they have children. recording: graphs
+    for the forwards that cannot be traced.
+    Raises ReparamError for a model that is wrapped, scripted, or cannot be copied.
+    """
+    check_wrapper(model)
+    skeleton = meta_copy(model)
+    if training is None:
+        return _captured(skeleton, lambda module: True, Recording())
+    skeleton.train(training)
+    with torch.random.fork_rng(devices=[]):  # a forward may draw random numbers while traced
+        return _captured(skeleton, is_leaf, recording or Recording())
+
+
+def untraced_owners(model: nn.Module, *, is_leaf: Callable[[nn.Module], bool]) -> set[str]:
+    """The modules whose forward cannot be traced, in eval or in train mode."""
+    skeleton = meta_copy(model)
+    owners: set[str] = set()
+    for training in (False, True):
+        skeleton.train(training)
+        with torch.random.fork_rng(devices=[]):
+            owners |= _captured(skeleton, is_leaf, Recording()).untraced.keys()
+    return owners
+
+
+def _captured(
+    skeleton: nn.Module, is_leaf: Callable[[nn.Module], bool], recording: Recording
+) -> Capture:
+    aliases = names_of(skeleton)
+    graphs: dict[str, fx.Graph] = {}
+    untraced: dict[str, str] = {}
+    recorded: set[str] = set()
+    for path, module in skeleton.named_modules():
+        if not has_own_forward(module) or is_leaf(module):
+            continue
+        graph = trace(module)
+        if not isinstance(graph, str):
+            graphs[path] = graph
+        elif _fits(recording.graphs.get(path), module):
+            graphs[path] = recording.graphs[path]
+            recorded.add(path)
+        elif path in recording.refused:
+            untraced[path] = f"{graph}; when it was recorded, {recording.refused[path]}"
+        else:
+            untraced[path] = f"{graph}; give inputs= to record a real forward"
+    for path in _doubtful_owners(graphs, untraced, recorded, aliases):
+        del graphs[path]
+    reads: dict[str, list[str]] = defaultdict(list)
+    for path, owners in recording.reads.items():
+        reads[path] += owners
+    for owner, holder in _reads(graphs):
+        path = aliases.get(join(owner, holder), (holder,))[0]
+        reads[path].append(owner)
+    doubtful = {path: why for path, why in recording.doubtful.items() if path in recorded}
+    return Capture(
+        skeleton,
+        graphs,
+        untraced,
+        _calls(graphs, aliases),
+        aliases,
+        dict(reads),
+        tied_modules(skeleton),
+        frozenset(recorded & graphs.keys()),
+        doubtful,
+    )
+
+
+def _fits(graph: fx.Graph | None, module: nn.Module) -> bool:
+    """Whether there is a recorded graph, and every module it calls is still there."""
+    children = {path for path, _ in module.named_modules(remove_duplicate=False)}
+    return graph is not None and all(
+        node.target in children for node in graph.nodes if node.op == "call_module"
+    )
+
+
+def _doubtful_owners(
+    graphs: dict[str, fx.Graph],
+    untraced: dict[str, str],
+    recorded: set[str],
+    aliases: dict[str, tuple[str, ...]],
+) -> set[str]:
+    """Owners that nobody calls, though their children are called one by one, or may be.
+
+    Two graphs would then tell of one child. What nobody calls at all (the auxiliary heads of a
+    net in eval mode) is as good as called, unless a recorded forward may call it another time.
+    """
+    reached: set[str] = set()
+    called: set[str] = set()
+    open_ends = ["", *(path for path in graphs if untraced.keys() & set(ancestors(path)))]
+    while open_ends:
+        path = open_ends.pop()
+        if path in graphs and path not in reached:
+            reached.add(path)
+            called.update(targets := _targets(path, graphs[path], aliases))
+            open_ends += targets
+    return {
+        path
+        for path in graphs.keys() - reached
+        if recorded & set(ancestors(path))
+        or called.intersection(_targets(path, graphs[path], aliases))
+    }
+
+
+def _targets(owner: str, graph: fx.Graph, aliases: dict[str, tuple[str, ...]]) -> list[str]:
+    """The modules that a graph calls, by their first paths."""
+    nodes = (node for node in graph.nodes if node.op == "call_module")
+    return [aliases[join(owner, node.target)][0] for node in nodes]
+
+
+def _calls(
+    graphs: dict[str, fx.Graph], aliases: dict[str, tuple[str, ...]]
+) -> dict[str, list[Call]]:
+    calls: dict[str, list[Call]] = defaultdict(list)
+    for owner, graph in graphs.items():
+        for node in graph.nodes:
+            if node.op == "call_module":
+                calls[aliases[join(owner, node.target)][0]].append(Call(owner, node))
+    return dict(calls)
+
+
+def _reads(graphs: dict[str, fx.Graph]) -> Iterator[tuple[str, str]]:
+    """Owners with a child whose parameter their forward uses."""
+    for owner, graph in graphs.items():
+        for node in graph.nodes:
+            if node.op == "get_attr" and (holder := _read_module(node)):
+                yield owner, holder
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module is more than a container: children or parameters, and a forward."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    holds = bool(module._modules or module._parameters) and not isinstance(module, _ConvNd)
+    return holds and type(module).forward is not nn.Module.forward
+
+
+def _read_module(node: fx.Node) -> str | None:
+    """The child whose parameter a get_attr node uses for more than its dtype or shape."""
+    holder = str(node.target).rpartition(".")[0]
+    uses = [
+        user for user in node.users
+        if not (user.op == "call_function" and user.target is getattr
+                and user.args[1] in _HARMLESS_READS)
+        and not (user.op == "call_method" and user.target in _HARMLESS_READS)
+    ]  # fmt: skip
+    return holder if holder and uses else None

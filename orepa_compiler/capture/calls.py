@@ -1,0 +1,184 @@
+"""Who calls whom in a captured model, and what stands in the way of a rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: the path of the module whose forward makes it, and the node there."""
+
+    owner: str
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The graphs of a model, who calls whom, and what stands in the way of a rewrite.
+
+    skeleton: the model on the meta device. graphs: owner path -> graph of its own forward.
+    untraced: owner path -> why its forward has no graph. calls: module path -> its calls.
+    aliases: path -> all the paths under which the same module is registered.
+    reads: module path -> owners that use its parameters directly. tied: module path -> one that
+    shares a parameter with it. recorded: owners whose graph was recorded and not traced.
+    doubtful: those of them that another input could lead another way, and what they asked for.
+    """
+
+    skeleton: nn.Module
+    graphs: dict[str, fx.Graph]
+    untraced: dict[str, str]
+    calls: dict[str, list[Call]]
+    aliases: dict[str, tuple[str, ...]]
+    reads: dict[str, list[str]]
+    tied: dict[str, str]
+    recorded: frozenset[str] = frozenset()
+    doubtful: Mapping[str, str] = field(default_factory=dict)
+
+    def module(self, path: str) -> nn.Module:
+        return self.skeleton.get_submodule(path)
+
+    def path_of(self, call: Call) -> str:
+        """The module that a call_module node calls, by its first path."""
+        return self.aliases[join(call.owner, str(call.node.target))][0]
+
+    def hook_refusal(self, path: str) -> str | None:
+        """Why a module with a hook, on itself or on what it is read with, must stay, or None."""
+        module = self.module(path)
+        read = [module] if path in self.graphs else list(module.modules())
+        if any(getattr(part, hooks) for part in read for hooks in _HOOKS):
+            return "it has a hook, which a rewrite would no longer call; remove the hook first"
+        return None
+
+    def swap_refusal(self, path: str, reader: str | None = None) -> str | None:
+        """Why no other layer with the same function may stand at this path, or None.
+
+        reader: a module whose forward may read the weight, since what it reads goes too.
+        """
+        if reason := self.hook_refusal(path):
+            return reason
+        if parametrize.is_parametrized(self.module(path)):
+            return (
+                "its weight is parametrized; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        if path in self.tied:
+            return f"its weight is shared with {self.tied[path]}"
+        for owner in self.reads.get(path, []):
+            if owner != reader:
+                return f"the forward of {owner or 'the model'} reads its weight directly"
+        return None
+
+    def refusal(self, path: str, reader: str | None = None) -> str | None:
+        """Why the module at this path may not be joined with its neighbours, or None."""
+        if reason := self.swap_refusal(path, reader):
+            return reason
+        names = self.aliases[path]
+        if len(names) > 1:
+            return f"it is registered as {' and as '.join(names)}"
+        return self._call_refusal(path)
+
+    def _call_refusal(self, path: str) -> str | None:
+        calls = self.calls.get(path, [])
+        if len(calls) > 1:
+            return f"it is called {len(calls)} times, so what follows it is not one thing"
+        if reason := self.unknown_calls(path):
+            return reason
+        if path and not calls:  # the root is called by the user
+            return "no forward calls it"
+        return None
+
+    def unknown_calls(self, path: str) -> str | None:
+        """Why there may be calls of this module that no graph shows, or None."""
+        for owner in ancestors(path):
+            if owner in self.untraced:
+                name = f"the forward of {owner or 'the model'}"
+                return f"{name} cannot be traced ({self.untraced[owner]})"
+        return None
+
+    def consumers(self, call: Call) -> Iterator[Call | None]:
+        """Who reads the value of a node, also across module borders; None for the model's output.
+
+        A tuple or dict that holds the value counts as its consumer.
+        """
+        for user in call.node.users:
+            if user.op == "output":
+                yield from self._returned(call.owner, user.args[0] is call.node, user)
+            elif user.op == "call_module" and (inside := self._entry(Call(call.owner, user), call)):
+                yield from self.consumers(inside)
+            else:
+                yield Call(call.owner, user)
+
+    def _returned(self, owner: str, is_whole: bool, output: fx.Node) -> Iterator[Call | None]:
+        if not owner:
+            yield None
+            return
+        for outside in self.calls.get(self.aliases[owner][0], []):
+            if is_whole:
+                yield from self.consumers(outside)
+            else:
+                yield Call(owner, output)
+
+    def _entry(self, user: Call, value: Call) -> Call | None:
+        """The placeholder through which a value enters the module that a node calls.
+
+        A value inside a list enters with the list.
+        """
+        path = self.path_of(user)
+        graph = self.graphs.get(path)
+        if graph is None or user.node.kwargs:
+            return None
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        holds = [arg is value.node or (isinstance(arg, (list, tuple)) and value.node in arg)
+                 for arg in user.node.args]  # fmt: skip
+        index = holds.index(True) if True in holds else len(inputs)
+        return Call(path, inputs[index]) if index < len(inputs) else None
+
+    def producer(self, call: Call) -> Call | None:
+        """The node that gives the first input of this one, also across module borders."""
+        value = call.node.args[0] if call.node.args else None
+        if not isinstance(value, fx.Node):
+            return None
+        return self._origin(Call(call.owner, value))
+
+    def _origin(self, call: Call) -> Call | None:
+        if call.node.op == "placeholder":
+            outside = self.calls.get(call.owner, []) if call.owner else []
+            if len(outside) != 1:
+                return None
+            inputs = [node for node in call.node.graph.nodes if node.op == "placeholder"]
+            args = outside[0].node.args
+            index = inputs.index(call.node)
+            value = args[index] if index < len(args) else None
+            if not isinstance(value, fx.Node):
+                return None
+            return self._origin(Call(outside[0].owner, value))
+        if call.node.op == "call_module":
+            path = self.path_of(call)
+            if path in self.graphs:
+                output = next(iter(reversed(self.graphs[path].nodes))).args[0]
+                return self._origin(Call(path, output)) if isinstance(output, fx.Node) else None
+        return call
+
+
+def join(owner: str, path: str) -> str:
+    """The path of a child seen from the root."""
+    return f"{owner}.{path}" if owner and path else owner or path
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """The paths of the modules around this one, the root ("") last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path

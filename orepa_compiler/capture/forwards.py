@@ -1,0 +1,136 @@
+"""The forwards of a capture as they are read: their graphs, and the constants in them."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from orepa_compiler.algebra.layers import has_torch_forward
+from orepa_compiler.capture import Call, Capture, join
+from orepa_compiler.capture.constants import constants_of, evaluated, writes
+from orepa_compiler.capture.tracing import IN_PLACE_OPERATORS, trace
+from orepa_compiler.errors import NotLinear
+
+# Gives the module at a path, to be read: without values when planning, in float64 when applying.
+Read = Callable[[str], nn.Module]
+
+
+@dataclass
+class Forwards:
+    """Reads the forwards of a capture, each once.
+
+    read: gives the modules whose values are meant.
+    """
+
+    capture: Capture
+    read: Read
+    _graphs: dict[str, fx.Graph | None] = field(default_factory=dict, init=False)
+    _owners: dict[fx.Graph, str] = field(default_factory=dict, init=False)
+    _constants: dict[str, frozenset[fx.Node]] = field(default_factory=dict, init=False)
+    _reading: dict[str, dict[str, list[fx.Node]]] = field(default_factory=dict, init=False)
+
+    def graph(self, owner: str) -> fx.Graph | None:
+        """The graph of the owner's forward; of a layer that is not torch's own, made when asked."""
+        if owner not in self._graphs:
+            self._graphs[owner] = graph = self._found(owner)
+            if graph is not None:
+                self._owners[graph] = owner
+        return self._graphs[owner]
+
+    def _found(self, owner: str) -> fx.Graph | None:
+        if owner in self.capture.graphs or owner in self.capture.untraced:
+            return self.capture.graphs.get(owner)
+        module = self.capture.module(owner)
+        is_layer = not module._modules and not has_torch_forward(module)
+        traced = trace(module) if is_layer else ""
+        return None if isinstance(traced, str) else traced
+
+    def owner_of(self, node: fx.Node) -> str | None:
+        """The module whose forward a node stands in, if its graph was asked for."""
+        return self._owners.get(node.graph)
+
+    def constants(self, owner: str) -> frozenset[fx.Node]:
+        if owner not in self._constants:
+            graph = self.graph(owner)
+            self._constants[owner] = frozenset() if graph is None else constants_of(graph)
+        return self._constants[owner]
+
+    def constant(self, owner: str, argument: Any) -> Any:
+        """An argument of a node, with the constant nodes in it computed.
+
+        Raises NotLinear where that needs the values of a map.
+        """
+
+        def attribute(target: str) -> Any:
+            holder, _, name = target.rpartition(".")
+            return getattr(self.read(join(owner, holder)), name)
+
+        try:
+            return fx.node.map_arg(argument, lambda node: evaluated(node, attribute))
+        except Exception as error:  # the user's code, run here: anything may come out of it
+            text = str(error).strip().split("\n")[0]
+            raise NotLinear(
+                f"what it takes cannot be computed ahead ({type(error).__name__}: {text[:120]})"
+            ) from error
+
+    def is_in_place(self, owner: str, node: fx.Node) -> bool:
+        """Whether a node writes over its first operand."""
+        if node.op == "call_module":
+            module = self.capture.module(self.capture.path_of(Call(owner, node)))
+            return bool(getattr(module, "inplace", False))
+        is_named = node.target in IN_PLACE_OPERATORS or writes(node)
+        return is_named or bool(node.kwargs.get("inplace"))
+
+    def remaining_reads(self, owner: str, nodes: Iterable[fx.Node]) -> str | None:
+        """Why the layers that some nodes of a forward call must stay, though the nodes could go.
+
+        The forward itself reads the weight of one of them outside of these nodes.
+        """
+        gone = set(nodes)
+        for node in gone:
+            if node.op != "call_module":
+                continue
+            is_read = self.capture.path_of(Call(owner, node)) in self.capture.reads
+            if is_read and not gone.issuperset(self.readers(owner).get(str(node.target), ())):
+                return f"the forward of {owner or 'the model'} reads its weight directly"
+        return None
+
+    def readers(self, owner: str) -> dict[str, list[fx.Node]]:
+        """Child -> the nodes of the owner's forward that read a tensor of it."""
+        if owner not in self._reading:
+            graph, found = self.graph(owner), defaultdict(list)
+            for node in graph.nodes if graph else ():
+                if node.op == "get_attr":
+                    found[str(node.target).rpartition(".")[0]].append(node)
+            self._reading[owner] = dict(found)
+        return self._reading[owner]
+
+
+def tried(capture: Capture) -> Read:
+    """Gives modules with random positive values in float64, the same at each call.
+
+    What two formulas give on these, they give alike for all values, or a coincidence of 15 digits.
+    """
+
+    def read(path: str) -> nn.Module:
+        module = copy.deepcopy(capture.module(path)).to_empty(device="cpu").double().eval()
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        with torch.no_grad():
+            for name, tensor in tensors:
+                _fill(tensor, join(path, name))
+        return module
+
+    return read
+
+
+def _fill(tensor: Tensor, name: str) -> None:
+    if tensor.is_floating_point():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))

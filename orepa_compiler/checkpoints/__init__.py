@@ -1,0 +1,133 @@
+"""Checkpoints that know how their model was made: safetensors, with the plans in the metadata."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from orepa_compiler.atomic import staged
+from orepa_compiler.blocks import Block
+from orepa_compiler.capture.skeleton import is_sharded
+from orepa_compiler.checkpoints.weights import PLAN_KEY, has_plan, load_weights
+from orepa_compiler.compiler import replay
+from orepa_compiler.errors import CheckpointError, ReparamError
+from orepa_compiler.planning import Plan, recorded_plans
+
+_FORMAT = 1
+
+
+def save(model: nn.Module, path: str | Path) -> Path:
+    """The path of a checkpoint that holds the model's weights and the plans that made its form.
+
+    The file is safetensors, readable by anything that reads them. It is written beside its place
+    and renamed, so a killed process leaves the old file whole. A sharded model (fully_shard) is
+    gathered: every process calls save, and the first one writes.
+
+    Raises CheckpointError for a model wrapped by DDP or torch.compile, or without values;
+    ExportError when the path cannot be written.
+    """
+    path = Path(path)
+    state = model.state_dict()
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(key.startswith(prefix) for key in state):
+            raise CheckpointError(
+                f"every key begins with {prefix!r}: save the model inside the wrapper, "
+                f"model.{prefix[:-1]}"
+            )
+    if any(is_sharded(value) for value in state.values()):
+        state = {k: t.full_tensor() if is_sharded(t) else t for k, t in state.items()}
+        if torch.distributed.get_rank() > 0:
+            return path
+    plans = [plan.to_json() for plan in recorded_plans(model)]
+    metadata = {PLAN_KEY: json.dumps({"format": _FORMAT, "plans": plans})}
+    with staged(path) as temporary:
+        save_file(_separate(state), temporary, metadata)
+    return path
+
+
+def load(
+    model_or_factory: nn.Module | Callable[[], nn.Module],
+    path: str | Path,
+    *,
+    block: Block | Literal["auto"] = "auto",
+) -> nn.Module:
+    """The model of a checkpoint that save wrote, in the form it was saved in.
+
+    model_or_factory: the stock model, or a function that builds it; its own weights do not matter
+    and it is not changed. block: the user's own Block, if the plan names one.
+
+    Raises CheckpointError when the file is not such a checkpoint, or belongs to another model:
+    the message counts the missing and the extra keys and names the first ones.
+    """
+    path = Path(path)
+    stock = _stock(model_or_factory)
+    if not has_plan(path):
+        raise CheckpointError(
+            f"{path}: holds no plan, so it was not written by orepa.save; "
+            "load it with model.load_state_dict"
+        )
+    model = stock
+    for plan in _plans(path):
+        try:
+            model = replay(model, plan, block=block)
+        except (ReparamError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: its plan does not fit {type(stock).__name__} ({error}); "
+                "name the model that this checkpoint was trained with"
+            ) from error
+    load_weights(model, path)
+    return model
+
+
+def _stock(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    if isinstance(model_or_factory, nn.Module):
+        return copy.deepcopy(model_or_factory)
+    model = model_or_factory()
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"the factory gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _plans(path: Path) -> list[Plan]:
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()[PLAN_KEY]
+    try:
+        data = json.loads(text)
+        if data["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{path}: has checkpoint format {data['format']}, this version reads {_FORMAT}"
+            )
+        return [Plan.from_json(plan) for plan in data["plans"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its plan cannot be read ({error!r})") from error
+
+
+def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: contiguous, none sharing memory with another."""
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{key} is a {type(value).__name__}, and safetensors holds only tensors; "
+                "drop it from the state_dict"
+            )
+        if value.is_meta:
+            raise CheckpointError(f"{key} is on the meta device: there are no values to save")
+        value = value.detach().contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        separate[key] = value.clone() if pointer in seen or _is_view(value) else value
+        seen.add(pointer)
+    return separate
+
+
+def _is_view(value: Tensor) -> bool:
+    return value.untyped_storage().nbytes() != value.numel() * value.element_size()

@@ -1,0 +1,111 @@
+"""orepa verify: whether two models, or the files of an export, give the same outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orepa_compiler.cli.arguments import (
+    Checkpoint,
+    Debug,
+    Inputs,
+    Json,
+    Junit,
+    Pickle,
+    Report,
+    Shapes,
+    check_folder,
+    report_files,
+    shape,
+)
+from orepa_compiler.cli.comparing import compare_sides
+from orepa_compiler.cli.finishing import finish
+from orepa_compiler.cli.pages import not_run_page, page_of_recheck
+from orepa_compiler.cli.rechecking import recheck_steps
+from orepa_compiler.cli.sides import SIDES
+from orepa_compiler.cli.summary import (
+    recheck_report,
+    write_json,
+)
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.manifest import is_manifest
+from orepa_compiler.export.precision import Precision
+from orepa_compiler.export.progress import announced
+from orepa_compiler.report import write_page
+
+
+def verify_command(
+    reference: Annotated[
+        str, typer.Argument(metavar="A", help=f"{SIDES}. Or alone: FILE.manifest.json")
+    ],
+    candidate: Annotated[
+        str | None, typer.Argument(metavar="B", help="The same, compared against A.")
+    ] = None,
+    checkpoint_a: Checkpoint = None,
+    checkpoint_b: Checkpoint = None,
+    inputs: Inputs = None,
+    input_shape: Shapes = ["3x224x224"],  # noqa: B006
+    batch: Annotated[int, typer.Option(min=1, help="Of the inputs compared.")] = 2,
+    stress: Annotated[
+        bool, typer.Option(help="Compare on random, constant, large and small inputs too.")
+    ] = True,
+    precision: Annotated[
+        Precision | None, typer.Option(help="What B was exported in, and must hold.")
+    ] = None,
+    allow_pickle: Pickle = False,
+    json: Json = None,
+    junit: Junit = None,
+    report: Report = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Where it fails: the error over the feature map."),
+    ] = None,
+    debug: Debug = False,
+) -> int:
+    """Whether two models give the same outputs, with a tolerance derived from A's own precision.
+
+    Examples:
+
+      orepa verify timm:resnet18 r18.onnx --checkpoint-a trained.safetensors
+      orepa verify nets.py:trained nets.py:trained@collapsed --inputs images.npy
+      orepa verify fp32.onnx fp16.onnx --precision fp16 --json verified.json
+      orepa verify nets.py:trained r18.onnx@cuda --junit verified.xml
+      orepa verify r18.onnx.manifest.json
+
+    A manifest, which orepa-export writes, is checked again: hashes, gates and numbers, and on a
+    machine with a GPU what was not run before.
+    """
+    page, json = report_files(report, json)
+    for path in (json, junit, picture, page):
+        check_folder(path)
+    if is_manifest(reference):
+        if candidate is not None:
+            raise ReparamError(f"{reference}: a manifest is checked alone; leave out {candidate}")
+        with announced(f"checking {reference}"):
+            steps = recheck_steps(Path(reference))
+        if json:
+            write_json(json, recheck_report(steps))
+        if page:
+            write_page(page_of_recheck(Path(reference), steps), page)
+        return finish("orepa-verify", steps, junit, debug)
+    if candidate is None:
+        raise ReparamError(
+            f"{reference}: give B, what to compare it with, or one FILE.manifest.json"
+        )
+    with not_run_page(page, reference, candidate):
+        return compare_sides(
+            (reference, checkpoint_a),
+            (candidate, checkpoint_b),
+            data=inputs,
+            shapes=[shape(text) for text in input_shape],
+            batch=batch,
+            stress=stress,
+            precision=precision,
+            allow_pickle=allow_pickle,
+            json=json,
+            junit=junit,
+            picture=picture,
+            page=page,
+        )

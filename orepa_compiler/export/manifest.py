@@ -1,0 +1,169 @@
+"""The manifest beside an export's files: what they are, what was checked, and how to check again.
+
+Two files are written. NAME.manifest.json holds hashes, versions, options and verdicts.
+NAME.samples.safetensors holds inputs with the model's outputs in float64, so that the same
+verdict can be reached where neither the model's code nor its checkpoint is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from orepa_compiler.atomic import staged
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.external_data import sha256
+
+FORMAT = 1
+_SUFFIX = ".manifest.json"
+_PACKAGES = (
+    *("orepa-compiler", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),
+    *("onnxruntime-gpu", "onnxsim", "tensorrt", "tensorrt-rtx", "numpy"),
+)
+_SHOWN = 12  # digits of a hash in a message
+
+Role = Literal["checkpoint", "onnx", "weights", "engine", "samples"]
+
+
+class ManifestError(ReparamError):
+    """A manifest that cannot be read."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of an export. name: its path from the manifest's folder, with forward slashes."""
+
+    role: Role
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, role: Role, path: Path, folder: Path) -> FileRecord:
+        """The record of a file that is there."""
+        name = Path(os.path.relpath(path, folder)).as_posix()
+        return cls(role, name, path.stat().st_size, sha256(path))
+
+    def problem(self, folder: Path) -> str:
+        """What is wrong with the file beside a manifest in `folder`; "" where nothing is."""
+        path = folder / self.name
+        what = f"{self.role} {path}"
+        if not path.is_file():
+            return f"{what}: is not there; copy it beside the manifest"
+        size = path.stat().st_size
+        if size < self.bytes:
+            return f"{what}: has {size} bytes of {self.bytes}: it was cut off; copy it again"
+        found = sha256(path)
+        if found == self.sha256:
+            return ""
+        return (
+            f"{what}: is another file than the one that was verified (sha256 {found[:_SHOWN]}, in "
+            f"the manifest {self.sha256[:_SHOWN]}); export again, or bring back the old file"
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check and what came of it: pass, mismatch, failed, not run or done."""
+
+    name: str
+    verdict: str
+    error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an export wrote. options: what it was asked for; versions: of the packages that ran."""
+
+    created: str
+    files: tuple[FileRecord, ...]
+    options: Mapping[str, Any]
+    checks: tuple[Check, ...]
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+
+    def of(self, role: Role) -> list[FileRecord]:
+        """The files of one role."""
+        return [file for file in self.files if file.role == role]
+
+    def to_json(self) -> str:
+        data = {"orepa_manifest": FORMAT, **asdict(self)}
+        return json.dumps(data, indent=2, default=str, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Manifest:
+        """The manifest that to_json wrote. Raises ManifestError, naming `path`, for all else."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ManifestError(f"{path}: is not whole JSON ({error}); export again") from error
+        written = data.pop("orepa_manifest", None) if isinstance(data, dict) else None
+        if not isinstance(written, int):
+            raise ManifestError(f"{path}: is JSON, but no manifest that orepa-export wrote")
+        if written > FORMAT:
+            raise ManifestError(
+                f"{path}: has manifest format {written}, this version reads up to {FORMAT}; "
+                "install a newer orepa-compiler"
+            )
+        try:
+            files = tuple(FileRecord(**file) for file in data["files"])
+            checks = tuple(Check(**check) for check in data["checks"])
+            return cls(data["created"], files, data["options"], checks, data["versions"])
+        except (KeyError, TypeError) as error:
+            raise ManifestError(f"{path}: a part of the manifest is missing ({error})") from error
+
+
+def manifest_path(onnx: Path) -> Path:
+    """Where the manifest of an ONNX file lies: model.onnx.manifest.json."""
+    return onnx.with_name(onnx.name + _SUFFIX)
+
+
+def is_manifest(source: str) -> bool:
+    return source.endswith(_SUFFIX)
+
+
+def make_manifest(
+    path: Path,
+    files: Iterable[tuple[Role, Path]],
+    *,
+    options: Mapping[str, Any],
+    checks: Iterable[Check],
+) -> Manifest:
+    """The manifest, to lie at `path`, of files that are there."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    records = tuple(FileRecord.of(role, file, path.parent) for role, file in files)
+    return Manifest(now, records, options, tuple(checks))
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes it, whole or not at all."""
+    with staged(path) as draft:
+        draft.write_text(manifest.to_json())
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest at `path`. Raises ManifestError where it is not there, or is none."""
+    if not path.is_file():
+        raise ManifestError(f"{path}: no such manifest; orepa-export writes one beside the ONNX")
+    try:
+        return Manifest.from_json(path.read_text(), path)
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: is no text ({error.reason}); it is no manifest") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that an export depends on, where installed."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
