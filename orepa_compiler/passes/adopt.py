@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from orepa_compiler.algebra.layers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture, ancestors, join
-from orepa_compiler.layers import is_batch_norm
-from orepa_compiler.nesting import map_tensors, named_leaves
-from orepa_compiler.plain import like
+from orepa_compiler.errors import NotLinear
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import set_module_everywhere
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
+from orepa_compiler.verification.nesting import map_tensors, named_leaves
 
 # In the order in which timm.utils.reparameterize_model looks for them.
 METHODS = ("fuse", "reparameterize", "switch_to_deploy")
@@ -87,7 +88,10 @@ class Adopt:
     def _converted(self, module: nn.Module, method: str, call: Call | None) -> nn.Module | str:
         """What the method makes of a copy, or why that is not taken."""
         before = copy.deepcopy(module).double().eval()
-        after = copy.deepcopy(before)
+        try:
+            after = _without_blocks(copy.deepcopy(before))
+        except NotLinear as error:
+            return f"a block in it cannot become one conv: {error.reason}"
         try:
             with _float64_by_default():  # also in the layers that the method makes
                 result = getattr(after, method)()
@@ -119,6 +123,17 @@ class Adopt:
             side = Side("model", model, hint="; give inputs= that it takes")
             evaluate(side, batches_of(self.inputs))
         return calls
+
+
+def _without_blocks(module: nn.Module) -> nn.Module:
+    """The module with plain convs for its blocks: a method of its own knows no others."""
+    blocks: dict[LinearBlock, list[str]] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, LinearBlock):
+            blocks.setdefault(part, []).append(path)
+    for block, paths in blocks.items():
+        module = set_module_everywhere(module, paths, plain_conv(block))
+    return module
 
 
 def own_method(module: nn.Module) -> str | None:

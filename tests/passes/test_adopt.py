@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
+from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.layers import is_batch_norm
 from tests.compiler_nets import assert_same, batch, conv_norm, output, untouched
 from tests.norms import randomise_norms
 from tests.own_way_nets import (
@@ -89,6 +90,42 @@ def test_a_method_that_gives_other_outputs_is_refused_with_the_numbers(given: bo
     assert head == "its switch_to_deploy() gives other outputs: "
     assert 1e-3 < float(tail.partition(",")[0]) < 10
     assert tail.partition(", ")[2] == "allowed 1e-05; kept as it is"
+
+
+class FoldsAhead(nn.Module):
+    """Its norm goes into the conv behind it, by a method that writes into that conv's tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.mlp = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.norm(x))
+        return x.mean() + y
+
+    def reparameterize(self) -> None:
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        shift = self.norm.bias - self.norm.running_mean * scale
+        conv = self.mlp[0]
+        conv.bias.data += conv.weight.data[..., 0, 0] @ shift
+        conv.weight.data *= scale.reshape(1, -1, 1, 1)
+        self.norm = nn.Identity()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_method_finds_plain_convs_in_the_place_of_blocks(shared: bool) -> None:
+    net = nn.Sequential(conv_norm(3, 3, 3), FoldsAhead()).double()
+    randomise_norms(net)
+    if shared:
+        net[-1].again = net[-1].mlp[0]
+    expanded = orepa.expand(net.eval(), where="**", block=orepa.OREPA_1X1).eval()
+    randomise_norms(expanded)
+    assert isinstance(expanded[-1].mlp[0], LinearBlock)
+    deploy = orepa.collapse(expanded)
+    assert not any(isinstance(m, (nn.BatchNorm2d, LinearBlock)) for m in deploy.modules())
+    assert not shared or deploy[-1].again is deploy[-1].mlp[0]
+    assert_same(output(deploy, batch()), output(expanded, batch()), 1e-12)
 
 
 class TwoInputs(Switches):
