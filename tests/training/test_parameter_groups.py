@@ -144,6 +144,20 @@ def test_frozen_and_shared_parameters(net: nn.Module) -> None:
     assert {"0.token"} < by_name(wrapped, orepa.param_groups(wrapped))["no_decay"]
 
 
+def test_a_vector_of_any_name_does_not_decay(net: nn.Module) -> None:
+    net.register_parameter("gamma", nn.Parameter(torch.ones(3)))  # layer scale
+    assert "gamma" in by_name(net, orepa.param_groups(net))["no_decay"]
+
+
+def test_a_parameter_that_two_modules_share_is_in_one_group(net: nn.Module) -> None:
+    head = net.get_submodule("head")
+    assert isinstance(head, nn.Linear)
+    tied = nn.Linear(head.in_features, head.out_features)
+    tied.weight = head.weight
+    net.add_module("tied", tied)
+    assert_each_once(net, orepa.param_groups(net))
+
+
 def message(model: Any, **options: Any) -> str:
     with pytest.raises(ReparamError) as error:
         orepa.param_groups(model, **options)
