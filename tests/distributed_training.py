@@ -130,6 +130,19 @@ def partly_reached(rank: int) -> list[float]:
     return [float("nan") if p.grad is None else p.grad.sum().item() for p in net.parameters()]
 
 
+def ignored(rank: int) -> tuple[Any, Any]:
+    """The gradients of a bias that the wrapper is told to leave alone, and of the weight beside."""
+    net = expanded_net()
+    name = list(dict(net.named_parameters()))[-1]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, [name])
+    with orepa.kernels_once(model := DistributedDataParallel(net)):
+        loss(model, shard(0, rank)[0]).backward()
+    alone, weight = net.get_parameter(name), net.get_parameter(name.replace("bias", "weight"))
+    assert alone.grad is not None
+    assert weight.grad is not None
+    return alone.grad.numpy(), weight.grad.numpy()
+
+
 def sharded_net() -> nn.Module:
     model = expanded_net()
     for block in model.modules():

@@ -78,14 +78,14 @@ class BranchHistory:
     """
 
     def __init__(self) -> None:
-        self.epochs: dict[int, tuple[BlockSnapshot, ...]] = {}
+        self.epochs: dict[int, tuple[BlockSnapshot, ...]] = {}  # in their order
 
     def record(self, model: nn.Module, epoch: int) -> list[str]:
         """Take the snapshots of this epoch; gives the findings so far.
 
         Raises ReparamError for a model without blocks, or whose parameters are sharded.
         """
-        self.epochs[epoch] = branch_snapshots(model)
+        self.epochs = dict(sorted({**self.epochs, epoch: branch_snapshots(model)}.items()))
         return self.findings()
 
     def findings(self) -> list[str]:
@@ -132,7 +132,7 @@ class BranchHistory:
     def load_state_dict(self, state: dict[int, list[dict[str, Any]]]) -> None:
         self.epochs = {
             epoch: tuple(BlockSnapshot(**block) for block in blocks)
-            for epoch, blocks in state.items()
+            for epoch, blocks in sorted(state.items())
         }
 
     def __rich__(self) -> RenderableType:
@@ -142,7 +142,7 @@ class BranchHistory:
         title = f"Share of each branch, epoch {epochs[0]} -> {epochs[-1]}, in %"
         table = Table(title=title, box=None, pad_edge=False, title_justify="left")
         for column in ("block", *names, "closest pair"):
-            table.add_column(column, justify="left" if column in ("block", names) else "right")
+            table.add_column(column, justify="left" if column == "block" else "right")
         table.add_column("note", style="yellow")
         for block in last:
             first = self._over_time(block.path)[0]
@@ -165,10 +165,10 @@ class BranchHistory:
     def _last(self) -> tuple[BlockSnapshot, ...]:
         if not self.epochs:
             raise ReparamError("nothing was recorded yet; call record(model, epoch) first")
-        return self.epochs[max(self.epochs)]
+        return list(self.epochs.values())[-1]
 
     def _over_time(self, path: str) -> list[BlockSnapshot]:
-        return [b for epoch in sorted(self.epochs) for b in self.epochs[epoch] if b.path == path]
+        return [b for epoch in self.epochs.values() for b in epoch if b.path == path]
 
     def _found(self) -> Iterator[tuple[str, str]]:
         for block in self._last():

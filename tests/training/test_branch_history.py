@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,12 +55,29 @@ def test_a_block_snapshot_reads_as_what_it_is() -> None:
     assert block.shares == {"x": 0.75, "y": 0.25}
     assert block.closest == (-0.5, "y", "x")
     assert BlockSnapshot("a", ("x",), (0.0,), ((0.0,),)).shares == {"x": 0.0}
+    three = BlockSnapshot(
+        "a", ("x", "y", "z"), (1.0, 1.0, 1.0), ((1.0, 0.5, 0.1), (0.5, 1.0, -0.9), (0.1, -0.9, 1.0))
+    )
+    assert three.closest == (-0.9, "z", "y")  # what opposes is as close as what agrees
 
 
 def history_of(*snapshots: BlockSnapshot) -> BranchHistory:
     history = BranchHistory()
     history.epochs = {epoch: (block,) for epoch, block in enumerate(snapshots)}
     return history
+
+
+def test_epochs_stay_in_their_order_however_they_come() -> None:
+    early, late = block(1, 1), block(1, 3)
+    history = BranchHistory()
+    history.load_state_dict({7: [asdict(late)], 2: [asdict(early)]})
+    assert list(history.epochs) == [2, 7]
+    assert "epoch 2 -> 7" in str(history)
+    assert "50 -> 25" in str(history)
+    net = orepa.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    history.record(net, 4)
+    assert list(history.epochs) == [2, 4, 7]
+    assert "50 -> 25" in str(history)
 
 
 def block(*norms: float, cosine: float = 0.0) -> BlockSnapshot:
@@ -86,6 +104,8 @@ def block(*norms: float, cosine: float = 0.0) -> BlockSnapshot:
             (block(1, 1, cosine=0.97), block(1, 1, cosine=-0.99)),
             ["origin and average train as one"],
         ),
+        ((block(1, 1), block(999, 1)), []),  # alone, or as one, since this epoch only
+        ((block(1, 1), block(1, 1, cosine=0.99)), []),
         ((block(1.0), block(1.0)), []),
         ((block(1, float("nan")),), ["a kernel is not finite"]),
         ((block(float("inf"), 1),), ["a kernel is not finite"]),

@@ -75,6 +75,12 @@ def test_gradients_that_one_process_does_not_have_count_as_zero() -> None:
     np.testing.assert_allclose(first, second, rtol=1e-12)
 
 
+def test_what_the_wrapper_ignores_stays_with_its_process() -> None:
+    (first, first_weight), (second, second_weight) = run_group(training.ignored, 2)
+    assert not np.allclose(first, second)
+    np.testing.assert_array_equal(first_weight, second_weight)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sharded")
