@@ -101,6 +101,10 @@ ARMS: dict[str, Arm] = {
         )
         for factor in REDUCTIONS
     },
+    "OREPA, one conv": Arm(
+        _preserving(initialization.REDUCTION, block=orepa.OREPA, where=_spatial),
+        "OREPA from the plain net's kernels on all k x k convs, also without residual connections",
+    ),
     "DBB": Arm(
         _expanded(block=orepa.DBB, init="paper", where=_spatial), "branches with norms (offline)"
     ),

@@ -140,6 +140,7 @@ NETS: dict[str, Builder] = {
     "ResNet-8, 7 x 7 stem": staged(basic, 1, (16, 32, 64), stem=7),
     "Bottleneck-11": staged(bottleneck, 1, (64, 128, 256)),
     "VGG-7": staged(plain, 2, (16, 32, 64)),
+    "VGG-13": staged(plain, 4, (16, 32, 64)),
     "MobileNet-7": staged(inverted, 2, (16, 24, 40)),
     "EfficientNet-Lite0": _pretrained,
 }

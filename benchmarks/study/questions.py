@@ -174,6 +174,12 @@ QUESTIONS: dict[str, Question] = {
         ("ResNet-8, 7 x 7 stem",),
         ("plain", "deep stem", "stem as k x k"),
     ),
+    "straight": Question(
+        "Which block without residual connections?",
+        "Explicit branches, each with a norm (OREPA_VGG), or all in one conv, as in other nets.",
+        ("VGG-7", "VGG-13"),
+        ("plain", DEFAULT, "OREPA, one conv"),
+    ),
     "rates": Question(
         "At which learning rate?",
         "Every arm at every rate.",
