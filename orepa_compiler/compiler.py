@@ -12,7 +12,7 @@ from torch import nn
 from orepa_compiler.blocks import Block
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.recording import Recording, record
-from orepa_compiler.capture.skeleton import meta_copy
+from orepa_compiler.capture.skeleton import check_copyable, meta_copy
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import (
@@ -244,5 +244,6 @@ def _recording(model: nn.Module, inputs: Inputs) -> Recording:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    check_copyable(model)
     meta_copy(model)  # names what cannot be copied before anything large is
     return copy.deepcopy(model)

@@ -20,7 +20,7 @@ from orepa_compiler.capture.calls import ancestors as ancestors
 from orepa_compiler.capture.calls import join as join
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import check_wrapper, meta_copy, names_of, tied_modules
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.tracing import has_forward, trace
 
 _HARMLESS_READS = {"dtype", "device", "shape", "ndim", "size", "dim"}
 
@@ -166,7 +166,7 @@ def has_own_forward(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return True
     holds = bool(module._modules or module._parameters) and not isinstance(module, _ConvNd)
-    return holds and type(module).forward is not nn.Module.forward
+    return holds and has_forward(module)
 
 
 def _read_module(node: fx.Node) -> str | None:

@@ -7,7 +7,11 @@ model.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +68,38 @@ def meta_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
             "remove what copy.deepcopy cannot copy"
         ) from error
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Nothing, for a model whose copy runs its own layers; ReparamError for another.
+
+    copy.deepcopy copies no function: one that was set on a module, and that uses a module around
+    it, runs the layers of this model in a copy too.
+    """
+    own = {id(module) for module in model.modules()}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if _holds_on(value, own):
+                raise ReparamError(
+                    f"its attribute {name!r} is a function that holds on to this very model, so a "
+                    "copy of the model would run the layers of the original; pass inplace=True, or "
+                    "make the function a method of the class",
+                    path=path,
+                )
+
+
+def _holds_on(value: Any, own: set[int], *, depth: int = 4) -> bool:
+    """Whether a function uses one of these modules, or a method of one, as a variable around it."""
+    function = value.func if isinstance(value, partial) else getattr(value, "__func__", value)
+    if not isinstance(function, FunctionType) or not depth:
+        return False
+    try:
+        around = inspect.getclosurevars(function)
+    except ValueError:  # a variable that was never given a value
+        return False
+    names = (*around.nonlocals.values(), *around.globals.values(), *(function.__defaults__ or ()))
+    holders = (held.__self__ if isinstance(held, MethodType) else held for held in names)
+    return any(id(h) in own or _holds_on(h, own, depth=depth - 1) for h in holders)
 
 
 def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:

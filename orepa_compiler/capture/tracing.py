@@ -50,10 +50,13 @@ for _function in IN_PLACE_OPERATORS:
 
 
 class _ChildrenAreLeaves(fx.Tracer):
-    """buffers: whether a buffer is a node of the graph also where no node uses it directly."""
+    """forward: the name of the method that runs. buffers: whether a buffer is a node of the graph
+    also where no node uses it directly.
+    """
 
-    def __init__(self, *, buffers: bool = False) -> None:
+    def __init__(self, *, forward: str = "forward", buffers: bool = False) -> None:
         super().__init__()
+        self.traced_func_name = forward
         self.proxy_buffer_attributes = buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -67,22 +70,44 @@ def trace(module: nn.Module) -> fx.Graph | str:
     """The graph of the module's own forward, or why there is none."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript"
-    if type(module).forward is nn.Sequential.forward and "forward" not in vars(module):
+    forward = _forward_name(module)
+    if forward is None:
+        return "a function took its place on this object"
+    if getattr(type(module), forward) is nn.Sequential.forward:
         return _chain(list(module._modules))
-    graph = _traced(module, buffers=False)
+    graph = _traced(module, forward, buffers=False)
     if isinstance(graph, str) or not (made := _made_up(graph)):
         return graph
-    again = _traced(module, buffers=True)  # a tensor made of buffers is not the module's own
+    again = _traced(module, forward, buffers=True)  # a tensor made of buffers is no attribute
     for name in made:
         vars(module).pop(name, None)
     if isinstance(again, str):
-        return _traced(module, buffers=False)
+        return _traced(module, forward, buffers=False)
     return again
 
 
-def _traced(module: nn.Module, *, buffers: bool) -> fx.Graph | str:
+def has_forward(module: nn.Module) -> bool:
+    """Whether the module can be called: by its class, or by what was set on the object."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _forward_name(module: nn.Module) -> str | None:
+    """The method of its class that the module runs when it is called, or None for another function.
+
+    A module may choose: self.forward = self.forward_slow.
+    """
+    chosen = vars(module).get("forward")
+    if chosen is None:
+        return "forward"
+    name = getattr(chosen, "__name__", "")
+    is_method = getattr(chosen, "__self__", None) is module
+    same = is_method and getattr(type(module), name, None) is getattr(chosen, "__func__", chosen)
+    return name if same else None
+
+
+def _traced(module: nn.Module, forward: str, *, buffers: bool) -> fx.Graph | str:
     try:
-        return _ChildrenAreLeaves(buffers=buffers).trace(module)
+        return _ChildrenAreLeaves(forward=forward, buffers=buffers).trace(module)
     except Exception as error:  # a forward is the user's code: anything may come out of it
         message = str(error).strip().split("\n")[0]
         return f"{type(error).__name__}: {message[:120]}"
