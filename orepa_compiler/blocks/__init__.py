@@ -98,9 +98,9 @@ class BranchSum(Geometry):
         scaled = zip(operators.items(), self.scaling, strict=True)
         return {name: operator.scale(v) for (name, operator), v in scaled}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The branches on feature maps, scaled and added."""
-        outputs = [branch(x) for branch in self.branches.values()]
+        outputs = [branch(input) for branch in self.branches.values()]
         if self.scaling is not None:
             shape = (1, -1, *(1,) * len(self.kernel_size))
             outputs = [v.reshape(shape) * y for v, y in zip(self.scaling, outputs, strict=True)]
@@ -115,8 +115,8 @@ class SqueezedSum(BranchSum):
         self.__dict__.update(branches.__dict__)
         self.store = KernelStore()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.store.operator(self)(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.store.operator(self)(input)
 
 
 class LinearBlock(BranchSum):
@@ -150,8 +150,8 @@ class LinearBlock(BranchSum):
         """The squeezed kernel, (C_out, C_in / groups, *K): what the conv's weight would be."""
         return self.operator().weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:  # named as in a conv, for calls by keyword
+        y = super().forward(input)
         if self.bias is not None:
             y = y + self.bias.reshape(1, -1, *(1,) * len(self.kernel_size))
         return y if self.norm is None else self.norm(y)
@@ -190,9 +190,9 @@ class LinearBlock(BranchSum):
 class ReparamConv(LinearBlock):
     """The squeezed form of a block: one conv with the kernel that its branches make."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         made = self.store.operator(self)
-        y = made.with_bias(sum_biases(made.bias, self.bias))(x)
+        y = made.with_bias(sum_biases(made.bias, self.bias))(input)
         return y if self.norm is None else self.norm(y)
 
 

@@ -36,11 +36,11 @@ class OwnForwardConv(ReparamConv):
     def read(conv: _ConvNd) -> ConvOperator:
         return kernel_operator(conv)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kernel = {"weight": self.store.operator(self).weight}
         if self.bias is not None:
             kernel["bias"] = self.bias
-        output: Tensor = functional_call(self.conv, kernel, (x, *args), kwargs)
+        output: Tensor = functional_call(self.conv, kernel, (input, *args), kwargs)
         return output
 
     def plain(self) -> nn.Module:

@@ -15,6 +15,7 @@ from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import branch_norms
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
+from orepa_compiler.verification.nesting import map_tensors
 
 
 @dataclass
@@ -58,7 +59,7 @@ def calibrate(model: nn.Module, inputs: Any) -> None:
     with evaluation_mode(model), _watching(norms, moments):
         for index, batch in enumerate(batches_of(inputs)):
             try:
-                model(*batch)
+                model(*map_tensors(batch, Tensor.clone))  # it may write into what it is given
             except Exception as error:  # a forward is the user's code: anything may come out of it
                 raise ReparamError(
                     f"the model does not run on batch {index} of the inputs to calibrate on "
