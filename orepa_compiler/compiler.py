@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from orepa_compiler.blocks import Block
 from orepa_compiler.capture import untraced_owners
+from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copyable, meta_copy
 from orepa_compiler.cost import conv_macs
@@ -233,14 +235,18 @@ def _unfinished(model: nn.Module, inputs: Inputs, done: Plan) -> tuple[str, ...]
 
 def _recording(model: nn.Module, inputs: Inputs) -> Recording:
     """The forwards that cannot be traced, as they run on the inputs in eval mode."""
-    if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
+    if inputs is None:
         return Recording()
-    owners = untraced_owners(model, is_leaf=is_leaf)
+    calls = calls_with(model, batches_of(inputs))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return Recording(arguments=calls)
+    owners = untraced_owners(model, is_leaf=is_leaf, calls=calls)
     if not owners:
-        return Recording()
+        return Recording(arguments=calls)
     side = Side("model", model, hint="; give inputs= that it takes")
     with evaluation_mode(model):
-        return record(model, owners, lambda: evaluate(side, batches_of(inputs)))
+        seen = record(model, owners, lambda: evaluate(side, batches_of(inputs)))
+    return replace(seen, arguments=calls)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -14,13 +14,15 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from orepa_compiler.capture.arguments import Arguments
 from orepa_compiler.capture.calls import Call as Call
 from orepa_compiler.capture.calls import Capture as Capture
 from orepa_compiler.capture.calls import ancestors as ancestors
 from orepa_compiler.capture.calls import join as join
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import check_wrapper, meta_copy, names_of, tied_modules
-from orepa_compiler.capture.tracing import has_forward, trace
+from orepa_compiler.capture.tracing import has_forward
+from orepa_compiler.capture.visiting import Visits
 
 _HARMLESS_READS = {"dtype", "device", "shape", "ndim", "size", "dim"}
 
@@ -47,14 +49,23 @@ def capture(
         return _captured(skeleton, is_leaf, recording or Recording())
 
 
-def untraced_owners(model: nn.Module, *, is_leaf: Callable[[nn.Module], bool]) -> set[str]:
-    """The modules whose forward cannot be traced, in eval or in train mode."""
+def untraced_owners(
+    model: nn.Module,
+    *,
+    is_leaf: Callable[[nn.Module], bool],
+    calls: tuple[Arguments, ...] = (),
+) -> set[str]:
+    """The modules whose forward cannot be traced, in eval or in train mode.
+
+    calls: the ways in which the model is called; the usual one where there are none.
+    """
     skeleton = meta_copy(model)
     owners: set[str] = set()
     for training in (False, True):
         skeleton.train(training)
         with torch.random.fork_rng(devices=[]):
-            owners |= _captured(skeleton, is_leaf, Recording()).untraced.keys()
+            captured = _captured(skeleton, is_leaf, Recording(arguments=calls))
+            owners |= captured.untraced.keys()
     return owners
 
 
@@ -62,22 +73,7 @@ def _captured(
     skeleton: nn.Module, is_leaf: Callable[[nn.Module], bool], recording: Recording
 ) -> Capture:
     aliases = names_of(skeleton)
-    graphs: dict[str, fx.Graph] = {}
-    untraced: dict[str, str] = {}
-    recorded: set[str] = set()
-    for path, module in skeleton.named_modules():
-        if not has_own_forward(module) or is_leaf(module):
-            continue
-        graph = trace(module)
-        if not isinstance(graph, str):
-            graphs[path] = graph
-        elif _fits(recording.graphs.get(path), module):
-            graphs[path] = recording.graphs[path]
-            recorded.add(path)
-        elif path in recording.refused:
-            untraced[path] = f"{graph}; when it was recorded, {recording.refused[path]}"
-        else:
-            untraced[path] = f"{graph}; give inputs= to record a real forward"
+    graphs, untraced, recorded, arguments = _forwards(skeleton, aliases, is_leaf, recording)
     for path in _doubtful_owners(graphs, untraced, recorded, aliases):
         del graphs[path]
     reads: dict[str, list[str]] = defaultdict(list)
@@ -97,15 +93,50 @@ def _captured(
         tied_modules(skeleton),
         frozenset(recorded & graphs.keys()),
         doubtful,
+        arguments,
     )
 
 
-def _fits(graph: fx.Graph | None, module: nn.Module) -> bool:
-    """Whether there is a recorded graph, and every module it calls is still there."""
+def _forwards(
+    skeleton: nn.Module,
+    aliases: dict[str, tuple[str, ...]],
+    is_leaf: Callable[[nn.Module], bool],
+    recording: Recording,
+) -> tuple[dict[str, fx.Graph], dict[str, str], set[str], dict[str, Arguments]]:
+    """The graphs of the forwards; why others have none; which were recorded; their arguments."""
+    graphs: dict[str, fx.Graph] = {}
+    untraced: dict[str, str] = {}
+    recorded: set[str] = set()
+    modules = dict(skeleton.named_modules())
+    visits = Visits(modules, aliases, lambda part: has_own_forward(part) and not is_leaf(part))
+    owners = [path for path, module in modules.items() if visits.has_graph(module)]
+    fitting = {
+        path: graph for path, graph in recording.graphs.items() if _fits(graph, modules.get(path))
+    }
+    for path in owners:
+        visits.visit(path, () if path else recording.arguments)
+        if isinstance(visits.graphs[path], str) and path in fitting:
+            visits.visit_called(path, fitting[path])
+    for path in owners:
+        graph = visits.graphs[path]
+        if not isinstance(graph, str):
+            graphs[path] = graph
+        elif path in fitting:
+            graphs[path] = fitting[path]
+            recorded.add(path)
+        elif path in recording.refused:
+            untraced[path] = f"{graph}; when it was recorded, {recording.refused[path]}"
+        else:
+            untraced[path] = f"{graph}; give inputs= to record a real forward"
+    return graphs, untraced, recorded, visits.arguments()
+
+
+def _fits(graph: fx.Graph, module: nn.Module | None) -> bool:
+    """Whether a recorded forward, and every module that it calls, is still there."""
+    if module is None:
+        return False
     children = {path for path, _ in module.named_modules(remove_duplicate=False)}
-    return graph is not None and all(
-        node.target in children for node in graph.nodes if node.op == "call_module"
-    )
+    return all(node.target in children for node in _calls_in(graph))
 
 
 def _doubtful_owners(
@@ -138,8 +169,11 @@ def _doubtful_owners(
 
 def _targets(owner: str, graph: fx.Graph, aliases: dict[str, tuple[str, ...]]) -> list[str]:
     """The modules that a graph calls, by their first paths."""
-    nodes = (node for node in graph.nodes if node.op == "call_module")
-    return [aliases[join(owner, node.target)][0] for node in nodes]
+    return [aliases[join(owner, str(node.target))][0] for node in _calls_in(graph)]
+
+
+def _calls_in(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_module"]
 
 
 def _calls(
@@ -147,9 +181,8 @@ def _calls(
 ) -> dict[str, list[Call]]:
     calls: dict[str, list[Call]] = defaultdict(list)
     for owner, graph in graphs.items():
-        for node in graph.nodes:
-            if node.op == "call_module":
-                calls[aliases[join(owner, node.target)][0]].append(Call(owner, node))
+        for node in _calls_in(graph):
+            calls[aliases[join(owner, str(node.target))][0]].append(Call(owner, node))
     return dict(calls)
 
 

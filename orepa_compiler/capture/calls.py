@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from orepa_compiler.capture.arguments import Arguments
+from orepa_compiler.capture.tracing import made_up, trace
+from orepa_compiler.errors import ReparamError
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -34,6 +38,7 @@ class Capture:
     reads: module path -> owners that use its parameters directly. tied: module path -> one that
     shares a parameter with it. recorded: owners whose graph was recorded and not traced.
     doubtful: those of them that another input could lead another way, and what they asked for.
+    arguments: owner path -> those that its graph was traced with.
     """
 
     skeleton: nn.Module
@@ -45,6 +50,7 @@ class Capture:
     tied: dict[str, str]
     recorded: frozenset[str] = frozenset()
     doubtful: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, Arguments] = field(default_factory=dict)
 
     def module(self, path: str) -> nn.Module:
         return self.skeleton.get_submodule(path)
@@ -52,6 +58,22 @@ class Capture:
     def path_of(self, call: Call) -> str:
         """The module that a call_module node calls, by its first path."""
         return self.aliases[join(call.owner, str(call.node.target))][0]
+
+    def own_graph(self, owner: str, module: nn.Module) -> fx.Graph:
+        """The graph of an owner's forward, to be run by the module that stands there in the model.
+
+        Raises ReparamError where there is none, or none that holds without the skeleton's values.
+        """
+        graph = self.graphs.get(owner)
+        if graph is None:
+            reason = self.untraced.get(owner, "it has no forward of its own")
+            raise ReparamError(f"its forward cannot be traced ({reason})", path=owner)
+        if not made_up(graph):
+            return graph
+        again = trace(module, self.arguments.get(owner))  # its constants are computed once more
+        if isinstance(again, str) or str(again) != str(graph):
+            raise ReparamError("its forward cannot be traced any more", path=owner)
+        return again
 
     def hook_refusal(self, path: str) -> str | None:
         """Why a module with a hook, on itself or on what it is read with, must stay, or None."""

@@ -19,6 +19,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.hooks import RemovableHandle
 
+from orepa_compiler.capture.arguments import Arguments, arguments_of, bound_forward
+
 # Reads of a tensor that tell its form and nothing of its values.
 _FORM = {
     "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse",
@@ -36,13 +38,14 @@ class Recording:
 
     doubtful: owners that looked at the values of a tensor, and what they asked: another input could
     take another way through them. reads: module path -> owners whose forward uses its parameters,
-    or calls it from outside.
+    or calls it from outside. arguments: the ways in which the model itself was called.
     """
 
     graphs: Mapping[str, fx.Graph] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     doubtful: Mapping[str, str] = field(default_factory=dict)
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    arguments: tuple[Arguments, ...] = ()
 
 
 @torch.no_grad()
@@ -159,6 +162,7 @@ class _Recorder:
                 self._arguments(caller, args),
                 self._arguments(caller, kwargs),
             )
+            node.meta["arguments"] = arguments_of(bound_forward(module), args, kwargs)
             caller.give_all(output, node)
 
     def called(self, name: str, function: Any, args: Any, kwargs: Any, output: Any) -> None:

@@ -32,7 +32,6 @@ from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.blocks.own_forward import OwnForwardConv, own_conv
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Call, Capture, ancestors, join
-from orepa_compiler.capture.tracing import trace
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import free_name, replace_regions, set_module, set_module_everywhere
@@ -261,9 +260,7 @@ def _apply_regions(model: nn.Module, capture: Capture, owner: str, edits: list[E
     if not replacements:
         return model
     module = model.get_submodule(owner).eval()  # the mode is written into the graph
-    graph = trace(module)
-    if isinstance(graph, str):
-        raise ReparamError(f"its forward cannot be traced any more ({graph})", path=owner)
+    graph = capture.own_graph(owner, module)
     name = free_name(module, "reparam_conv")
     parts = []
     for number, (edit, conv, value) in enumerate(replacements, 1):

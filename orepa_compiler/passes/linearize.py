@@ -24,7 +24,7 @@ from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.tracing import trace
-from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.errors import NotLinear
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import (
     Part,
@@ -84,9 +84,7 @@ class Linearize:
                 new = linearized(owner, with_norm=not edit.options["norm_follows"])
                 model = set_module_everywhere(model, capture.aliases[path], new)
                 continue
-            graph = trace(owner)
-            if isinstance(graph, str):
-                raise ReparamError(f"its forward cannot be traced ({graph})", path=path)
+            graph = capture.own_graph(path, owner)
             interpreter = ChainInterpreter(capture, model.get_submodule, at_any_cost=True)
             parts: list[Part] = []
             for edit in edits:
@@ -187,17 +185,18 @@ def _refusal(capture: Capture, region: _Sum) -> str | None:
             f"as one conv it would cost {region.operator.macs} MACs for each output position, "
             f"apart it costs {region.macs}; kept apart"
         )
-    if _asks_for_mode(capture.module(region.owner)):
+    if _asks_for_mode(capture, region.owner):
         return "its forward differs between train and eval mode, and a rewritten one could not"
     return None
 
 
-def _asks_for_mode(owner: nn.Module) -> bool:
-    """Whether the forward of a module of the skeleton reads self.training."""
+def _asks_for_mode(capture: Capture, path: str) -> bool:
+    """Whether the forward of a module reads self.training, or may."""
+    owner, arguments = capture.module(path), capture.arguments.get(path)
     mode = owner.training
-    traces = [str(trace(owner.train(training))) for training in (False, True)]
+    traces = [trace(owner.train(training), arguments) for training in (False, True)]
     owner.train(mode)
-    return traces[0] != traces[1]
+    return str(traces[0]) != str(traces[1]) or any(isinstance(found, str) for found in traces)
 
 
 def _block(region: _Sum, model: nn.Module) -> LinearBlock:

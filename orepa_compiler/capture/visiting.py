@@ -1,0 +1,136 @@
+"""Visiting forwards: each is traced as it is called, where its caller's trace calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from orepa_compiler.capture.arguments import (
+    Arguments,
+    arguments_of,
+    bound_forward,
+    usual_arguments,
+)
+from orepa_compiler.capture.calls import join
+from orepa_compiler.capture.tracing import OPAQUE, trace
+
+_TWO_WAYS = "it is called in different ways"
+
+
+@dataclass
+class _Trace:
+    """One way to call a forward: its arguments, its graph or why there is none, what it calls."""
+
+    arguments: Arguments | None
+    graph: fx.Graph | str = ""
+    calls: list[tuple[str, Arguments]] = field(default_factory=list)
+
+
+@dataclass
+class Visits:
+    """The forwards of a skeleton, each traced once for each way in which it is called.
+
+    modules: by path. aliases: path -> all paths of the module. has_graph: whether the forward of a
+    module is of interest. graphs: path -> the graph, or why there is none.
+    """
+
+    modules: Mapping[str, nn.Module]
+    aliases: Mapping[str, tuple[str, ...]]
+    has_graph: Callable[[nn.Module], bool]
+    graphs: dict[str, fx.Graph | str] = field(default_factory=dict, init=False)
+    _traces: dict[str, list[_Trace]] = field(default_factory=dict, init=False)
+    _changes: list[tuple[str, fx.Graph | str | None]] = field(default_factory=list, init=False)
+
+    def visit(self, path: str, calls: Iterable[Arguments] = ()) -> None:
+        """Trace the forward at a path, and those that it calls, unless a caller's trace did.
+
+        calls: from outside of the model; where there is no call at all, the usual one is meant.
+        """
+        for arguments in calls:
+            self._returned(path, arguments)
+        if path not in self.graphs:
+            forward = bound_forward(self.modules[path])
+            self._returned(path, usual_arguments(forward))
+
+    def visit_called(self, owner: str, recorded: fx.Graph) -> None:
+        """Trace what a forward that was recorded calls, as it was called."""
+        for node in recorded.nodes:
+            arguments = node.meta.get("arguments")
+            if node.op == "call_module" and arguments is not None:
+                path = self._path(owner, str(node.target))
+                if self.has_graph(self.modules[path]):
+                    self._returned(path, arguments)
+
+    def arguments(self) -> dict[str, Arguments]:
+        """Path -> the arguments that its graph was traced with."""
+        return {
+            path: made.arguments
+            for path, traces in self._traces.items()
+            for made in traces
+            if made.graph is self.graphs.get(path) and made.arguments is not None
+        }
+
+    def _path(self, owner: str, target: str) -> str:
+        return self.aliases[join(owner, target)][0]
+
+    def _returned(self, path: str, arguments: Arguments | None) -> Any:
+        """What a call with such arguments returns: nodes of the graph of what it calls."""
+        graph = self._traced(path, arguments)
+        known = self.graphs.get(path)
+        if known is None:
+            self._set(path, graph)
+        elif known is not graph and str(known) != str(graph):
+            self._set(path, _TWO_WAYS)
+        return OPAQUE if isinstance(graph, str) else _output(graph)
+
+    def _traced(self, path: str, arguments: Arguments | None) -> fx.Graph | str:
+        for made in self._traces.get(path, ()):
+            if _same(made.arguments, arguments):
+                if not isinstance(made.graph, str):
+                    for call in made.calls:
+                        self._returned(*call)
+                return made.graph
+        made, mark = _Trace(arguments), len(self._changes)
+
+        def called(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            child = self._path(path, target)
+            module = self.modules[child]
+            given = arguments_of(bound_forward(module), args, kwargs)
+            if given is None or not self.has_graph(module):  # None: the call will raise
+                return OPAQUE
+            made.calls.append((child, given))
+            return self._returned(child, given)
+
+        module = self.modules[path]
+        made.graph = trace(module, arguments, called, is_model=not path)
+        if isinstance(made.graph, str):
+            self._undo(mark)  # how it calls its children is not known to the end
+        self._traces.setdefault(path, []).append(made)
+        return made.graph
+
+    def _set(self, path: str, graph: fx.Graph | str) -> None:
+        self._changes.append((path, self.graphs.get(path)))
+        self.graphs[path] = graph
+
+    def _undo(self, mark: int) -> None:
+        while len(self._changes) > mark:
+            path, before = self._changes.pop()
+            if before is None:
+                del self.graphs[path]
+            else:
+                self.graphs[path] = before
+
+
+def _output(graph: fx.Graph) -> Any:
+    nodes: Iterator[fx.Node] = iter(reversed(graph.nodes))
+    return next(nodes).args[0]
+
+
+def _same(one: Arguments | None, two: Arguments | None) -> bool:
+    try:
+        return bool(one == two)
+    except Exception:  # of constants that cannot be compared
+        return False
