@@ -25,7 +25,7 @@ _OWNER_STATE = (
 
 
 class _Rewritten(fx.GraphModule):
-    """A GraphModule whose copies keep its class name and hooks, which torch's own forget."""
+    """A GraphModule whose copies keep its class name, hooks and attributes; torch's own do not."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
@@ -33,12 +33,27 @@ class _Rewritten(fx.GraphModule):
         type(copied).__name__ = name
         vars(copied)["_graphmodule_cls_name"] = name
         _copy_hooks(self, copied)
+        vars(copied).update(copy.deepcopy(_further_attributes(self, copied), memo))
         return copied
 
 
 def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
     for state in _OWNER_STATE:
         setattr(target, state, copy.copy(getattr(source, state)))
+
+
+def _further_attributes(owner: nn.Module, rewritten: fx.GraphModule) -> dict[str, Any]:
+    """What the user's class keeps on the object beside tensors and modules (out_channels, flags).
+
+    Methods of the old object are left out: they would run it.
+    """
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if name not in vars(rewritten)
+        and not hasattr(fx.GraphModule, name)
+        and getattr(value, "__self__", None) is not owner
+    }
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -60,8 +75,8 @@ def set_module_everywhere(root: nn.Module, paths: Sequence[str], module: nn.Modu
 def replace_regions(owner: nn.Module, graph: fx.Graph, parts: Sequence[Part]) -> fx.GraphModule:
     """The owner with parts of its graph replaced by one module each, as a GraphModule.
 
-    The class name and the hooks of the owner survive; children that no node calls any more are
-    dropped. graph: a trace of the owner's own forward, with its children as leaves.
+    The class name, the hooks and the attributes of the owner survive; children that no node calls
+    any more are dropped. graph: a trace of the owner's own forward, with its children as leaves.
     """
 
     def edit(copied: fx.Graph) -> None:
@@ -89,6 +104,7 @@ def edit_graph(
     for name in modules:
         owner._modules.pop(name)
     _copy_hooks(owner, rewritten)
+    vars(rewritten).update(_further_attributes(owner, rewritten))
     rewritten.train(owner.training)
     return rewritten
 

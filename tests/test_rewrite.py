@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -88,6 +90,20 @@ def test_class_name_and_mode_survive(training: bool) -> None:
     new = rewritten(Residual().train(training))
     assert type(new).__name__ == "Residual"
     assert all(module.training == training for module in new.modules())
+
+
+def test_attributes_survive_in_copies_too() -> None:
+    owner = Residual()
+    owner.out_channels, owner.sizes, owner.meta_of_mine = 2, [1, 2], {"a": owner.act}
+    owner.forward = owner.forward
+    new = rewritten(owner)
+    copied, read = copy.deepcopy(new), pickle.loads(pickle.dumps(new))
+    for module in (new, copied, read):
+        assert module.out_channels == 2
+        assert module.sizes == [1, 2]
+        assert module(torch.ones(1, 2, 1, 1)).shape == (1, 2, 1, 1)
+    assert copied.sizes is not new.sizes
+    assert copied.meta_of_mine["a"] is copied.act
 
 
 def test_every_kind_of_hook_survives() -> None:

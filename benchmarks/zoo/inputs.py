@@ -24,6 +24,7 @@ _SIZE_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 LEAST_SIGNAL = 1e-2  # of the output: how much the two inputs of a batch must differ in theirs
 _FRAMES = 16  # S3D pools them by eight, and takes the rest two by two
+_AUXILIARY_SIZE = 299  # for heads that run in train mode alone
 _IMAGE_SIZE = 128  # of detectors and optical flow
 _FLOW_UPDATES = 2
 
@@ -150,6 +151,8 @@ def _candidates(subject: Subject, model: nn.Module) -> list[int]:
     convs: list[Any] = [m for m in model.modules() if is_conv_like(m)]
     is_spatial = any(c.kernel_size != c.stride and max(c.kernel_size) > 1 for c in convs)
     default = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-1]
+    if getattr(model, "aux_logits", False):
+        return [_AUXILIARY_SIZE]
     return [*dict.fromkeys((*(SPATIAL_SIZES if is_spatial else POINTWISE_SIZES), default))]
 
 
