@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from orepa_compiler.capture.kinds import kind_of
 Returned = Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
 OPAQUE = object()
 
+_LONGEST = 120  # characters of an error that a forward raised
 _CHECKED = (type(None), bool, int, float, str)
 
 # What `x += y` and its kin call: they write over their first operand.
@@ -249,7 +251,7 @@ def _traced(tracer: _ChildrenAreLeaves, module: nn.Module) -> fx.Graph | str:
         graph = tracer.trace(module)
     except Exception as error:  # a forward is the user's code: anything may come out of it
         message = str(error).strip().split("\n")[0]
-        return f"{type(error).__name__}: {message[:120]}"
+        return f"{type(error).__name__}: {textwrap.shorten(message, _LONGEST, placeholder=' ...')}"
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:  # a part that nobody takes
             graph.erase_node(node)
