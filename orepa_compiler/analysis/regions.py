@@ -157,7 +157,7 @@ class Interpreter(Forwards):
         return found
 
     def whole(self, path: str) -> Linear | None:
-        """A module's forward as one linear value from its only input to its output, if it is."""
+        """A module's forward as one linear value from its first input to its output, if it is."""
         if path not in self._whole:
             is_recorded = path in self.capture.recorded
             self._whole[path] = None if is_recorded else self._whole_value(path)
@@ -169,10 +169,10 @@ class Interpreter(Forwards):
             return None
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         output = next(iter(reversed(graph.nodes))).args[0]
-        if len(placeholders) != 1 or not isinstance(output, fx.Node):
+        if any(node.users for node in placeholders[1:]) or not isinstance(output, fx.Node):
             return None
         value = self.values(path).get(output)
-        whole = value is not None and value.source is placeholders[0] and value.rest is None
+        whole = value is not None and value.source in placeholders[:1] and value.rest is None
         return value if whole else None
 
     def _value(self, owner: str, node: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:

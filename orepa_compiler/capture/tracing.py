@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from orepa_compiler.algebra.layers import is_activation, is_dropout, is_norm
 from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arguments
 from orepa_compiler.capture.kinds import kind_of
 
@@ -174,12 +175,14 @@ def _named_tuple(value: Any) -> Any:
 
 def _kind_from_leaf(module: nn.Module | None, args: Sequence[Any]) -> type | None:
     """The type of what a module without a graph returns."""
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+    if module is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return tuple
     if isinstance(module, nn.Identity) and args and isinstance(args[0], fx.Proxy):
         return kind_of(args[0].node)
-    is_layer = type(module).__module__.startswith("torch.nn.modules.")
-    return Tensor if is_layer and module is not None and not module._modules else None
+    is_layer = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+    is_named = is_norm(module) or is_activation(module) or is_dropout(module)
+    has_weights = any(True for _ in module.parameters())  # a conv of its own class, a block
+    return Tensor if is_layer or is_named or has_weights else None
 
 
 def trace(

@@ -159,6 +159,25 @@ def test_what_cannot_be_told_is_not_guessed() -> None:
         assert norms_left(net, inputs=(images(),)) == 1  # sort and sum read the conv too
 
 
+def test_an_argument_that_is_left_out_does_not_keep_a_sum_apart() -> None:
+    net = Net(lambda b, x: b[0](x) + b[1](x), pair, pair)
+    deploy = orepa.collapse(net)
+    torch.testing.assert_close(deploy(images()), net(images()))
+    assert sum(isinstance(module, nn.Conv2d) for module in deploy.modules()) == 1
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_the_layers_of_a_model_are_known_to_return_tensors(expanded: bool) -> None:
+    def asks(self: Any, x: Any, *rest: Any, **options: Any) -> Any:
+        y = self.conv(x)
+        z = self.norm(y if isinstance(y, Tensor) else self.act(y))
+        return self.act(z) if isinstance(z, tuple) else z
+
+    net = Net(lambda b, x: b[0](x), asks)
+    net = orepa.expand(net).eval() if expanded else net
+    assert norms_left(net) == 0
+
+
 class Optional(nn.Module):
     """A model that adds up two convs, and does something else where a mask is given."""
 
