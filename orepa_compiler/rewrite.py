@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx, nn
 
@@ -24,17 +25,67 @@ _OWNER_STATE = (
 )
 
 
+# The methods by which modules of others turn into their deploy form.
+METHODS = ("fuse", "reparameterize", "switch_to_deploy")
+
+
 class _Rewritten(fx.GraphModule):
-    """A GraphModule whose copies keep its class name, hooks and attributes; torch's own do not."""
+    """A GraphModule that is still of its owner's class, in copies and pickles too.
+
+    torch's own forget the class, the hooks and the attributes: isinstance would answer another way
+    in the forward around it, and train() would no longer be the owner's.
+    """
+
+    owner_class: ClassVar[type[nn.Module]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
-        name = type(self).__name__
-        type(copied).__name__ = name
-        vars(copied)["_graphmodule_cls_name"] = name
+        type(copied).__name__ = self.owner_class.__name__
         _copy_hooks(self, copied)
         vars(copied).update(copy.deepcopy(_further_attributes(self, copied), memo))
         return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            pickle.dumps(self.owner_class)
+        except Exception:  # a class in a function has no name to be found by
+            return super().__reduce__()
+        return _unpickled, (self.owner_class, super().__reduce__())
+
+
+class _Plain(nn.Module):
+    """Stands before the owner's class, whose constructor made its object long ago."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+@property  # type: ignore[misc]
+def _gone(self: nn.Module) -> Any:
+    raise AttributeError(f"{type(self).__name__} was rewritten, and has no such method any more")
+
+
+def _new(owner_class: type[nn.Module], root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module of the owner's class that runs the graph, with what it needs of the root.
+
+    It has no method that would turn it into a deploy form: its children are others by now.
+    """
+    bases: tuple[type[nn.Module], ...] = (_Rewritten, _Plain)
+    bases += () if issubclass(owner_class, fx.GraphModule) else (owner_class,)
+    gone = {name: _gone for name in METHODS if hasattr(owner_class, name)}
+    made = type(owner_class.__name__, bases, {"owner_class": owner_class, **gone})
+    module: fx.GraphModule = made(root, graph, class_name=owner_class.__name__)
+    _copy_hooks(root, module)
+    vars(module).update(_further_attributes(root, module))
+    return module
+
+
+def _unpickled(
+    owner_class: type[nn.Module], made: tuple[Callable[..., fx.GraphModule], tuple[Any, ...]]
+) -> fx.GraphModule:
+    function, arguments = made
+    module = function(*arguments)
+    return _new(owner_class, module, module.graph).train(module.training)
 
 
 def _copy_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -100,11 +151,9 @@ def edit_graph(
         node.type = None  # an annotation kept as a string makes code that cannot be pickled
     for name, module in modules.items():
         owner.add_module(name, module)
-    rewritten = _Rewritten(owner, edited, class_name=type(owner).__name__)
+    rewritten = _new(getattr(type(owner), "owner_class", type(owner)), owner, edited)
     for name in modules:
         owner._modules.pop(name)
-    _copy_hooks(owner, rewritten)
-    vars(rewritten).update(_further_attributes(owner, rewritten))
     rewritten.train(owner.training)
     return rewritten
 

@@ -106,6 +106,53 @@ def test_attributes_survive_in_copies_too() -> None:
     assert copied.meta_of_mine["a"] is copied.act
 
 
+class Frozen(Residual):
+    """train() leaves one child in eval mode, as people freeze norms; and it can be deployed."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.act.eval()
+        return self
+
+    def switch_to_deploy(self) -> None:
+        raise AssertionError("of a module whose children are others by now")
+
+
+def test_the_class_and_its_methods_survive_in_copies_too() -> None:
+    new = rewritten(Frozen())
+    twice = replace_regions(new, graph_of(new), [(["left", "right"], "x", "both", Times(10.0))])
+    x = torch.randn(1, 2, 3, 3)
+    copied, read = copy.deepcopy(new), pickle.loads(pickle.dumps(new))
+    for module in (new, twice, copied, read, copy.deepcopy(copied), copy.deepcopy(read)):
+        assert isinstance(module, Frozen)
+        assert type(module).__name__ == "Frozen"
+        assert module.train().training
+        assert not module.act.training
+        assert not hasattr(module, "switch_to_deploy")
+        assert torch.equal(module(x), (10 * x).relu() * 3 + 0.5)
+    assert copied.left is not new.left
+    assert type(Frozen()).switch_to_deploy is Frozen.switch_to_deploy
+
+
+def test_a_class_in_a_function_is_pickled_without_it() -> None:
+    class Local(Residual):
+        pass
+
+    new = rewritten(Local())
+    read = pickle.loads(pickle.dumps(new))
+    x = torch.randn(1, 2, 3, 3)
+    assert isinstance(new, Local)
+    assert not isinstance(read, Local)
+    assert torch.equal(read(x), new(x))
+
+
+def test_a_sequence_that_is_rewritten_keeps_its_length() -> None:
+    owner = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU())
+    new = replace_regions(owner, graph_of(owner), [(["_0", "_1"], "input_1", "one", nn.Tanh())])
+    assert isinstance(new, nn.Sequential)
+    assert [type(part) for part in new] == [nn.Tanh, nn.ReLU]
+
+
 def test_every_kind_of_hook_survives() -> None:
     owner, log = Residual(), []
 

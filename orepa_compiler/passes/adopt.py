@@ -23,12 +23,11 @@ from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture, ancestors, join
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.rewrite import set_module_everywhere
+from orepa_compiler.rewrite import METHODS, set_module_everywhere
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors, named_leaves
 
 # In the order in which timm.utils.reparameterize_model looks for them.
-METHODS = ("fuse", "reparameterize", "switch_to_deploy")
 # What is left of a conv that a method itself casts to float32; errors of a method are far larger.
 TOLERANCE = 1e-5
 # Random maps: the size of their axes.
