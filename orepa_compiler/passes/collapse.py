@@ -79,8 +79,11 @@ class Collapse:
                 key = (region.owner, region.node_names[-1])
                 regions.setdefault(key, region)
                 behind[key] = norm
+        calls = [Call(r.owner, n) for r in regions.values() for n in r.value.nodes]
+        called = {capture.path_of(call) for call in calls if call.node.op == "call_module"}
         order = {owner: number for number, owner in enumerate(capture.graphs)}
         keys = sorted(regions, key=lambda key: order[key[0]])  # one owner's regions together
+        keys = [key for key in keys if not _is_inside(key[0], called)]  # a norm behind joined more
         return [_region_edit(self.name, capture, regions[k], behind.get(k)) for k in keys]
 
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:

@@ -91,3 +91,24 @@ def test_a_trainable_norm_behind_the_border_keeps_the_conv_trainable() -> None:
     model, _ = prepared(Parent())
     model.stem.requires_grad_(False)
     assert orepa.collapse(model).stem[2].weight.requires_grad
+
+
+class Sum(nn.Module):
+    """A block of branches, which is one linear layer to whoever calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.point = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.point(x)
+
+
+@pytest.mark.parametrize("expand_first", [False, True])
+def test_a_block_with_its_norm_behind_the_border_is_one_region(expand_first: bool) -> None:
+    model, x = prepared(nn.Sequential(Sum(), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())))
+    expanded = orepa.expand(model, where="**").eval() if expand_first else model
+    expected, deploy = expanded(x), orepa.collapse(expanded)
+    assert norms_left(deploy) == []
+    assert sum(isinstance(module, nn.Conv2d) for module in deploy.modules()) == 1
+    torch.testing.assert_close(deploy(x), expected, rtol=0, atol=1e-12)
