@@ -108,8 +108,12 @@ def _forwards(
     untraced: dict[str, str] = {}
     recorded: set[str] = set()
     modules = dict(skeleton.named_modules())
-    visits = Visits(modules, aliases, lambda part: has_own_forward(part) and not is_leaf(part))
-    owners = [path for path, module in modules.items() if visits.has_graph(module)]
+
+    def has_graph(module: nn.Module) -> bool:
+        return has_own_forward(module) and not is_leaf(module)
+
+    visits = Visits(modules, aliases, has_graph, is_leaf)
+    owners = [path for path, module in modules.items() if has_graph(module)]
     fitting = {
         path: graph for path, graph in recording.graphs.items() if _fits(graph, modules.get(path))
     }

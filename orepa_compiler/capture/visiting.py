@@ -15,7 +15,7 @@ from orepa_compiler.capture.arguments import (
     usual_arguments,
 )
 from orepa_compiler.capture.calls import join
-from orepa_compiler.capture.tracing import OPAQUE, trace
+from orepa_compiler.capture.tracing import OPAQUE, has_forward, trace
 
 _TWO_WAYS = "it is called in different ways"
 
@@ -34,12 +34,14 @@ class Visits:
     """The forwards of a skeleton, each traced once for each way in which it is called.
 
     modules: by path. aliases: path -> all paths of the module. has_graph: whether the forward of a
-    module is of interest. graphs: path -> the graph, or why there is none.
+    module is of interest. is_leaf: whether what a module returns is known without its forward.
+    graphs: path -> the graph, or why there is none.
     """
 
     modules: Mapping[str, nn.Module]
     aliases: Mapping[str, tuple[str, ...]]
     has_graph: Callable[[nn.Module], bool]
+    is_leaf: Callable[[nn.Module], bool]
     graphs: dict[str, fx.Graph | str] = field(default_factory=dict, init=False)
     _traces: dict[str, list[_Trace]] = field(default_factory=dict, init=False)
     _changes: list[tuple[str, fx.Graph | str | None]] = field(default_factory=list, init=False)
@@ -99,10 +101,12 @@ class Visits:
             child = self._path(path, target)
             module = self.modules[child]
             given = arguments_of(bound_forward(module), args, kwargs)
-            if given is None or not self.has_graph(module):  # None: the call will raise
+            if given is None:  # the call will raise
                 return OPAQUE
-            made.calls.append((child, given))
-            return self._returned(child, given)
+            if self.has_graph(module):
+                made.calls.append((child, given))
+                return self._returned(child, given)
+            return self._output_of(module, given)
 
         module = self.modules[path]
         made.graph = trace(module, arguments, called, is_model=not path)
@@ -110,6 +114,14 @@ class Visits:
             self._undo(mark)  # how it calls its children is not known to the end
         self._traces.setdefault(path, []).append(made)
         return made.graph
+
+    def _output_of(self, module: nn.Module, arguments: Arguments) -> Any:
+        """What a module returns whose graph is of no other interest: it holds no layer."""
+        is_empty = not module._modules and not module._parameters
+        if self.is_leaf(module) or not is_empty or not has_forward(module):
+            return OPAQUE
+        graph = trace(module, arguments)
+        return OPAQUE if isinstance(graph, str) else _output(graph)
 
     def _set(self, path: str, graph: fx.Graph | str) -> None:
         self._changes.append((path, self.graphs.get(path)))

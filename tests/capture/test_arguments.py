@@ -146,6 +146,21 @@ def test_what_a_child_returns_is_known_to_its_caller(returned: Run, call: Run, l
     assert norms_left(net) == left
 
 
+def test_what_a_module_without_layers_returns_is_known_too() -> None:
+    class WithNone(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return x, None
+
+    def run(blocks: Any, x: Any) -> Any:
+        _, extra = blocks[0].extra(x)
+        y = blocks[0].conv(x)
+        return blocks[0].norm(blocks[0].act(y) if extra is None else y)
+
+    net = Net(run, pair)
+    net.blocks[0].extra = WithNone()
+    assert norms_left(net) == 1
+
+
 def test_what_cannot_be_told_is_not_guessed() -> None:
     def guess(self: Any, x: Any, *rest: Any, **options: Any) -> Any:
         y = self.conv(x)
