@@ -22,7 +22,7 @@ _SIZE_OPTIONS: dict[str, tuple[str, ...]] = {
     "timm": ("img_size",),
     "torchvision": ("image_size", "input_size", "spatial_size"),
 }
-LEAST_SIGNAL = 1e-2  # of the output: how much the two inputs of a batch must differ in theirs
+LEAST_SIGNAL = 3e-3  # of the output: how much the two inputs of a batch must differ in theirs
 _FRAMES = 16  # S3D pools them by eight, and takes the rest two by two
 _AUXILIARY_SIZE = 299  # for heads that run in train mode alone
 _IMAGE_SIZE = 128  # of detectors and optical flow
