@@ -53,6 +53,11 @@ def conv_operator(layer: nn.Module, in_channels: int | None = None) -> ConvOpera
     )
 
 
+def has_handler(layer: nn.Module) -> bool:
+    """Whether conv_operator was told of layers of this type, or of a base of it."""
+    return conv_operator.dispatch(type(layer)) is not conv_operator.dispatch(object)
+
+
 def linear_part(
     layer: nn.Module, in_channels: int | None = None
 ) -> tuple[ConvOperator, nn.Module | None]:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from orepa_compiler.algebra.layers import (
+    has_handler,
     holds_kernel,
     is_batch_norm,
     is_dropout,
@@ -277,7 +278,7 @@ class Interpreter(Forwards):
 
     def _layer(self, path: str, operand: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:
         """What the called module is by itself; its source is a stand-in."""
-        module = self.read(path)
+        module = self._layer_at(path)
         if is_idle(module):
             return Linear(operand, None)
         if is_dropout(module):
@@ -299,6 +300,15 @@ class Interpreter(Forwards):
         op = op.to(torch.float64, (like or op).weight.device)
         convs = int(holds_kernel(module))
         return Linear(operand, op, (), op.macs, 1, convs, rest)
+
+    def _layer_at(self, path: str) -> nn.Module:
+        """The module at a path, with its values where it is a layer: those inside are read later.
+
+        Reading a module copies it, and a module of modules would be copied once for each level.
+        """
+        form = self.capture.module(path)
+        is_composite = path in self.capture.graphs and not has_handler(form)
+        return form if is_composite else self.read(path)
 
     def _fits(
         self, module: nn.Module, whole: Linear, operand: fx.Node, before: Linear | None

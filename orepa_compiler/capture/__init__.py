@@ -113,7 +113,12 @@ def _forwards(
         return has_own_forward(module) and not is_leaf(module)
 
     visits = Visits(modules, aliases, has_graph, is_leaf)
-    owners = [path for path, module in modules.items() if has_graph(module)]
+    leaves = {path for path, module in modules.items() if is_leaf(module)}
+    owners = [
+        path
+        for path, module in modules.items()
+        if has_graph(module) and leaves.isdisjoint(ancestors(path))
+    ]
     fitting = {
         path: graph for path, graph in recording.graphs.items() if _fits(graph, modules.get(path))
     }

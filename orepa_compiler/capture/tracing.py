@@ -258,7 +258,16 @@ def _traced(tracer: _ChildrenAreLeaves, module: nn.Module) -> fx.Graph | str:
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:  # a part that nobody takes
             graph.erase_node(node)
+        elif "is_wrapped" in node.meta:
+            node.target = _unwrapped(node.target)
     return graph
+
+
+def _unwrapped(function: Any) -> Any:
+    """A function that fx wraps while it traces; a trace in a trace wraps it once more."""
+    while getattr(function, "__globals__", {}).get("__name__") == fx._symbolic_trace.__name__:
+        function = function.__wrapped__
+    return function
 
 
 def made_up(graph: fx.Graph) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,8 @@ from orepa_compiler.capture.arguments import (
     usual_arguments,
 )
 from orepa_compiler.capture.calls import join
-from orepa_compiler.capture.tracing import OPAQUE, has_forward, trace
+from orepa_compiler.capture.likeness import Likeness, is_plain
+from orepa_compiler.capture.tracing import OPAQUE, has_forward, made_up, trace
 
 _TWO_WAYS = "it is called in different ways"
 
@@ -26,12 +28,25 @@ class _Trace:
 
     arguments: Arguments | None
     graph: fx.Graph | str = ""
-    calls: list[tuple[str, Arguments]] = field(default_factory=list)
+    calls: list[tuple[str, Arguments]] = field(default_factory=list)  # by the owner's own targets
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it tells of an alike module too: no tensor or module of this one is in it."""
+        given = [a for a in (self.arguments, *(call[1] for call in self.calls)) if a is not None]
+        is_of_graph = isinstance(self.graph, fx.Graph) and made_up(self.graph)
+        return not is_of_graph and all(is_plain(dict(a.constants)) for a in given)
+
+    def copy(self) -> _Trace:
+        graph = self.graph if isinstance(self.graph, str) else copy.deepcopy(self.graph)
+        return _Trace(self.arguments, graph, self.calls)
 
 
 @dataclass
 class Visits:
     """The forwards of a skeleton, each traced once for each way in which it is called.
+
+    Where modules are alike, one of them is traced for all.
 
     modules: by path. aliases: path -> all paths of the module. has_graph: whether the forward of a
     module is of interest. is_leaf: whether what a module returns is known without its forward.
@@ -45,6 +60,11 @@ class Visits:
     graphs: dict[str, fx.Graph | str] = field(default_factory=dict, init=False)
     _traces: dict[str, list[_Trace]] = field(default_factory=dict, init=False)
     _changes: list[tuple[str, fx.Graph | str | None]] = field(default_factory=list, init=False)
+    _first: dict[int, list[_Trace]] = field(default_factory=dict, init=False)
+    _likeness: Likeness = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._likeness = Likeness(self.modules, self.aliases)
 
     def visit(self, path: str, calls: Iterable[Arguments] = ()) -> None:
         """Trace the forward at a path, and those that it calls, unless a caller's trace did.
@@ -89,12 +109,20 @@ class Visits:
         return OPAQUE if isinstance(graph, str) else _output(graph)
 
     def _traced(self, path: str, arguments: Arguments | None) -> fx.Graph | str:
-        for made in self._traces.get(path, ()):
-            if _same(made.arguments, arguments):
-                if not isinstance(made.graph, str):
-                    for call in made.calls:
-                        self._returned(*call)
-                return made.graph
+        traces = self._traces.setdefault(path, [])
+        made = next((t for t in traces if _same(t.arguments, arguments)), None)
+        if made is None and (alike := self._alike(path, arguments)):
+            made = alike.copy()
+            traces.append(made)
+        if made is None:
+            made = self._new_trace(path, arguments)
+            traces.append(made)
+        elif not isinstance(made.graph, str):
+            for target, given in made.calls:
+                self._returned(self._path(path, target), given)
+        return made.graph
+
+    def _new_trace(self, path: str, arguments: Arguments | None) -> _Trace:
         made, mark = _Trace(arguments), len(self._changes)
 
         def called(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,16 +132,26 @@ class Visits:
             if given is None:  # the call will raise
                 return OPAQUE
             if self.has_graph(module):
-                made.calls.append((child, given))
+                made.calls.append((target, given))
                 return self._returned(child, given)
             return self._output_of(module, given)
 
         module = self.modules[path]
+        number = self._likeness.number(module) if path else None  # before a trace leaves tensors
         made.graph = trace(module, arguments, called, is_model=not path)
         if isinstance(made.graph, str):
             self._undo(mark)  # how it calls its children is not known to the end
-        self._traces.setdefault(path, []).append(made)
-        return made.graph
+        if number is not None and made.is_plain:
+            self._first.setdefault(number, []).append(made)
+        return made
+
+    def _alike(self, path: str, arguments: Arguments | None) -> _Trace | None:
+        """The trace of a module that is alike, called in the same way."""
+        number = self._likeness.number(self.modules[path]) if path else None
+        if number is None:
+            return None
+        known = self._first.get(number, ())
+        return next((made for made in known if _same(made.arguments, arguments)), None)
 
     def _output_of(self, module: nn.Module, arguments: Arguments) -> Any:
         """What a module returns whose graph is of no other interest: it holds no layer."""

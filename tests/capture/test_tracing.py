@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from orepa_compiler.capture import capture
 from orepa_compiler.capture.tracing import trace
+from orepa_compiler.passes import is_leaf
 from tests.operator_factories import random_tensor
+
+fx.wrap("ceil")
 
 
 class Net(nn.Module):
@@ -74,3 +79,24 @@ def test_a_forward_that_asks_a_buffer_for_a_number_is_still_traced() -> None:
     assert targets == ["_tensor_constant0"]
     x = random_tensor(3, 2).float()
     assert torch.equal(rewritten(x), net(x))
+
+
+def test_a_function_that_fx_wraps_is_itself_in_a_trace_inside_a_trace() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * ceil(x.shape[-1] / 2)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Rounded()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    graph = capture(Around(), training=False, is_leaf=is_leaf).graphs["inner"]
+    assert ceil in [node.target for node in graph.nodes]
