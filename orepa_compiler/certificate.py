@@ -8,7 +8,6 @@ Two statements for each block, and together they leave no room for a wrong weigh
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan, recorded_plans
@@ -129,7 +129,7 @@ def certify(model: nn.Module, deploy: nn.Module, inputs: Any) -> Certificate:
     edits = _edits(model, deploy)
     batch = batches_of(inputs)[0]
     plan = Plan(tuple(edits))
-    exact = copy.deepcopy(model).double().eval()
+    exact = value_copy(model).double().eval()
     if not edits:
         return Certificate(())
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from orepa_compiler.blocks import Block
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
-from orepa_compiler.capture.skeleton import check_copyable, meta_copy
+from orepa_compiler.capture.skeleton import check_copyable, meta_copy, value_copy
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import (
@@ -252,4 +251,4 @@ def _recording(model: nn.Module, inputs: Inputs) -> Recording:
 def _copy(model: nn.Module) -> nn.Module:
     check_copyable(model)
     meta_copy(model)  # names what cannot be copied before anything large is
-    return copy.deepcopy(model)
+    return value_copy(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from orepa_compiler.algebra.layers import is_conv_like
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.capture.skeleton import meta_copy
+from orepa_compiler.capture.skeleton import meta_copy, value_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors
@@ -31,7 +30,7 @@ def conv_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
     except Exception:  # a forward is the user's code: anything may come out of it
         pass
     try:
-        return _counted(copy.deepcopy(model), map_tensors(batch, Tensor.clone))
+        return _counted(value_copy(model), map_tensors(batch, Tensor.clone))
     except Exception as error:
         raise ReparamError(
             f"MACs cannot be counted: the model does not run on the inputs "

@@ -7,10 +7,12 @@ from math import prod
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from orepa_compiler.algebra.layers import own_forward_reason
 from orepa_compiler.analysis.following import ACTIVATION, NORM, NOTHING, reads_pooled
 from orepa_compiler.capture import Capture
+from orepa_compiler.capture.calls import PARAMETRIZED
 from orepa_compiler.capture.skeleton import LAZY
 
 
@@ -33,6 +35,8 @@ def unsound_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
     """Why a block in the place of this conv could change what the model computes, or never run."""
     if any(isinstance(p, LAZY) for p in conv.parameters()):
         return "its shape is not known yet (lazy); run the model once first"
+    if reason := made_weight_reason(conv):
+        return reason
     if not isinstance(conv, _ConvNd) or "weight" not in conv._parameters:
         return no_conv_reason(conv)
     if "forward" in vars(conv):
@@ -41,6 +45,20 @@ def unsound_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
         return reason
     if path and not capture.calls.get(path) and not capture.unknown_calls(path):
         return "no forward calls it"
+    return None
+
+
+def made_weight_reason(conv: nn.Module) -> str | None:
+    """Why a conv whose weight is made of other tensors must stay, or None where it is its own."""
+    if parametrize.is_parametrized(conv):
+        return PARAMETRIZED
+    for hook in conv._forward_pre_hooks.values():  # weight_norm, spectral_norm, pruning
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            return (
+                f"its weight is made at each call by {type(hook).__name__}; make it a parameter "
+                "again first (torch.nn.utils.remove_weight_norm, remove_spectral_norm, "
+                "torch.nn.utils.prune.remove)"
+            )
     return None
 
 

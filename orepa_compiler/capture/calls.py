@@ -18,6 +18,9 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+PARAMETRIZED = (
+    "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+)
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,7 @@ class Capture:
         if reason := self.hook_refusal(path):
             return reason
         if parametrize.is_parametrized(self.module(path)):
-            return (
-                "its weight is parametrized; call "
-                "torch.nn.utils.parametrize.remove_parametrizations first"
-            )
+            return PARAMETRIZED
         if path in self.tied:
             return f"its weight is shared with {self.tied[path]}"
         for owner in self.reads.get(path, []):

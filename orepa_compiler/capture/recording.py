@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit import ScriptModule
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from orepa_compiler.capture.arguments import Arguments, arguments_of, bound_forward
@@ -117,13 +123,16 @@ class _Recorder:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        options = {"with_kwargs": True, "always_call": True}
         handles: list[RemovableHandle] = []
         for module in self.model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            leave = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
-            handles.append(leave)
+            if not isinstance(module, ScriptModule):  # which takes no hooks
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave, **options))
+        handles.append(register_module_forward_pre_hook(self._enter_scripted))
+        handles.append(register_module_forward_hook(self._leave_scripted, **options))
         try:
-            with _Functions(self):
+            with _Functions(self), _Compiled():
                 yield
         finally:
             for handle in handles:
@@ -164,6 +173,14 @@ class _Recorder:
             )
             node.meta["arguments"] = arguments_of(bound_forward(module), args, kwargs)
             caller.give_all(output, node)
+
+    def _enter_scripted(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, ScriptModule) and id(module) in self.paths:
+            self.stack.append(None)
+
+    def _leave_scripted(self, module: nn.Module, *call: Any) -> None:
+        if isinstance(module, ScriptModule) and id(module) in self.paths:
+            self._leave(module, *call)
 
     def called(self, name: str, function: Any, args: Any, kwargs: Any, output: Any) -> None:
         """A torch function ran in the forward of the module on top of the stack."""
@@ -238,7 +255,22 @@ class _Functions(TorchFunctionMode):
         return output
 
 
+class _Compiled(TorchDispatchMode):
+    """Shows the mode on functions what TorchScript runs: operators that no function calls."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 def _name(function: Any) -> str:
+    if isinstance(function, torch._ops.OpOverload):  # aten.mul_.Tensor
+        return str(function.overloadpacket.__name__)
     name = getattr(function, "__name__", "") or str(resolve_name(function) or function)
     if name in ("__get__", "__set__"):  # a property such as Tensor.shape
         owner = getattr(function, "__self__", None)

@@ -70,6 +70,25 @@ def meta_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def value_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model with its values.
+
+    A tensor that a forward left on a module, with the graph that made it (the kernel of weight_norm
+    after a call), is copied without that graph: copy.deepcopy alone refuses it. Parameters of a
+    TorchScript part are parameters in the copy too: copy.deepcopy alone hangs them on a graph.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for tensor in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    copied = copy.deepcopy(model, memo)
+    for parameter in copied.parameters():
+        if not parameter.is_leaf:
+            parameter.detach_().requires_grad_()
+    return copied
+
+
 def check_copyable(model: nn.Module) -> None:
     """Nothing, for a model whose copy runs its own layers; ReparamError for another.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from orepa_compiler.atomic import staged
 from orepa_compiler.blocks import Block
-from orepa_compiler.capture.skeleton import is_sharded
+from orepa_compiler.capture.skeleton import is_sharded, value_copy
 from orepa_compiler.checkpoints.weights import PLAN_KEY, has_plan, load_weights
 from orepa_compiler.compiler import replay
 from orepa_compiler.errors import CheckpointError, ReparamError
@@ -89,7 +88,7 @@ def load(
 
 def _stock(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     if isinstance(model_or_factory, nn.Module):
-        return copy.deepcopy(model_or_factory)
+        return value_copy(model_or_factory)
     model = model_or_factory()
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"the factory gave a {type(model).__name__}, not a torch.nn.Module")

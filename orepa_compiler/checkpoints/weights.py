@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import CheckpointError
 
 # Keys under which training scripts put the state_dict, in the order in which they are tried.
@@ -48,7 +48,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_pickle: bool = Fal
     wrong = [key for key in state if key in own and shape_of(state[key]) != shape_of(own[key])]
     # A trial on a copy lets the modules' own hooks rename keys, and leaves the model untouched.
     fitting = {key: value for key, value in state.items() if key not in wrong}
-    result = copy.deepcopy(model).load_state_dict(fitting, strict=False)
+    result = value_copy(model).load_state_dict(fitting, strict=False)
     missing = [key for key in result.missing_keys if key not in wrong]
     if wrong or missing or result.unexpected_keys:
         shapes = [f"{key} {shape_of(state[key])} for {shape_of(own[key])}" for key in wrong]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ExportError
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -58,7 +58,7 @@ def cast(model: nn.Module, dtype: torch.dtype, *, keep: Collection[str] = ()) ->
     A kept module gets its inputs in float32, and its outputs are cast to `dtype` again.
     Raises ExportError where a finite value is beyond the range of `dtype`.
     """
-    result = copy.deepcopy(model)
+    result = value_copy(model)
     for path, module in result.named_modules():
         own = torch.float32 if lies_in(path, keep) else dtype
         module._apply(lambda tensor, own=own: _typed(tensor, own), recurse=False)

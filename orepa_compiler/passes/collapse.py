@@ -111,10 +111,22 @@ class Collapse:
             if any(isinstance(capture.module(owner), LinearBlock) for owner in ancestors(path)):
                 continue
             reason = capture.refusal(path)
-            for call in capture.calls.get(path, []):
+            calls = capture.calls.get(path, [])
+            for call in calls:
                 reason = reason or interpreter.reasons.get((call.owner, call.node.name))
-            reason = reason or interpreter.reasons.get((path, "")) or "no conv alone feeds it"
+            reason = reason or interpreter.reasons.get((path, ""))
+            reason = reason or _feeding_refusal(capture, calls) or "no conv alone feeds it"
             yield Refusal(self.name, path, type(module).__name__, reason)
+
+
+def _feeding_refusal(capture: Capture, norms: list[Call]) -> str | None:
+    """Why the layer that gives a norm its input has to stay, or None."""
+    for norm in norms:
+        for node in norm.node.all_input_nodes:
+            path = capture.path_of(Call(norm.owner, node)) if node.op == "call_module" else ""
+            if path and (reason := capture.refusal(path)):
+                return f"{path}, which feeds it, stays: {reason}"
+    return None
 
 
 def _read_away(capture: Capture, interpreter: Interpreter, edits: list[Edit]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.evaluation import (
     Batch,
@@ -101,7 +102,7 @@ def _exact_side(source: nn.Module) -> tuple[Side, nn.Module]:
     home = next((tensor.device for tensor in source.state_dict().values()), None)
     device = torch.device("cpu") if home and home.type == "mps" else home  # mps has no float64
     try:
-        module = copy.deepcopy(source).to(device).double()
+        module = value_copy(source).to(device).double()
     except Exception as error:
         raise ReparamError(
             f"the reference cannot be copied: {type(error).__name__}: "

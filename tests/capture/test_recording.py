@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,19 @@ from orepa_compiler.algebra.layers import is_batch_norm
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.errors import ReparamError
 from tests.norms import randomise_norms
+
+with warnings.catch_warnings():  # torch.jit is deprecated, and still there in models
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @torch.jit.script
+    def _half(x: Tensor) -> Tensor:
+        return x * 0.5
+
+    @torch.jit.script
+    def _halve(x: Tensor) -> Tensor:
+        return x.mul_(0.5)
+
+    SCRIPTED = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())).eval()
 
 
 class Untraceable(nn.Module):
@@ -149,20 +164,53 @@ def own_function(net: Any, x: Any) -> Any:
     return net.norm(y) + _Double.apply(y)
 
 
+def scripted_function(net: Any, x: Any) -> Any:
+    y = net.conv(x)
+    return net.norm(y) + _half(y)
+
+
+def scripted_write(net: Any, x: Any) -> Any:
+    y = net.conv(x)
+    _halve(y)
+    return net.norm(y)
+
+
+def scripted_child(net: Any, x: Any) -> Any:
+    y = net.conv(x)
+    return net.norm(y) + net.scripted(y)
+
+
+def numpy_between(net: Any, x: Any) -> Any:
+    y = net.conv(x)
+    return net.norm(y) + torch.from_numpy(y.detach().numpy() * 2)
+
+
 @pytest.mark.parametrize(
     "run",
     [skip, slice_of, overwrite, overwrite_a_view, twice, kept, kept_in_a_list, returned_with,
-     raw_forward, reads_weight, functional, own_function],
+     raw_forward, reads_weight, functional, own_function, scripted_function, scripted_write,
+     scripted_child, numpy_between],
 )  # fmt: skip
 def test_a_conv_whose_output_goes_elsewhere_too_keeps_its_norm(
     run: Callable[[Any, Any], Any],
 ) -> None:
     net = Untraceable(run)
+    if run is scripted_child:
+        net.scripted = copy.deepcopy(SCRIPTED)
     deploy = orepa.collapse(net, inputs=inputs())
     assert sum(is_batch_norm(module) for module in deploy.modules()) == 1
     torch.testing.assert_close(deploy(inputs()), net(inputs()))
     if run is kept:
         torch.testing.assert_close(deploy.seen, net.seen)
+
+
+def test_a_scripted_child_that_reads_something_else_is_in_nobodys_way() -> None:
+    net = Untraceable(lambda net, x: net.scripted(x) + net.relu(net.norm(net.conv(x))))
+    net.scripted = copy.deepcopy(SCRIPTED)
+    assert norms_left(net) == 0
+    calls = [str(node.target) for node in recorded(net).graphs[""].nodes][1:-1]
+    assert calls[0] == "scripted"
+    assert calls[1:4] == ["conv", "norm", "relu"]
 
 
 def by_value(net: Any, x: Any) -> Any:

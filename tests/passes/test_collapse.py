@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import orepa_compiler as orepa
@@ -350,10 +351,20 @@ def untracked() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False))
 
 
+def made_weight() -> nn.Module:
+    return nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), nn.BatchNorm2d(6))
+
+
 HOOK = "it has a hook, which a rewrite would no longer call; remove the hook first"
 LEFT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "hook on the norm": (lambda: hooked("norm"), "norm", HOOK),
-    "hook on the conv": (lambda: hooked("conv"), "norm", "no conv alone feeds it"),
+    "hook on the conv": (lambda: hooked("conv"), "norm", f"conv, which feeds it, stays: {HOOK}"),
+    "made weight": (
+        made_weight,
+        "1",
+        "0, which feeds it, stays: its weight is parametrized; call "
+        "torch.nn.utils.parametrize.remove_parametrizations first",
+    ),
     "shared": (
         Shared,
         "norm",
