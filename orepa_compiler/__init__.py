@@ -35,6 +35,7 @@ from orepa_compiler.compiler import plan as plan
 from orepa_compiler.errors import CheckpointError as CheckpointError
 from orepa_compiler.errors import ExportError as ExportError
 from orepa_compiler.errors import MissingPackage as MissingPackage
+from orepa_compiler.errors import NothingExpandedWarning as NothingExpandedWarning
 from orepa_compiler.errors import NotLinear as NotLinear
 from orepa_compiler.errors import ReparamError as ReparamError
 from orepa_compiler.errors import TrainingFormWarning as TrainingFormWarning

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from orepa_compiler.blocks import Block
+from orepa_compiler.blocks import Block, LinearBlock
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copyable, meta_copy, value_copy
 from orepa_compiler.cost import conv_macs
-from orepa_compiler.errors import ReparamError
+from orepa_compiler.errors import NothingExpandedWarning, ReparamError
 from orepa_compiler.passes import (
     Adopt,
     Collapse,
@@ -92,7 +94,8 @@ def expand(
     the model itself.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
-    no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then.
+    no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then. Warns
+    (NothingExpandedWarning) where no conv became a block, with the reasons.
     """
     check_model(model)
     check_inputs(inputs)
@@ -105,6 +108,8 @@ def expand(
         pipeline = Pipeline((Linearize(), *(p for p in pipeline.passes if p.name != "linearize")))
     expanded, applied = _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
     record_plan(expanded, applied)
+    if not any(isinstance(module, LinearBlock) for module in expanded.modules()):
+        _warn_of_nothing(applied)
     if inputs is not None:
         calibrate(expanded, inputs)
     return expanded
@@ -209,6 +214,16 @@ def _expansion(
     if block == "auto" or block.scaling_layer == "norm":  # norms in branches stay as they are
         return Pipeline((expansion, Squeeze()))
     return Pipeline((Linearize(where=where), expansion, Squeeze()))
+
+
+def _warn_of_nothing(applied: Plan) -> None:
+    reasons = Counter(refusal.reason for refusal in applied.refusals)
+    why = "; ".join(f"{count} because: {reason}" for reason, count in reasons.most_common(3))
+    warnings.warn(
+        f"nothing was expanded, so the model trains as it was. Layers left alone: {why}",
+        NothingExpandedWarning,
+        stacklevel=3,
+    )
 
 
 def _run(

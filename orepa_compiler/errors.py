@@ -35,5 +35,9 @@ class TrainingFormWarning(UserWarning):
     """A model that still makes its kernels at each call goes where a collapsed one belongs."""
 
 
+class NothingExpandedWarning(UserWarning):
+    """expand gave back a model without a block: it trains as it was; the message says why."""
+
+
 class NotRun(ExportError):
     """What is needed to run an artifact is not here (a GPU, a provider): no verdict on it."""

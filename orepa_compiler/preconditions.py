@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.layers import is_conv_like
@@ -26,8 +27,13 @@ def check_model(model: nn.Module, *, also_functional: bool = False) -> None:
     convs = [(p, m) for p, m in model.named_modules() if is_conv_like(m)]
     has_conv = convs or any(isinstance(m, LinearBlock) for m in model.modules())
     if not has_conv and not (also_functional and calls_conv(meta_copy(model))):
+        is_exported = isinstance(model, fx.GraphModule) and any(
+            isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes
+        )
+        hint = "; it is a graph of torch.export: pass the nn.Module that was exported"
         raise ReparamError(
             f"{type(model).__name__} has no conv, so there is nothing to re-parameterize"
+            f"{hint if is_exported else ''}"
         )
     for path, conv in convs:
         assert isinstance(conv, _ConvNd)

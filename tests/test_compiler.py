@@ -124,6 +124,12 @@ ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {},
         "Sequential has no conv, so there is nothing to re-parameterize",
     ),
+    "exported": (
+        lambda: torch.export.export(nn.Conv2d(3, 3, 1), (torch.ones(1, 3, 2, 2),)).module(),
+        {},
+        "GraphModule has no conv, so there is nothing to re-parameterize; it is a graph of "
+        "torch.export: pass the nn.Module that was exported",
+    ),
     "integer": (
         lambda: Integer(torch.int8),
         {},
@@ -183,6 +189,20 @@ def test_what_expand_raises(
             with pytest.raises(ReparamError) as caught:
                 orepa.expand(net, **options, inplace=inplace)
             assert str(caught.value) == message
+
+
+def test_a_model_in_which_nothing_is_expanded_is_no_silent_success() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 2, stride=2), nn.ReLU(), nn.Conv2d(3, 3, 3))
+    expected = (
+        "nothing was expanded, so the model trains as it was. Layers left alone: "
+        "1 because: a patch embedding (kernel = stride); ask for it with where=; "
+        "1 because: no norm follows: its output is the model's; ask for it with where="
+    )
+    with pytest.warns(orepa.NothingExpandedWarning) as caught:
+        orepa.expand(net)
+    assert [str(warning.message) for warning in caught] == [expected]
+    assert caught[0].filename == __file__
+    orepa.expand(net, where="0")  # a warning is an error here
 
 
 def test_what_collapse_and_plan_raise() -> None:

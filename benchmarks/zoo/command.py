@@ -74,7 +74,7 @@ def zoo(
     )
     due = [s for s in subjects(*(only or ["*"])) if results.is_due(s.key, redo, source)]
     random.Random(0).shuffle(due)  # the rows of an interrupted run are a fair sample
-    due.sort(key=lambda subject: results.is_due(subject.key, "failed", source), reverse=True)
+    due.sort(key=lambda subject: results.urgency(subject.key))
     limits = Limits(limit_seconds, limit_gb * 1e9, most_convs, most_parameters * 1e6)
     detection.provide_suppression()
     values.warm()

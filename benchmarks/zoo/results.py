@@ -58,6 +58,14 @@ class Results:
         write_whole(self.path, text)
         self._written = time.monotonic()
 
+    def urgency(self, key: str) -> int:
+        """0 for a model without a row, or with one that failed; 1 for a reduced one; 2 for others.
+
+        What an interrupted run leaves out is what is known best.
+        """
+        redone = ("failed", "reduced")
+        return next((n for n, redo in enumerate(redone) if self.is_due(key, redo, "")), len(redone))
+
     def is_due(self, key: str, redo: str, source: str) -> bool:
         """Whether a model is to be run: it has no row, or one that `redo` names."""
         row = self.rows.get(key)

@@ -273,8 +273,8 @@ def norm_operator(
 
 def has_torch_forward(layer: nn.Module) -> bool:
     """Whether a layer of torch, or a subclass, runs the forward that torch gave it."""
-    forward = type(layer).forward
-    return forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(layer)
+    home = type(layer).forward.__module__ or ""  # a forward that was made of a string has none
+    return home.startswith("torch.nn.modules.") and "forward" not in vars(layer)
 
 
 def check_torch_forward(layer: nn.Module) -> None:

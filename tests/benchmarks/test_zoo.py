@@ -412,6 +412,7 @@ def test_rows_are_kept_and_made_again_when_asked(tmp_path: Path) -> None:
     assert not again.is_due("timm:pass", "reduced", "a")
     assert again.is_due("timm:deep", "old", "a")
     assert not again.is_due("timm:pass", "old", "a")
+    assert [again.urgency(f"timm:{n}") for n in ("other", "fail", "deep", "pass")] == [0, 0, 1, 2]
     assert again.is_due("timm:pass", "all", "a")
 
 

@@ -226,6 +226,7 @@ CHOICES: dict[str, tuple[object, set[str]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::orepa_compiler.NothingExpandedWarning")
 @pytest.mark.parametrize(("where", "chosen"), CHOICES.values(), ids=CHOICES)
 def test_where_chooses(where: object, chosen: set[str]) -> None:
     net, x = stem_net(), batch()

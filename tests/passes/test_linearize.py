@@ -228,6 +228,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::orepa_compiler.NothingExpandedWarning")
 @pytest.mark.parametrize(("build", "texts"), REFUSED.values(), ids=REFUSED)
 def test_what_is_refused_and_why(build: Callable[[], nn.Module], texts: list[str]) -> None:
     net, x = randomise_norms(build().double()), wide()
