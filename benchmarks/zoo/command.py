@@ -33,6 +33,7 @@ with warnings.catch_warnings():  # timm's and torchvision's own, of models that 
     from benchmarks.zoo import detection, values
     from benchmarks.zoo.building import subjects
     from benchmarks.zoo.examining import Limits, Row, examine
+    from benchmarks.zoo.figures import draw
     from benchmarks.zoo.report import report, why_of
     from benchmarks.zoo.results import (
         FAILED,
@@ -64,15 +65,16 @@ def zoo(
 ) -> None:
     """Expand, train a step, collapse and compare every model of timm and torchvision.
 
-    Rows that the output already holds are kept; the run can be interrupted and continued.
+    Rows that the output already holds are kept; the run can be interrupted and continued. With
+    nothing left to do the page and its figures are made again.
     """
     if redo not in REDO:
         raise typer.BadParameter(f"{redo!r} is none of {', '.join(REDO)}", param_hint="--redo")
     results, source = Results(output), source_version()
-    results.environment = environment(
-        f"python -m benchmarks.zoo {shlex.join(sys.argv[1:])}".strip()
-    )
     due = [s for s in subjects(*(only or ["*"])) if results.is_due(s.key, redo, source)]
+    if due:
+        command = f"python -m benchmarks.zoo {shlex.join(sys.argv[1:])}".strip()
+        results.environment = environment(command)
     random.Random(0).shuffle(due)  # the rows of an interrupted run are a fair sample
     due.sort(key=lambda subject: results.urgency(subject.key))
     limits = Limits(limit_seconds, limit_gb * 1e9, most_convs, most_parameters * 1e6)
@@ -87,6 +89,7 @@ def zoo(
         finally:
             results.save()
             write_whole(docs, report(results.rows.values(), results.environment))
+            draw([*results.rows.values()], docs.with_suffix(""))
     bad = [row for row in results.rows.values() if row["status"] in FAILED]
     display.console.print(f"{len(results.rows)} rows, {len(bad)} failed: {output}, {docs}")
     raise typer.Exit(1 if bad else 0)

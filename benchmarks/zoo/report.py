@@ -34,6 +34,18 @@ outputs are compared, for given boxes.
 """
 
 
+_FIGURES = """\
+![Relative errors of all models, and what they may be](zoo/errors.svg)
+
+Each check of each model. What lies to the right of the dashed line fails.
+
+![Spatial convs expanded by default, by family](zoo/families.svg)
+
+Of each family's spatial convs (their number in brackets), the share that `expand` turns into blocks
+by default. The rest has its reason below, and `where=` asks for it.
+"""
+
+
 def report(rows: Iterable[Row], environment: dict[str, Any]) -> str:
     """The page for these rows. Models without a conv are counted, not listed."""
     every = sorted(rows, key=lambda row: (row["library"], row["family"], row["name"]))
@@ -42,7 +54,9 @@ def report(rows: Iterable[Row], environment: dict[str, Any]) -> str:
     parts = [
         _INTRODUCTION.format(**tolerances),
         _headline(bearing, without=len(every) - len(bearing)),
+        _FIGURES,
         "## Why convs are left alone\n\n" + _reasons(bearing),
+        "## Batch norms left behind a conv\n\n" + _norms_left(bearing),
         "## Families\n\n" + _families(bearing),
         "## Failed or not compared\n\n" + _failures(bearing),
         "## Stock model refused\n\n" + _refusals(bearing),
@@ -101,6 +115,19 @@ def _reasons(rows: Sequence[Row]) -> str:
     lines = [(_cell(reason), *(f"{found[key]:,}" for key in keys)) for reason, found in ordered]
     titles = ("reason", "convs", "spatial", 'convs, `where="**"`', 'spatial, `where="**"`')
     return _table(titles, lines, right=(1, 2, 3, 4))
+
+
+def _norms_left(rows: Sequence[Row]) -> str:
+    """Why collapse left norms that read what a conv or linear layer gives, and in which models."""
+    found: dict[str, Counter[str]] = {}
+    for row in rows:
+        for reason in row.get("norms_behind_conv_after", {}).values():
+            found.setdefault(reason, Counter())[row["name"]] += 1
+    lines = [
+        (_cell(reason), str(names.total()), ", ".join(f"{n} ({c})" for n, c in names.items()))
+        for reason, names in sorted(found.items(), key=lambda item: -item[1].total())
+    ]
+    return _table(("reason", "norms", "models"), lines, right=(1,)) if lines else "None.\n"
 
 
 def _families(rows: Sequence[Row]) -> str:

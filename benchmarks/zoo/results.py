@@ -128,7 +128,12 @@ def _memory_gb() -> int:
 
 def _revision() -> str:
     folder = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True
-    )
-    return found.stdout.strip() or "unknown"
+    repository = folder.parent.parent
+
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", *words], cwd=repository, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "orepa_compiler", "benchmarks/zoo")
+    revision = git("describe", "--always") or "unknown"
+    return f"{revision}-dirty" if changed else revision

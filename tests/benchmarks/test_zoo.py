@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from benchmarks.zoo.building import Subject, shorten, subjects
 from benchmarks.zoo.comparing import relative_error
 from benchmarks.zoo.counting import convs_of, count_plan, normalised, watching_norms
 from benchmarks.zoo.examining import Limits, Row, examine
+from benchmarks.zoo.figures import CHECKED, draw, errors_of, spatial_shares
 from benchmarks.zoo.report import report
 from benchmarks.zoo.results import FAILED, Results
 from benchmarks.zoo.running import run_all
@@ -434,7 +436,11 @@ def test_a_second_run_continues_the_first(tmp_path: Path, monkeypatch: pytest.Mo
     CliRunner().invoke(command.app, files)
     CliRunner().invoke(command.app, [*files, "--redo", "failed"])
     assert seen == [[], known[1:]]
-    assert "raises" in (tmp_path / "zoo.md").read_text()
+    page = (tmp_path / "zoo.md").read_text()
+    assert "raises" in page
+    pictures = re.findall(r"\]\((.*?\.svg)\)", page)
+    assert len(pictures) == 2
+    assert all((tmp_path / picture).stat().st_size for picture in pictures)
     wrong = CliRunner().invoke(command.app, [*files, "--redo", "some"])
     assert "'some' is none of none, failed" in " ".join(wrong.output.replace("│", "").split())
 
@@ -471,6 +477,7 @@ def test_the_page_has_the_numbers() -> None:
         "| of these left by `collapse` | 1 |",
         "| no norm follows: add | 3 | 0 | 0 | 0 |",
         "| timm b | fail | collapse: fail 3.0e-03 |",
+        "| why | 1 | b (1) |",
         "| timm d | time | too long |",
         "| timm c | 1,000 M | memory | small | 7.2 |",
         "| machine | a good one |",
@@ -480,3 +487,27 @@ def test_the_page_has_the_numbers() -> None:
         "| timm | nets | 4 | 2 | 12 | 9 | 6 | 6 | 3 no norm follows: add | 3.0e-03 | 2.0e-07 |"
         in text
     )
+
+
+def test_the_figures_tell_what_the_rows_do() -> None:
+    worse = {**row_of("b", "fail")["checks"], "step": {"error": 1.0}, "stock": {"error": None}}
+    rows = [
+        row_of("a", "pass"),
+        row_of("b", "fail", checks=worse),
+        row_of("c", "pass", precision="float64", library="torchvision", spatial=8),
+        row_of("d", "pass", spatial=0),
+        {"library": "timm", "name": "e", "family": "nets", "status": "time", "why": "too long"},
+    ]
+    assert errors_of(rows, "float32") == {
+        "preserve": [2e-7] * 3, "collapse": [2e-7] * 3, "stock": [2e-7] * 2
+    }  # fmt: skip
+    assert errors_of(rows, "float64") == {check: [2e-7] for check in CHECKED}
+    assert spatial_shares(rows) == [("nets", 4, 4), ("torchvision nets", 2, 8)]
+
+
+def test_figures_are_drawn_of_any_rows(tmp_path: Path) -> None:
+    for rows in ([], [row_of("a", "pass")], [row_of("a", "pass", spatial=9)]):
+        for path in draw(rows, tmp_path):
+            assert path.read_text().startswith("<?xml")
+    first = [path.read_bytes() for path in draw(rows, tmp_path)]
+    assert first == [path.read_bytes() for path in draw(rows, tmp_path)]
