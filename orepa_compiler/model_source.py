@@ -22,7 +22,8 @@ FORMS = "torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:
 
 
 def load_model(source: str) -> nn.Module:
-    """The model that `source` names, with the weights its factory gives it.
+    """The model that `source` names, with the weights its factory gives it; none are downloaded for
+    a name of torchvision or timm.
 
     source: `torchvision:resnet50`, `timm:resnet50`, `package.module:factory` or
     `path/to/file.py:factory`. A factory is called without arguments; a module that stands there
@@ -39,7 +40,15 @@ def load_model(source: str) -> nn.Module:
     declare_torchvision_operators()
     if place == "torchvision":
         models = _zoo(source, "torchvision.models")
-        return _from_zoo(source, name, models.list_models(), lambda: models.get_model(name))
+
+        def build() -> nn.Module:
+            parameters = inspect.signature(models.get_model_builder(name)).parameters
+            # Detectors and segmenters download a trained backbone unless told not to.
+            options = {"weights_backbone": None} if "weights_backbone" in parameters else {}
+            model: nn.Module = models.get_model(name, **options)
+            return model
+
+        return _from_zoo(source, name, models.list_models(), build)
     if place == "timm":
         timm = _zoo(source, "timm")
         return _from_zoo(source, name, timm.list_models(), lambda: timm.create_model(name))

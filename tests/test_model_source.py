@@ -60,6 +60,17 @@ def test_torchvision_and_timm_give_their_models() -> None:
     assert type(load_model("timm:test_resnet.r160_in1k")).__name__ == "ResNet"
 
 
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
+def test_segmenters_and_detectors_download_no_backbone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*args: object, **options: object) -> None:
+        raise AssertionError("a download")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    assert isinstance(load_model(f"torchvision:{name}"), nn.Module)
+
+
 def test_a_file_and_a_module_in_the_current_folder_give_what_their_factory_gives(
     folder: Path,
 ) -> None:
