@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from benchmarks.zoo import detection
 from benchmarks.zoo.inputs import Instance
@@ -34,7 +35,7 @@ def train_step(model: nn.Module, instance: Instance, dtype: torch.dtype) -> int:
     loss.backward()
     trained = [p for p in model.parameters() if p.grad is not None]
     slopes, weights = (
-        torch.stack([t.norm().double() for t in tensors]).norm()
+        torch.stack([vector_norm(t, dtype=torch.float64) for t in tensors]).norm()
         for tensors in (
             [p.grad for p in trained if p.grad is not None],
             [p.detach() for p in trained],

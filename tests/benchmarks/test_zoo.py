@@ -149,6 +149,17 @@ def test_a_step_that_changes_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> N
     assert row["status"] == "fail"
 
 
+@pytest.mark.parametrize(("gain", "outcome"), [(1e11, "pass"), (1e19, "fail")])
+def test_large_gradients_are_finite_as_long_as_each_is(
+    gain: float, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The square of 1e22 is beyond float32; so is a loss of 1e38."""
+    give(monkeypatch, lambda: Tiny(gain))
+    step = examine(SUBJECT, LIMITS)["checks"]["step"]
+    assert step["outcome"] == outcome
+    assert ("the gradients are not finite" in step["message"]) == (outcome == "fail")
+
+
 def test_what_float32_cannot_show_is_checked_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, Tiny)
     monkeypatch.setitem(checks.TOLERANCE, torch.float32, 0.0)
