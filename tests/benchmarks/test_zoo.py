@@ -149,11 +149,11 @@ def test_a_step_that_changes_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> N
     assert row["status"] == "fail"
 
 
-@pytest.mark.parametrize(("gain", "outcome"), [(1e11, "pass"), (1e19, "fail")])
+@pytest.mark.parametrize(("gain", "outcome"), [(1e11, "pass"), (1e22, "fail")])
 def test_large_gradients_are_finite_as_long_as_each_is(
     gain: float, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The square of 1e22 is beyond float32; so is a loss of 1e38."""
+    """Gradients of 1e22 have squares beyond float32; a loss of 1e44 is beyond it itself."""
     give(monkeypatch, lambda: Tiny(gain))
     step = examine(SUBJECT, LIMITS)["checks"]["step"]
     assert step["outcome"] == outcome
