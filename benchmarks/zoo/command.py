@@ -74,7 +74,7 @@ def zoo(
     due = [s for s in subjects(*(only or ["*"])) if results.is_due(s.key, redo, source)]
     if due:
         command = f"python -m benchmarks.zoo {shlex.join(sys.argv[1:])}".strip()
-        results.environment = environment(command)
+        results.environment = {**environment(command), "source": source}
     random.Random(0).shuffle(due)  # the rows of an interrupted run are a fair sample
     due.sort(key=lambda subject: results.urgency(subject.key))
     limits = Limits(limit_seconds, limit_gb * 1e9, most_convs, most_parameters * 1e6)

@@ -243,14 +243,23 @@ def _reduced(rows: Sequence[Row]) -> str:
 
 def _environment(rows: Sequence[Row], environment: dict[str, Any]) -> str:
     hours = sum(row.get("total_s", 0.0) for row in rows) / 3600
-    sources = len({row.get("source") for row in rows})
     facts = dict(environment) | {
         "time": f"{hours:.1f} hours of one core",
-        "rows": "all from one version of the library's source"
-        if sources == 1
-        else f"from {sources} versions of the library's source",
+        "rows": _versions(rows, environment.get("source")),
     }
     return _table(("", ""), [(name, _cell(str(value))) for name, value in facts.items()])
+
+
+def _versions(rows: Sequence[Row], source: str | None) -> str:
+    """How many rows are of this version of the library's source."""
+    counts = Counter(row.get("source") for row in rows)
+    others = len(counts.keys() - {source})
+    if not others:
+        return "all from this version of the library's source"
+    return (
+        f"{counts[source]:,} of {len(rows):,} from this version of the library's source, "
+        f"the others from {others} earlier"
+    )
 
 
 def _passed(rows: Sequence[Row], precision: str) -> int:

@@ -475,7 +475,8 @@ def test_the_page_has_the_numbers() -> None:
     half = row_of("c", "pass", precision="float64", sibling="small", reduced_for="memory",
                   meta_plan_s=7.25)  # fmt: skip
     gone = {"library": "timm", "name": "d", "family": "nets", "status": "time", "why": "too long"}
-    text = report([row_of("a", "pass"), bad, half, gone], {"machine": "a good one"})
+    rows = [row_of("a", "pass"), bad, half, gone]
+    text = report(rows, {"machine": "a good one", "source": "a"})
     for line in (
         "| models with a conv | 4 (0 more have none) |",
         "| pass | 2 of 4 (50.0 %) |",
@@ -492,6 +493,7 @@ def test_the_page_has_the_numbers() -> None:
         "| timm d | time | too long |",
         "| timm c | 1,000 M | memory | small | 7.2 |",
         "| machine | a good one |",
+        "| rows | 3 of 4 from this version of the library's source, the others from 1 earlier |",
     ):
         assert line in text, line
     assert (
