@@ -57,7 +57,7 @@ def targets(model: nn.Module, size: int, dtype: torch.dtype) -> list[dict[str, T
     if roi_heads is not None and roi_heads.has_keypoint():
         points = given[:, None, :2] + torch.arange(_POINTS)[None, :, None].to(dtype)
         seen = torch.ones(len(given), _POINTS, 1).to(dtype)
-        target["keypoints"] = torch.cat([points, seen], dim=2)
+        target["keypoints"] = torch.cat([points, seen], dim=2).float()  # no other type is taken
     return [target, {name: value.clone() for name, value in target.items()}]
 
 
