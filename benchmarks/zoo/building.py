@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 from unittest import mock
@@ -135,12 +136,21 @@ def _form(module: nn.Module | None) -> object:
     return (type(module), shapes)
 
 
+def without_values(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model on the meta device, where only its size and its form are asked for."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception:  # a constructor that computes with its tensors
+        return make()
+
+
 def smaller_siblings(subject: Subject, model: nn.Module) -> Iterator[Subject]:
     """Models of the same family and class, the smallest first."""
     found = []
     for other in subjects(f"{subject.library}:*"):
         if other.family == subject.family and other != subject:
-            sibling = build(other)
+            sibling = without_values(partial(build, other))
             if type(sibling) is type(model):
                 found.append((parameter_count(sibling), other))
     return (other for _, other in sorted(found, key=lambda pair: pair[0]))

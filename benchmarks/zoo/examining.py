@@ -11,7 +11,13 @@ from torch import nn
 
 import orepa_compiler as orepa
 from benchmarks.zoo import detection
-from benchmarks.zoo.building import Subject, parameter_count, shorten, smaller_siblings
+from benchmarks.zoo.building import (
+    Subject,
+    parameter_count,
+    shorten,
+    smaller_siblings,
+    without_values,
+)
 from benchmarks.zoo.checks import Asked, Findings, described, run_checks
 from benchmarks.zoo.counting import convs_of, count_plan, watching_norms
 from benchmarks.zoo.inputs import Instance, NotComparable, find, memory_needed, observe
@@ -101,16 +107,16 @@ def _affordable(instance: Instance, full: nn.Module, limits: Limits) -> tuple[In
     cause = "time" if fits else "memory"
     short = _shortened(instance)
     row: Row = {"reduced_for": cause, "reduced_by": short.shortened}
-    if fits or _fits(short.stock(), limits):
+    if fits or _fits(without_values(short.stock), limits):
         return short, row if short.shortened else {}
     for sibling in smaller_siblings(instance.subject, full):
-        if _fits(Instance(sibling).stock(), limits):
+        if _fits(without_values(Instance(sibling).stock), limits):
             return Instance(sibling), {"reduced_for": cause, "sibling": sibling.name}
     raise NotComparable("too large, and so is every smaller model of its class")
 
 
 def _shortened(instance: Instance) -> Instance:
-    gone = shorten(Instance(instance.subject).stock())
+    gone = shorten(without_values(Instance(instance.subject).stock))
     return Instance(**{**vars(instance), "shortened": gone})
 
 
