@@ -75,10 +75,12 @@ def _headline(rows: Sequence[Row], *, without: int) -> str:
     left = sum(len(row.get("norms_behind_conv_after", ())) for row in rows)
     failed = len(rows) - status["pass"] - status["not compared"]
     silent = sum(len(row["plan"]["silent"]) for row in planned)
+    reduced = sum("reduced_for" in row for row in rows if row["status"] == "pass")
     lines = [
         ("models gone over, in a random order", _share(len(rows) + without, len(subjects("*")))),
         ("models with a conv", f"{len(rows):,} ({without} more have none)"),
         ("pass", _share(status["pass"], len(rows))),
+        ("of these checked with fewer blocks, for time or memory", f"{reduced:,}"),
         ("fail", f"{failed:,}"),
         ("not compared", f"{status['not compared']:,}"),
         ("pass in float32", f"{_passed(rows, 'float32'):,}"),
