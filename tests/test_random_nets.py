@@ -65,7 +65,10 @@ def trained(net: nn.Module) -> nn.Module:
     return randomise_norms(net, seed=2)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),
+    pytest.mark.filterwarnings("ignore::orepa_compiler.NothingExpandedWarning"),
+]
 
 fuzz = settings(
     max_examples=40, deadline=None, derandomize=True,

@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.jit import ScriptModule
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
+from torch.jit._fuser import optimized_execution
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -123,16 +120,15 @@ class _Recorder:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        options = {"with_kwargs": True, "always_call": True}
         handles: list[RemovableHandle] = []
         for module in self.model.modules():
-            if not isinstance(module, ScriptModule):  # which takes no hooks
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave, **options))
-        handles.append(register_module_forward_pre_hook(self._enter_scripted))
-        handles.append(register_module_forward_hook(self._leave_scripted, **options))
+            if isinstance(module, ScriptModule):  # it takes no hooks: its operators are seen
+                continue
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            leave = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            handles.append(leave)
         try:
-            with _Functions(self), _Compiled():
+            with _Functions(self), _Compiled(), optimized_execution(False):
                 yield
         finally:
             for handle in handles:
@@ -173,14 +169,6 @@ class _Recorder:
             )
             node.meta["arguments"] = arguments_of(bound_forward(module), args, kwargs)
             caller.give_all(output, node)
-
-    def _enter_scripted(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, ScriptModule) and id(module) in self.paths:
-            self.stack.append(None)
-
-    def _leave_scripted(self, module: nn.Module, *call: Any) -> None:
-        if isinstance(module, ScriptModule) and id(module) in self.paths:
-            self._leave(module, *call)
 
     def called(self, name: str, function: Any, args: Any, kwargs: Any, output: Any) -> None:
         """A torch function ran in the forward of the module on top of the stack."""
@@ -256,7 +244,10 @@ class _Functions(TorchFunctionMode):
 
 
 class _Compiled(TorchDispatchMode):
-    """Shows the mode on functions what TorchScript runs: operators that no function calls."""
+    """Shows the mode on functions what TorchScript runs: operators that no function calls.
+
+    It must not fuse them meanwhile: a fused kernel is no operator.
+    """
 
     def __torch_dispatch__(
         self,

@@ -208,9 +208,9 @@ def test_a_scripted_child_that_reads_something_else_is_in_nobodys_way() -> None:
     net = Untraceable(lambda net, x: net.scripted(x) + net.relu(net.norm(net.conv(x))))
     net.scripted = copy.deepcopy(SCRIPTED)
     assert norms_left(net) == 0
-    calls = [str(node.target) for node in recorded(net).graphs[""].nodes][1:-1]
-    assert calls[0] == "scripted"
-    assert calls[1:4] == ["conv", "norm", "relu"]
+    calls = [str(node.target) for node in recorded(net).graphs[""].nodes]
+    assert {"conv", "norm", "relu", "aten.convolution.default"} <= {*calls}
+    assert not torch.nn.modules.module._has_any_global_hook()
 
 
 def by_value(net: Any, x: Any) -> Any:
