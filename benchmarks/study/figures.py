@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.drawing import save
 from benchmarks.study.report import Line
 from benchmarks.study.statistics import Difference
-from orepa_compiler.atomic import staged
 
-# Matplotlib writes the time, and ids drawn at random, unless told not to: a page made again from
-# the same records is the same page.
-_SAVED = {"format": "svg", "metadata": {"Date": None}, "bbox_inches": "tight"}
 _COLUMNS = 3  # panels side by side that a page can show
 _COLOURS = {"better": "#2a7f3f", "worse": "#b3261e", "no difference shown": "#5f6368"}
 
 
 def draw(found: list[Line], path: Path) -> None:
     """Writes the SVG, whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with pyplot.rc_context({"svg.hashsalt": path.stem, "font.size": 9}):
-        is_tuned = found[0].cell.question.is_tuned
-        figure = _forest(pyplot, found) if is_tuned else _curves(pyplot, found)
-        with staged(path) as draft:
-            figure.savefig(draft, **_SAVED)
-        pyplot.close(figure)
+    is_tuned = found[0].cell.question.is_tuned
+    save(partial(_forest if is_tuned else _curves, found=found), path)
 
 
 def _forest(pyplot: Any, found: list[Line]) -> Any:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
+from benchmarks.drawing import save
 from benchmarks.zoo.checks import TOLERANCE
 from benchmarks.zoo.examining import Row
-from orepa_compiler.atomic import staged
 
-# Matplotlib writes the time, and ids drawn at random, unless told not to.
-_SAVED = {"format": "svg", "metadata": {"Date": None}, "bbox_inches": "tight"}
 CHECKED = {  # the check, and what is compared there
     "preserve": "expanded / the model",
     "collapse": "collapsed / trained",
@@ -27,21 +26,10 @@ _COLUMNS = 2
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes errors.svg and families.svg into the folder, each whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, drawn in (("errors", _errors), ("families", _families)):
-        path = folder / f"{name}.svg"
-        with pyplot.rc_context({"svg.hashsalt": name, "font.size": 9}):
-            figure = drawn(pyplot, rows)
-            with staged(path) as draft:
-                figure.savefig(draft, **_SAVED)
-            pyplot.close(figure)
-        made.append(path)
+        made.append(folder / f"{name}.svg")
+        save(partial(drawn, rows=rows), made[-1])
     return made
 
 
