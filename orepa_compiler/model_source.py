@@ -22,8 +22,9 @@ FORMS = "torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:
 
 
 def load_model(source: str) -> nn.Module:
-    """The model that `source` names, with the weights its factory gives it; none are downloaded for
-    a name of torchvision or timm.
+    """The model that `source` names, with the weights its factory gives it.
+
+    Nothing is downloaded for a name of torchvision or timm: its weights are random.
 
     source: `torchvision:resnet50`, `timm:resnet50`, `package.module:factory` or
     `path/to/file.py:factory`. A factory is called without arguments; a module that stands there
