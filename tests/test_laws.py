@@ -33,7 +33,7 @@ from tests.operator_factories import (
     structure,
 )
 
-fuzz = settings(max_examples=60, deadline=None, derandomize=True)
+fuzz = settings(max_examples=60)
 
 
 @EVERY

@@ -71,7 +71,7 @@ pytestmark = [
 ]
 
 fuzz = settings(
-    max_examples=40, deadline=None, derandomize=True,
+    max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much,
                            HealthCheck.data_too_large],
 )  # fmt: skip

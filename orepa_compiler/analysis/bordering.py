@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx
 
-from orepa_compiler.algebra.operators import Padding
+from orepa_compiler.algebra.operators import Padding, identity
+from orepa_compiler.algebra.padding import padded_with_bias, padding_operator
+from orepa_compiler.analysis.functional import per_channel
+from orepa_compiler.analysis.linear import Linear, absorbable
+from orepa_compiler.capture.constants import as_tensor, with_constants
+from orepa_compiler.capture.forwards import tried
 from orepa_compiler.capture.tracing import write_
+from orepa_compiler.errors import NotLinear
+
+if TYPE_CHECKING:
+    from orepa_compiler.analysis.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -66,3 +76,33 @@ def _side(index: Any, padding: Padding) -> tuple[int, int] | None:
     if part.start in (0, None) and part.stop == before:
         return (axis, 0)
     return (axis, 1) if part.start == -after and part.stop is None else None
+
+
+def bordered(walk: Walk, border: WrittenBorder) -> Linear | None:
+    """A map padded with the bias of what gives it: pad_b(W x + b) = W pad_0(x) + b.
+
+    Raises NotLinear where the border holds something else.
+    """
+    before = absorbable(walk.values, border.operand, border.nodes)
+    if before is None or before.operator is None:
+        return None
+    op = before.operator
+    if not _is_bias(walk, border.border, before):
+        raise NotLinear(
+            "border: it is padded with something else than the bias of the conv before it"
+        )
+    like = identity(op.out_channels, op.rank, like=op.weight)
+    padded = padded_with_bias(op, padding_operator(like, border.padding, "constant", 0.0))
+    nodes = with_constants((*before.nodes, *border.nodes), walk.constants)
+    return replace(before, operator=padded, nodes=nodes, layers=before.layers + 1)
+
+
+def _is_bias(walk: Walk, border: fx.Node, before: Linear) -> bool:
+    """Whether a constant is the bias of a value, for all values of the parameters."""
+    other = walk.interpreter.reading(tried(walk.interpreter.capture))
+    op = other.value_of(walk.owner, [node.name for node in before.nodes]).operator
+    value = as_tensor(other.constant(walk.owner, border))
+    flat = None if value is None or op is None else per_channel(value)
+    if flat is None or op is None or op.bias is None:
+        return False
+    return torch.allclose(flat[0], op.bias, rtol=1e-12, atol=1e-12)

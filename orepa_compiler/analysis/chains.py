@@ -15,6 +15,7 @@ from orepa_compiler.algebra.layers import conv_operator, is_batch_norm
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter
+from orepa_compiler.analysis.walk import Walk
 from orepa_compiler.capture import Call
 from orepa_compiler.errors import NotLinear
 
@@ -73,21 +74,28 @@ class SummedOperator(ConvOperator):
 
 
 @dataclass
-class ChainInterpreter(Interpreter):
-    """The Interpreter, with operators that remember their branches."""
+class _ChainWalk(Walk):
+    """A walk whose operators remember their branches."""
 
-    def _value(self, owner: str, node: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:
-        return _remembering(super()._value(owner, node, values), None)
+    def value(self, node: fx.Node) -> Linear | None:
+        return _remembering(super().value(node), None)
 
-    def _layer(self, path: str, operand: fx.Node, values: dict[fx.Node, Linear]) -> Linear | None:
-        value = super()._layer(path, operand, values)
+    def layer(self, path: str, operand: fx.Node) -> Linear | None:
+        value = super().layer(path, operand)
         if value is None or value.operator is None:
             return value
-        module = self.read(path)
+        module = self.interpreter.read(path)
         is_norm = is_batch_norm(module)
         is_fixed = not is_norm and not any(True for _ in module.parameters())
         layer = Layer(type(module).__name__, value.operator, path, is_norm, is_fixed)
         return _remembering(value, layer)
+
+
+@dataclass
+class ChainInterpreter(Interpreter):
+    """The Interpreter, with operators that remember their branches."""
+
+    walk = _ChainWalk
 
     def obstacle(self, owner: str, node: fx.Node) -> str | None:
         """Why what a node gives was not joined with the layers before it; None where it was."""

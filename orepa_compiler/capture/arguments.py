@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.kinds import kind_of
+from orepa_compiler.capture.nested import parts
 
 # How those that collect the rest of a call are named, and what they hold when there is none.
 _STARS: dict[Any, str] = {
@@ -93,15 +94,7 @@ def _holds_value(value: Any, depth: int = 4) -> bool:
     """Whether a container or an object holds what only a run gives."""
     if isinstance(value, (fx.Proxy, fx.Node, Tensor)):
         return True
-    if not depth or callable(value):
-        return False
-    if isinstance(value, (list, tuple, set, frozenset)):
-        parts = list(value)
-    else:
-        parts = list(
-            (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
-        )
-    return any(_holds_value(part, depth - 1) for part in parts)
+    return depth > 0 and any(_holds_value(part, depth - 1) for _, part in parts(value))
 
 
 def bound_forward(module: nn.Module) -> Callable[..., Any]:

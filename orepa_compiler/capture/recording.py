@@ -17,22 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.jit import ScriptModule
-from torch.jit._fuser import optimized_execution
-from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from orepa_compiler.capture.arguments import Arguments, arguments_of, bound_forward
-
-# Reads of a tensor that tell its form and nothing of its values.
-_FORM = {
-    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse",
-    "is_quantized", "is_mkldnn", "is_nested", "requires_grad", "is_leaf", "grad_fn", "size", "dim",
-    "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
-    "get_device", "ndimension", "nelement", "names", "storage_offset", "_version", "__len__",
-    "is_tensor",
-}  # fmt: skip
-_PLAIN = (int, float, bool, str, type(None), slice, torch.dtype, torch.device, torch.Size)
+from orepa_compiler.capture.nested import PLAIN, parts, tensors
+from orepa_compiler.capture.watching import tells_form, watching_functions
 
 
 @dataclass(frozen=True)
@@ -84,8 +73,8 @@ class _Frame:
         if isinstance(value, Tensor):
             self.give(value, node)
             return
-        for key, part in _parts(value):
-            if any(True for _ in _tensors(part)):
+        for key, part in parts(value):
+            if any(True for _ in tensors(part)):
                 self.give_all(part, self.graph.call_function(operator.getitem, (node, key)))
 
     def escaped(self, returned: set[int]) -> list[fx.Node]:
@@ -128,7 +117,7 @@ class _Recorder:
             leave = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
             handles.append(leave)
         try:
-            with _Functions(self), _Compiled(), optimized_execution(False):
+            with watching_functions(self.called):
                 yield
         finally:
             for handle in handles:
@@ -173,13 +162,13 @@ class _Recorder:
     def called(self, name: str, function: Any, args: Any, kwargs: Any, output: Any) -> None:
         """A torch function ran in the forward of the module on top of the stack."""
         frame = self.frame
-        if frame is None or name.strip("_") in _FORM or name in _FORM:
+        if frame is None or tells_form(name):
             return
-        touched = [*_tensors(args), *_tensors(list(kwargs.values()))]
+        touched = [*tensors(args), *tensors(list(kwargs.values()))]
         if not any(id(t) in frame.nodes or id(t) in self.parameters for t in touched):
             return  # made from constants alone
         writes = name.endswith("_") and not name.endswith("__")
-        if not writes and not any(True for _ in _tensors(output)):
+        if not writes and not any(True for _ in tensors(output)):
             frame.asked_values = name
         node = frame.graph.call_function(
             function, self._arguments(frame, args), self._arguments(frame, kwargs)
@@ -195,11 +184,11 @@ class _Recorder:
         if isinstance(value, dict):
             return {str(key): self._arguments(frame, part) for key, part in value.items()}
         if isinstance(value, (list, tuple)):
-            parts = [self._arguments(frame, part) for part in value]
-            return parts if isinstance(value, list) else tuple(parts)
-        if isinstance(value, _PLAIN):
+            inside = [self._arguments(frame, part) for part in value]
+            return inside if isinstance(value, list) else tuple(inside)
+        if isinstance(value, PLAIN):
             return value
-        return [self._arguments(frame, part) for _, part in _parts(value)] or repr(type(value))
+        return [self._arguments(frame, part) for _, part in parts(value)] or repr(type(value))
 
     def _parameter(self, frame: _Frame, tensor: Tensor) -> fx.Node | None:
         name = self.parameters.get(id(tensor))
@@ -212,7 +201,7 @@ class _Recorder:
         return node
 
     def _finish(self, frame: _Frame, output: Any) -> None:
-        returned = {id(tensor) for tensor in _tensors(output)}
+        returned = {id(tensor) for tensor in tensors(output)}
         escaped = frame.escaped(returned)
         result = self._arguments(frame, output)
         frame.graph.output((result, escaped) if escaped else result)
@@ -221,52 +210,6 @@ class _Recorder:
             self.doubtful[path] = frame.asked_values
         if _dataflow(self.graphs.setdefault(path, frame.graph)) != _dataflow(frame.graph):
             self.refused[path] = "it ran in two different ways on the inputs"
-
-
-class _Functions(TorchFunctionMode):
-    """Tells the recorder of every torch function that runs."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        self.recorder.called(_name(func), func, args, kwargs, output)
-        return output
-
-
-class _Compiled(TorchDispatchMode):
-    """Shows the mode on functions what TorchScript runs: operators that no function calls.
-
-    It must not fuse them meanwhile: a fused kernel is no operator.
-    """
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def _name(function: Any) -> str:
-    if isinstance(function, torch._ops.OpOverload):  # aten.mul_.Tensor
-        return str(function.overloadpacket.__name__)
-    name = getattr(function, "__name__", "") or str(resolve_name(function) or function)
-    if name in ("__get__", "__set__"):  # a property such as Tensor.shape
-        owner = getattr(function, "__self__", None)
-        name = getattr(owner, "__name__", name) + ("_" if name == "__set__" else "")
-    return "setitem_" if name == "__setitem__" else name
 
 
 def _dataflow(graph: fx.Graph) -> list[tuple[object, ...]]:
@@ -279,25 +222,6 @@ def _relative(path: str, owner: str) -> str | None:
     if not owner:
         return path
     return path[len(owner) + 1 :] if path.startswith(owner + ".") else None
-
-
-def _parts(value: Any) -> list[tuple[Any, Any]]:
-    """What a container holds, with its keys; the attributes of an object of the user's."""
-    if isinstance(value, Mapping):
-        return list(value.items())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(enumerate(value))
-    if isinstance(value, (Tensor, nn.Module, type, *_PLAIN)) or callable(value):
-        return []
-    return list(vars(value).items()) if hasattr(value, "__dict__") else []
-
-
-def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif depth < 8:
-        for _, part in _parts(value):
-            yield from _tensors(part, depth + 1)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,52 @@
+"""Sums in a forward: two values of one source side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from orepa_compiler.analysis.elementwise import is_difference
+from orepa_compiler.analysis.linear import Linear, absorbable, beside
+from orepa_compiler.capture.constants import with_constants
+from orepa_compiler.errors import NotLinear
+
+if TYPE_CHECKING:
+    from orepa_compiler.analysis.walk import Walk
+
+
+def sum_value(walk: Walk, node: fx.Node, operands: list[fx.Node]) -> Linear | None:
+    """left + right or left - right as one value; an operand may be the source itself."""
+    options = [
+        [v for v in (absorbable(walk.values, x, [node]), Linear(x, None)) if v] for x in operands
+    ]
+    if walk.is_in_place(node):  # the sum is written over its first operand
+        options[0] = [value for value in options[0] if value.nodes]
+    for left in options[0]:
+        for right in options[1]:
+            if left.source is not right.source or left.operator is right.operator is None:
+                continue
+            try:
+                value = _beside(walk, node, left, right)
+            except NotLinear as error:
+                walk.keep_apart(node, error.reason)
+                continue
+            return None if walk.is_overwritten(value, node) else value
+    return None if walk.interpreter.at_any_cost else _sum_of_all(walk, node)
+
+
+def _beside(walk: Walk, node: fx.Node, left: Linear, right: Linear) -> Linear:
+    at_any_cost = walk.interpreter.at_any_cost
+    op, macs = beside(left, right, is_difference(node), at_any_cost=at_any_cost)
+    nodes = with_constants((*left.nodes, *right.nodes, node), walk.constants)
+    layers = left.layers + right.layers + 1
+    return Linear(left.source, op, nodes, macs, layers, left.convs + right.convs)
+
+
+def _sum_of_all(walk: Walk, node: fx.Node) -> Linear | None:
+    """A sum whose branches would cost more as one conv each, but not all of them together."""
+    value = walk.interpreter.freely.values(walk.owner).get(node)
+    if value is None or value.operator is None or value.operator.macs > value.macs:
+        return None
+    walk.interpreter.reasons.pop((walk.owner, node.name), None)
+    return value

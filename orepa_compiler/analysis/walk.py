@@ -1,0 +1,221 @@
+"""One walk over a forward: the value of each node, from the values of those before it.
+
+A node is a layer, a function that is one, or a sum; what none of these explains has no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+
+from orepa_compiler.algebra.layers import (
+    has_handler,
+    holds_kernel,
+    is_batch_norm,
+    is_dropout,
+    is_idle,
+    linear_part,
+)
+from orepa_compiler.analysis.bordering import bordered, written_border
+from orepa_compiler.analysis.elementwise import is_add, is_difference
+from orepa_compiler.analysis.functional import FunctionCall, function_operator, operand_of
+from orepa_compiler.analysis.linear import Linear, absorbable, joined, mean_other_axes
+from orepa_compiler.analysis.sums import sum_value
+from orepa_compiler.analysis.widths import identity_before
+from orepa_compiler.capture import Call
+from orepa_compiler.capture.constants import with_constants
+from orepa_compiler.errors import NotLinear
+
+if TYPE_CHECKING:
+    from orepa_compiler.analysis.regions import Interpreter
+
+
+@dataclass
+class Walk:
+    """Goes over the forward of the module at path `owner` for an interpreter.
+
+    values: node -> what it computes, as far as the walk has come.
+    """
+
+    interpreter: Interpreter
+    owner: str
+    values: dict[fx.Node, Linear] = field(default_factory=dict)
+
+    def over(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, Linear]:
+        """The values of some nodes, in their order."""
+        for node in nodes:
+            value = self.value(node)
+            if value is not None:
+                self.values[node] = value
+        return self.values
+
+    @property
+    def constants(self) -> frozenset[fx.Node]:
+        """The nodes that hang on no input."""
+        return self.interpreter.constants(self.owner)
+
+    def keep_apart(self, node: fx.Node, reason: str) -> None:
+        """Says why a node was not joined with what comes before it."""
+        self.interpreter.reasons[self.owner, node.name] = reason
+
+    def value(self, node: fx.Node) -> Linear | None:
+        """What a node computes, if that is linear in one earlier node."""
+        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if node in self.constants:
+            return None
+        if node.op == "call_module" and len(operands) == len(node.args) == 1 and not node.kwargs:
+            return self._called(node, operands[0])
+        if is_add(node):
+            if len(operands) == 1 and node.args[0] == 0 and not is_difference(node):  # as in sum()
+                return self._extended(node, operands[0], Linear(node, None))
+            are_maps = self.constants.isdisjoint(operands)
+            if len(operands) == 2 and operands[0] is not operands[1] and are_maps:
+                return sum_value(self, node, operands)
+        if node.target == "reshape_as":
+            return self._flattened_norm(node)
+        return self._function(node)
+
+    def _called(self, node: fx.Node, operand: fx.Node) -> Linear | None:
+        """A module that is called on one map."""
+        path = self.interpreter.capture.path_of(Call(self.owner, node))
+        if reason := self.interpreter.capture.refusal(path, reader=self.owner):
+            self.keep_apart(node, reason)
+            return None
+        layer = self.layer(path, operand)
+        return None if layer is None else self._extended(node, operand, layer)
+
+    def _function(self, node: fx.Node) -> Linear | None:
+        """A function or method of one map that is a linear layer."""
+        operand = operand_of(node, self.constants)
+        if operand is None or (self.is_in_place(node) and list(operand.users) != [node]):
+            return None
+        call = FunctionCall(
+            node,
+            operand,
+            lambda argument: self.interpreter.constant(self.owner, argument),
+            lambda: identity_before(self.interpreter, operand, self.values, node),
+        )
+        try:
+            if border := written_border(node, call.value):
+                return bordered(self, border)
+            found = function_operator(call)
+        except NotLinear as error:
+            self.keep_apart(node, error.reason)
+            return None
+        if found is None:
+            return None
+        op, convs, layers = found
+        layer = Linear(operand, op.to(torch.float64), (), op.macs, layers, convs)
+        return self._extended(node, operand, layer)
+
+    def _flattened_norm(self, node: fx.Node) -> Linear | None:
+        """norm(x.flatten(0, 1)).reshape_as(x): how BatchNorm1d follows a linear layer on tokens."""
+        norm, tokens = node.args
+        if not isinstance(norm, fx.Node) or norm.op != "call_module":
+            return None
+        capture = self.interpreter.capture
+        flat, path = norm.all_input_nodes[0], capture.path_of(Call(self.owner, norm))
+        before = absorbable(self.values, tokens, [flat, node])
+        if before is None:
+            return None
+        shown = flat.target == "flatten" and flat.args == (tokens, 0, 1) and not flat.kwargs
+        alone = list(flat.users) == [norm] and list(norm.users) == [node]
+        is_norm = is_batch_norm(capture.module(path)) and not capture.refusal(path)
+        if not (shown and alone and is_norm and before.operator and before.operator.rank == 0):
+            return None
+        layer = self.layer(path, flat)
+        if layer is None or layer.rest is not None:
+            return None
+        one = joined(layer, before, node, at_any_cost=self.interpreter.at_any_cost)
+        return replace(one, nodes=(*before.nodes, flat, norm, node))
+
+    def layer(self, path: str, operand: fx.Node) -> Linear | None:
+        """What the module at a path is by itself; its source is a stand-in."""
+        module = self._module(path)
+        if is_idle(module):
+            return Linear(operand, None)
+        if is_dropout(module):
+            return None
+        has_values = any(True for _ in (*module.parameters(), *module.buffers()))
+        try:
+            like = None
+            if not has_values:
+                like = identity_before(self.interpreter, operand, self.values, path)
+        except NotLinear:
+            like = None
+        try:
+            op, rest = linear_part(module, like.in_channels if like else None)
+        except NotLinear as error:
+            whole = self.interpreter.whole(path)
+            if whole and self._fits(module, whole, operand):
+                return replace(whole, layers=int(whole.operator is not None))  # one, from here
+            self.interpreter.reasons[path, ""] = error.reason
+            return None
+        op = op.to(torch.float64, (like or op).weight.device)
+        convs = int(holds_kernel(module))
+        return Linear(operand, op, (), op.macs, 1, convs, rest)
+
+    def _module(self, path: str) -> nn.Module:
+        """The module at a path, with its values where it is a layer: those inside are read later.
+
+        Reading a module copies it, and a module of modules would be copied once for each level.
+        """
+        capture = self.interpreter.capture
+        form = capture.module(path)
+        is_composite = path in capture.graphs and not has_handler(form)
+        return form if is_composite else self.interpreter.read(path)
+
+    def _fits(self, module: nn.Module, whole: Linear, operand: fx.Node) -> bool:
+        """Whether what a module computes may follow this operand.
+
+        A layer that writes over its input needs it for itself, and a scaling layer that was written
+        for maps of one rank means another axis on those of another.
+        """
+        if getattr(module, "inplace", False) and len(operand.users) > 1:
+            return False
+        found = (whole, self.values.get(operand))
+        ops = [value.operator for value in found if value and value.operator]
+        return whole.convs > 0 or len({op.rank for op in ops}) < 2
+
+    def _extended(self, node: fx.Node, operand: fx.Node, layer: Linear) -> Linear:
+        """The layer after what its operand is, or from its operand on where that is not exact."""
+        nodes = with_constants([node], self.constants)
+        alone = replace(layer, source=operand, nodes=nodes)
+        before = absorbable(self.values, operand, nodes)
+        if before is None or self.is_overwritten(before, node):
+            return alone
+        if mean_other_axes(before.operator, layer.operator):
+            self.keep_apart(
+                node,
+                "a linear layer works on the last axis, a conv or a norm on the second; they may "
+                "be joined only behind flatten(0, 1)",
+            )
+            return alone
+        try:
+            one = joined(layer, before, node, at_any_cost=self.interpreter.at_any_cost)
+        except NotLinear as error:
+            self.keep_apart(node, error.reason)
+            return alone
+        return replace(one, nodes=with_constants(one.nodes, self.constants))
+
+    def is_in_place(self, node: fx.Node) -> bool:
+        """Whether a node writes over its first operand."""
+        return self.interpreter.is_in_place(self.owner, node)
+
+    def is_overwritten(self, value: Linear, last: fx.Node) -> bool:
+        """Whether the source changes between the first node of a value and `last`.
+
+        The one conv would read it where the last node stands, and so after the change.
+        """
+        node = next(n for n in value.nodes if value.source in n.all_input_nodes)
+        while node is not last:
+            reads_it = node.all_input_nodes[:1] == [value.source]
+            if reads_it and node not in value.nodes and self.is_in_place(node):
+                self.keep_apart(last, "its input is overwritten in place before it is done")
+                return True
+            node = node.next
+        return False

@@ -1,0 +1,80 @@
+"""Watching what runs: every torch function, and every operator that TorchScript calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.jit._fuser import optimized_execution
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Is told the name of a function, the function, its arguments and what it gave.
+Called = Callable[[str, Any, tuple[Any, ...], dict[str, Any], Any], None]
+
+# Reads of a tensor that tell its form and nothing of its values.
+_FORM = {
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse",
+    "is_quantized", "is_mkldnn", "is_nested", "requires_grad", "is_leaf", "grad_fn", "size", "dim",
+    "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
+    "get_device", "ndimension", "nelement", "names", "storage_offset", "_version", "__len__",
+    "is_tensor",
+}  # fmt: skip
+
+
+@contextmanager
+def watching_functions(called: Called) -> Iterator[None]:
+    """Tells of every torch function that runs meanwhile, after it has run."""
+    with _Functions(called), _Compiled(), optimized_execution(False):
+        yield
+
+
+def tells_form(name: str) -> bool:
+    """Whether a function reads the form of a tensor, and nothing of its values."""
+    return name.strip("_") in _FORM or name in _FORM
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, called: Called) -> None:
+        super().__init__()
+        self.called = called
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        self.called(_name(func), func, args, kwargs, output)
+        return output
+
+
+class _Compiled(TorchDispatchMode):
+    """Shows the mode on functions what TorchScript runs: operators that no function calls.
+
+    It must not fuse them meanwhile: a fused kernel is no operator.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _name(function: Any) -> str:
+    if isinstance(function, torch._ops.OpOverload):  # aten.mul_.Tensor
+        return str(function.overloadpacket.__name__)
+    name = getattr(function, "__name__", "") or str(resolve_name(function) or function)
+    if name in ("__get__", "__set__"):  # a property such as Tensor.shape
+        owner = getattr(function, "__self__", None)
+        name = getattr(owner, "__name__", name) + ("_" if name == "__set__" else "")
+    return "setitem_" if name == "__setitem__" else name

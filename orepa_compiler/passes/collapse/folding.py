@@ -1,0 +1,120 @@
+"""Folding: the edits of collapse are made, each operator in float64 and cast once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+
+from orepa_compiler.algebra.layers import linear_part
+from orepa_compiler.analysis.absorption import absorb
+from orepa_compiler.analysis.crossing import with_norm
+from orepa_compiler.analysis.linear import Linear
+from orepa_compiler.analysis.regions import Interpreter
+from orepa_compiler.analysis.shifting import give_bias
+from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks.own_forward import OwnForwardConv
+from orepa_compiler.blocks.plain import like, plain_conv
+from orepa_compiler.capture import Capture
+from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.planning import Edit
+from orepa_compiler.rewrite import free_name, replace_regions, set_module, set_module_everywhere
+
+
+def fold_regions(model: nn.Module, capture: Capture, owner: str, edits: list[Edit]) -> nn.Module:
+    """All regions of one owner: first the paths, whose children are swapped, then its graph."""
+    read = _in_float64(model)
+    replacements = []
+    for edit in edits:
+        interpreter = Interpreter(capture, read, at_any_cost=True)  # the plan looked at the cost
+        chain = _chain(edit) if edit.options["kind"] == "path" else []
+        value = interpreter.value_of(owner, edit.options["nodes"], chain)
+        if behind := edit.options["behind"]:
+            value = with_norm(value, behind, read)
+        modules = [model.get_submodule(path) for path in edit.options["modules"]]
+        direct = own_parameters(model.get_submodule(owner), value)
+        replaced = [*(p for module in modules for p in module.parameters()), *direct]
+        assert value.operator is not None
+        conv = like(value.operator.to_module(), replaced)
+        if behind:
+            model = set_module(model, behind, _rest(model, behind) or nn.Identity())
+        if edit.options["kind"] == "path":
+            model = _fold_path(model, edit, conv)
+        else:
+            replacements.append((edit, conv, value))
+    if not replacements:
+        return model
+    module = model.get_submodule(owner).eval()  # the mode is written into the graph
+    graph = capture.own_graph(owner, module)
+    name = free_name(module, "reparam_conv")
+    parts = []
+    for number, (edit, conv, value) in enumerate(replacements, 1):
+        rest = _rest(model, edit.options["modules"][-1]) if value.rest is not None else None
+        child = conv if rest is None else nn.Sequential(conv, rest)
+        label = name if number == 1 else f"{name}_{number}"
+        parts.append((edit.options["nodes"], edit.options["source"], label, child))
+    return set_module(model, owner, replace_regions(module, graph, parts))
+
+
+def absorb_norm(model: nn.Module, capture: Capture, edit: Edit) -> nn.Module:
+    """A norm, into a conv that is no operator of the algebra."""
+    conv_path, norm_path = edit.options["modules"]
+    read = _in_float64(model)
+    exact = read(conv_path)
+    exact = exact.plain() if isinstance(exact, OwnForwardConv) else exact
+    affine, rest = linear_part(read(norm_path))
+    conv = like(absorb(exact, affine), list(model.get_submodule(conv_path).parameters()))
+    rest = _rest(model, norm_path) if rest is not None else None
+    return set_module(set_module(model, conv_path, conv), norm_path, rest or nn.Identity())
+
+
+def _chain(edit: Edit) -> list[str]:
+    return [path for path in edit.options["modules"] if path != edit.options["behind"]]
+
+
+def _fold_path(model: nn.Module, edit: Edit, conv: nn.Module) -> nn.Module:
+    for path in edit.options["modules"]:
+        new = conv if path == edit.options["at"] else nn.Identity()
+        if path == edit.options["rest"]:
+            new = _rest(model, path) or new
+        if path != edit.options["behind"]:
+            model = set_module(model, path, new)
+    return model
+
+
+def _rest(model: nn.Module, path: str) -> nn.Module | None:
+    """What stays of a norm with an activation: the user's own activation module."""
+    return linear_part(model.get_submodule(path))[1]
+
+
+def _in_float64(model: nn.Module) -> Callable[[str], nn.Module]:
+    return lambda path: copy.deepcopy(model.get_submodule(path)).double().eval()
+
+
+def own_parameters(owner: nn.Module, value: Linear) -> list[nn.Parameter]:
+    """The parameters that the forward of a region's owner reads itself, for this region."""
+    names = [str(node.target) for node in value.nodes if node.op == "get_attr"]
+    known = dict(owner.named_parameters(remove_duplicate=False))
+    return [known[name] for name in names if name in known]
+
+
+def fold_block(model: nn.Module, capture: Capture, edit: Edit) -> nn.Module:
+    """A block, into the conv that it stands for; what it adds may go to the bias of a norm."""
+    conv = _plain_conv(model.get_submodule(edit.path), edit.path)
+    if norm := edit.options.get("bias_to"):
+        give_bias(conv, model.get_submodule(norm))
+    return set_module_everywhere(model, capture.aliases[edit.path], conv)
+
+
+def _plain_conv(block: nn.Module, path: str) -> nn.Module:
+    """The conv that a block stands for, with its own geometry, kernel collapsed."""
+    if not isinstance(block, LinearBlock):
+        raise ReparamError(
+            f"the plan does not fit: it collapses a block, here is a {type(block).__name__}",
+            path=path,
+        )
+    try:
+        return plain_conv(block)
+    except NotLinear as error:
+        raise ReparamError(error.reason, path=path) from error
