@@ -215,6 +215,8 @@ def changed_modules(edit: Edit) -> list[str]:
 
 def _places(edit: Edit) -> list[str]:
     """The modules that together take the region's input and give its output."""
+    if edit.options["kind"] == "concatenation":
+        return [edit.options["within"]]
     return [edit.options["owner"]] if edit.options["kind"] == "graph" else changed_modules(edit)
 
 

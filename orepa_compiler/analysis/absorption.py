@@ -1,7 +1,7 @@
-"""Norms folded into convs that are no operator of the algebra, but whose output a kernel scales.
+"""Norms folded into a conv of any class whose output a kernel scales, by its output channels.
 
-A transposed conv, and a conv that pads by the size of its input: f y + b of its output is the
-output of the same conv with its kernel and bias scaled.
+So are a transposed conv, and a conv that pads by the size of its input, which are no operator of
+the algebra: f y + b of its output is the output of the same conv with its kernel and bias scaled.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from orepa_compiler.algebra.layers import has_torch_forward, qualified_name
-from orepa_compiler.algebra.operators import ConvOperator
 
 # Known by where the class is defined; their forward is padding and one F.conv2d.
 _PADDING_BY_SIZE = {
@@ -28,19 +27,16 @@ def absorbs_norm(conv: nn.Module) -> bool:
     return qualified_name(conv) in _PADDING_BY_SIZE and "forward" not in vars(conv)
 
 
-def absorb(conv: nn.Module, affine: ConvOperator) -> nn.Module:
-    """The conv followed by a norm, as one conv of its class.
+def absorb(conv: nn.Module, factor: Tensor, shift: Tensor) -> nn.Module:
+    """The conv followed by y -> factor y + shift, as one conv of its class; both are (C_out,).
 
-    W'_o = f_o W_o,  b'_o = f_o b_o + shift_o; affine: the norm, f its factors, (C_out,).
+    W'_o = f_o W_o,  b'_o = f_o b_o + shift_o
     """
     joined = copy.deepcopy(conv)
     weight, bias = joined.weight, joined.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    assert affine.bias is not None
-    factor, shift = (
-        t.to(weight.device, weight.dtype) for t in (affine.weight.flatten(), affine.bias)
-    )
+    factor, shift = (t.to(weight.device, weight.dtype) for t in (factor, shift))
     joined.weight = nn.Parameter(_scaled(joined, weight.detach(), factor), weight.requires_grad)
     scaled = shift if bias is None else shift + factor * bias.detach()
     joined.register_parameter("bias", nn.Parameter(scaled, weight.requires_grad))

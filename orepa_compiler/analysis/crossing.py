@@ -17,7 +17,7 @@ from orepa_compiler.analysis.absorption import absorbs_norm
 from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.blocks.own_forward import own_conv
-from orepa_compiler.capture import Call
+from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.forwards import Read
 
 
@@ -54,30 +54,49 @@ def _conv_end(
     interpreter: Interpreter, owner: str, node: fx.Node, user: fx.Node
 ) -> Region | str | None:
     """The region, or the path of the conv, whose value reaches `user` and nobody else."""
-    capture = interpreter.capture
-    if list(node.users) != [user] or owner in capture.doubtful:
-        return None
-    value = interpreter.values(owner).get(node)
-    if value is not None:
-        is_conv = value.operator is not None and value.operator.rank > 0  # and no linear layer
-        ends_in_conv = value.convs and value.rest is None and is_conv
-        return Region(owner, value) if ends_in_conv else None
+    for call in reaching(interpreter.capture, owner, node, user):
+        value = interpreter.values(call.owner).get(call.node)
+        if value is not None:
+            is_conv = value.operator is not None and value.operator.rank > 0  # and no linear layer
+            ends_in_conv = value.convs and value.rest is None and is_conv
+            return Region(call.owner, value) if ends_in_conv else None
+        path = called_alone(interpreter.capture, call)
+        if path and absorbs_norm(own_conv(interpreter.capture.module(path))):
+            return path
+    return None
+
+
+def reaching(capture: Capture, owner: str, node: fx.Node, user: fx.Node) -> Iterator[Call]:
+    """The nodes that give the one value that `user` reads, and nobody else; outer ones first.
+
+    A module's call, then the node that its output is; a module's input, then what its caller gives.
+    """
+    while list(node.users) == [user] and owner not in capture.doubtful:
+        yield Call(owner, node)
+        found = _across(capture, owner, node)
+        if found is None:
+            return
+        owner, node, user = found
+
+
+def called_alone(capture: Capture, call: Call) -> str | None:
+    """The path of the module that a node calls, if that is its one use."""
+    path = capture.path_of(call) if call.node.op == "call_module" else ""
+    return path if path and capture.refusal(path) is None else None
+
+
+def _across(capture: Capture, owner: str, node: fx.Node) -> tuple[str, fx.Node, fx.Node] | None:
+    """The owner, the node and its user on the other side of a module's border."""
     if node.op == "placeholder" and owner and capture.refusal(owner) is None:
         (call,) = capture.calls[owner]
         inputs = [n for n in node.graph.nodes if n.op == "placeholder"]
-        index = inputs.index(node)
-        args = call.node.args
+        index, args = inputs.index(node), call.node.args
         source = args[index] if index < len(args) and not call.node.kwargs else None
         if isinstance(source, fx.Node) and args.count(source) == 1:
-            return _conv_end(interpreter, call.owner, source, call.node)
-    if node.op == "call_module":
-        path = capture.path_of(Call(owner, node))
-        if capture.refusal(path) is not None:
-            return None
-        if absorbs_norm(own_conv(capture.module(path))):
-            return path
-        if path in capture.graphs:
-            output = next(iter(reversed(capture.graphs[path].nodes)))
-            if isinstance(output.args[0], fx.Node):
-                return _conv_end(interpreter, path, output.args[0], output)
+            return call.owner, source, call.node
+    path = called_alone(capture, Call(owner, node))
+    if path and path in capture.graphs:
+        output = next(iter(reversed(capture.graphs[path].nodes)))
+        if isinstance(output.args[0], fx.Node):
+            return path, output.args[0], output
     return None

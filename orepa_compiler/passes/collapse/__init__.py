@@ -17,13 +17,14 @@ from orepa_compiler.algebra.layers import (
     holds_kernel,
     is_idle,
 )
+from orepa_compiler.analysis.concatenation import concatenated_convs
 from orepa_compiler.analysis.crossing import crossings
 from orepa_compiler.analysis.functional import functional_conv
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.analysis.shifting import norm_behind
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.blocks.own_forward import own_conv
-from orepa_compiler.capture import Call, Capture, join
+from orepa_compiler.capture import Call, Capture, ancestors, join
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.collapse.folding import (
     absorb_norm,
@@ -52,7 +53,8 @@ class Collapse:
             edits += self._region_edits(capture, interpreter, behind)
             pairs = [(conv, norm) for conv, norm in behind if isinstance(conv, str)]
             edits += [_absorption_edit(self.name, capture, conv, norm) for conv, norm in pairs]
-        taken = {path for edit in edits for path in edit.options["modules"]}
+            edits += self._shared_norms(capture, interpreter, _taken(edits))
+        taken = _taken(edits)
         refusals: list[Refusal] = []
         for path, module in capture.skeleton.named_modules():
             if not isinstance(module, LinearBlock) or is_inside(path, taken):
@@ -84,15 +86,29 @@ class Collapse:
         keys = [key for key in keys if not is_inside(key[0], called)]  # a norm behind joined more
         return [_region_edit(self.name, capture, regions[k], behind.get(k)) for k in keys]
 
+    def _shared_norms(
+        self, capture: Capture, interpreter: Interpreter, taken: set[str]
+    ) -> list[Edit]:
+        """The edits for norms behind a concatenation of convs."""
+        return [
+            _concatenation_edit(self.name, capture, convs, norm)
+            for convs, norm in concatenated_convs(interpreter)
+            if not any(is_inside(path, taken) for path in (*convs, norm))
+        ]
+
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
         for owner, edits in groupby(plan.edits, key=lambda edit: edit.options["owner"]):
             if owner is not None:
                 model = fold_regions(model, capture, owner, list(edits))
                 continue
             for edit in edits:
-                fold = absorb_norm if edit.options["kind"] == "absorb" else fold_block
+                fold = fold_block if edit.options["kind"] == "block" else absorb_norm
                 model = fold(model, capture, edit)
         return model.eval(), plan
+
+
+def _taken(edits: list[Edit]) -> set[str]:
+    return {path for edit in edits for path in edit.options["modules"]}
 
 
 def _region_edit(name: str, capture: Capture, region: Region, behind: str | None) -> Edit:
@@ -136,13 +152,33 @@ def _absorption_edit(name: str, capture: Capture, conv: str, norm: str) -> Edit:
     """The edit that folds a norm into a conv that is no operator of the algebra."""
     modules = [capture.module(path) for path in (conv, norm)]
     kept = own_conv(modules[0])
-    kernel = modules[0].weight
-    assert isinstance(kernel, Tensor)
-    before = sum(p.numel() for module in modules for p in module.parameters())
-    after = kernel.numel() + int(kept.out_channels)  # type: ignore[arg-type]
+    before, after = (
+        sum(p.numel() for m in modules for p in m.parameters()),
+        _folded_size(modules[0]),
+    )
     what = " + ".join(type(module).__name__ for module in modules)
     options = {"kind": "absorb", "owner": None, "modules": [conv, norm]}
     return Edit(name, conv, what, type(kept).__name__, (before, after), options=options)
+
+
+def _concatenation_edit(name: str, capture: Capture, convs: list[str], norm: str) -> Edit:
+    """The edit that folds a norm into the convs whose concatenation it reads, each its channels."""
+    paths = [*convs, norm]
+    modules = [capture.module(path) for path in paths]
+    before = sum(p.numel() for module in modules for p in module.parameters())
+    after = sum(_folded_size(module) for module in modules[:-1])
+    what = f"{len(convs)} concatenated convs + {type(modules[-1]).__name__}"
+    around = [path for path in ancestors(norm) if path in capture.graphs]
+    within = next(a for a in around if all(is_inside(path, {a}) for path in convs))
+    options = {"kind": "concatenation", "owner": None, "modules": paths, "within": within}
+    return Edit(name, norm, what, f"{len(convs)} convs", (before, after), options=options)
+
+
+def _folded_size(conv: nn.Module) -> int:
+    """The parameters of a conv that has taken a norm."""
+    kernel = conv.weight
+    assert isinstance(kernel, Tensor)
+    return kernel.numel() + int(conv.out_channels)  # type: ignore[arg-type]
 
 
 def _block_edit(collapse: Collapse, capture: Capture, path: str, block: LinearBlock) -> Edit:

@@ -14,7 +14,6 @@ from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter
 from orepa_compiler.analysis.shifting import give_bias
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.blocks.own_forward import OwnForwardConv
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture
 from orepa_compiler.errors import NotLinear, ReparamError
@@ -58,15 +57,25 @@ def fold_regions(model: nn.Module, capture: Capture, owner: str, edits: list[Edi
 
 
 def absorb_norm(model: nn.Module, capture: Capture, edit: Edit) -> nn.Module:
-    """A norm, into a conv that is no operator of the algebra."""
-    conv_path, norm_path = edit.options["modules"]
+    """A norm, into one conv, or into the convs whose concatenation it reads, each its channels."""
+    *paths, norm = edit.options["modules"]
     read = _in_float64(model)
-    exact = read(conv_path)
-    exact = exact.plain() if isinstance(exact, OwnForwardConv) else exact
-    affine, rest = linear_part(read(norm_path))
-    conv = like(absorb(exact, affine), list(model.get_submodule(conv_path).parameters()))
-    rest = _rest(model, norm_path) if rest is not None else None
-    return set_module(set_module(model, conv_path, conv), norm_path, rest or nn.Identity())
+    affine, rest = linear_part(read(norm))
+    assert affine.bias is not None
+    convs = [_own_class(read(path), path) for path in paths]
+    widths = [int(conv.out_channels) for conv in convs]  # type: ignore[arg-type]
+    factors, shifts = affine.weight.flatten().split(widths), affine.bias.split(widths)
+    for path, conv, factor, shift in zip(paths, convs, factors, shifts, strict=True):
+        parameters = list(model.get_submodule(path).parameters())
+        model = set_module(model, path, like(absorb(conv, factor, shift), parameters))
+    return set_module(
+        model, norm, (_rest(model, norm) if rest is not None else None) or nn.Identity()
+    )
+
+
+def _own_class(module: nn.Module, path: str) -> nn.Module:
+    """The conv of the user's class that a module is, or stands for."""
+    return _plain_conv(module, path) if isinstance(module, LinearBlock) else module
 
 
 def _chain(edit: Edit) -> list[str]:
