@@ -141,7 +141,7 @@ def test_model(name: str, dtype: torch.dtype) -> None:
     again = Collapse().plan(capture(deploy, training=False, is_leaf=is_leaf))
     assert not again.edits
     kept = [r for r in again.refusals if not r.layer.startswith("Conv")]
-    assert {refusal.reason for refusal in kept} <= {"no conv alone feeds it"}
+    assert all(refusal.reason.startswith("no conv alone feeds it") for refusal in kept)
     with torch.no_grad():
         assert error(main_output(deploy(x)), trained) <= TOLERANCE[dtype]
 

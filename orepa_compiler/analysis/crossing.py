@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from orepa_compiler.algebra.layers import is_batch_norm, linear_part
+from orepa_compiler.algebra.layers import is_batch_norm, is_idle, linear_part
 from orepa_compiler.analysis.absorption import absorbs_norm
 from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
@@ -73,7 +73,7 @@ def reaching(capture: Capture, owner: str, node: fx.Node, user: fx.Node) -> Iter
     """
     while list(node.users) == [user] and owner not in capture.doubtful:
         yield Call(owner, node)
-        found = _across(capture, owner, node)
+        found = across(capture, owner, node)
         if found is None:
             return
         owner, node, user = found
@@ -85,8 +85,8 @@ def called_alone(capture: Capture, call: Call) -> str | None:
     return path if path and capture.refusal(path) is None else None
 
 
-def _across(capture: Capture, owner: str, node: fx.Node) -> tuple[str, fx.Node, fx.Node] | None:
-    """The owner, the node and its user on the other side of a module's border."""
+def across(capture: Capture, owner: str, node: fx.Node) -> tuple[str, fx.Node, fx.Node] | None:
+    """The owner, the node and its user behind a module's border, or before what does nothing."""
     if node.op == "placeholder" and owner and capture.refusal(owner) is None:
         (call,) = capture.calls[owner]
         inputs = [n for n in node.graph.nodes if n.op == "placeholder"]
@@ -95,6 +95,8 @@ def _across(capture: Capture, owner: str, node: fx.Node) -> tuple[str, fx.Node, 
         if isinstance(source, fx.Node) and args.count(source) == 1:
             return call.owner, source, call.node
     path = called_alone(capture, Call(owner, node))
+    if path and is_idle(capture.module(path)) and isinstance(node.args[0], fx.Node):
+        return owner, node.args[0], node
     if path and path in capture.graphs:
         output = next(iter(reversed(capture.graphs[path].nodes)))
         if isinstance(output.args[0], fx.Node):

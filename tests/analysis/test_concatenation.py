@@ -178,13 +178,19 @@ def test_a_hook_on_what_would_change_keeps_the_norm(place: str) -> None:
 def test_a_recorded_concatenation_is_not_trusted() -> None:
     class Asks(Net):
         def forward(self, x: Tensor) -> Tensor:
-            if x.sum() > 1e9:
+            if len(x) > 100:
                 return x
             both = torch.cat([self.mixed.small(x[:, :2]), self.mixed.large(x[:, 2:])], 1)
             return self.last(torch.relu(self.norm(both)))
 
     model = prepared(Asks())
     assert norms_left(orepa.collapse(model, inputs=(X,))) == ["norm"]
+
+
+def test_a_pool_before_the_conv_is_joined_with_it_and_the_norm_stays() -> None:
+    mixed = Mixed()
+    mixed.large = nn.Sequential(nn.AvgPool2d(1), mixed.large)
+    check(prepared(Net(mixed)), left=["norm"])
 
 
 def test_the_plan_and_the_certificate_tell_of_it() -> None:

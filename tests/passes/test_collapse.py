@@ -370,7 +370,11 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "norm",
         "it is called 2 times, so what follows it is not one thing",
     ),
-    "two readers": (TwoReaders, "norm", "no conv alone feeds it"),
+    "two readers": (
+        TwoReaders,
+        "norm",
+        "no conv alone feeds it: what conv gives is read elsewhere too",
+    ),
     "no running statistics": (
         untracked,
         "1",
@@ -395,7 +399,7 @@ def test_a_norm_before_a_padded_conv_stays() -> None:
     deployed = orepa.collapse(net)
     assert norms_of(deployed) == ["0"]
     assert_same(deployed(x), output(net, x))
-    assert left(net)["0"] == "no conv alone feeds it"
+    assert left(net)["0"] == "no conv alone feeds it"  # but the input
     assert left(net)["1"].startswith("border: the first conv has a bias")
 
 

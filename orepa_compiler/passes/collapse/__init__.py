@@ -7,6 +7,7 @@ is in.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,6 +21,7 @@ from orepa_compiler.algebra.layers import (
 from orepa_compiler.analysis.concatenation import concatenated_convs
 from orepa_compiler.analysis.crossing import crossings
 from orepa_compiler.analysis.functional import functional_conv
+from orepa_compiler.analysis.preceding import norms_before
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.analysis.shifting import norm_behind
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
@@ -53,7 +55,7 @@ class Collapse:
             edits += self._region_edits(capture, interpreter, behind)
             pairs = [(conv, norm) for conv, norm in behind if isinstance(conv, str)]
             edits += [_absorption_edit(self.name, capture, conv, norm) for conv, norm in pairs]
-            edits += self._shared_norms(capture, interpreter, _taken(edits))
+            edits += self._shared_norms(capture, _taken(edits))
         taken = _taken(edits)
         refusals: list[Refusal] = []
         for path, module in capture.skeleton.named_modules():
@@ -72,27 +74,31 @@ class Collapse:
     def _region_edits(
         self, capture: Capture, interpreter: Interpreter, norms: list[tuple[Region | str, str]]
     ) -> list[Edit]:
-        regions = {(r.owner, r.node_names[-1]): r for r in interpreter.regions()}
+        regions = {_key(region): region for region in interpreter.regions()}
         behind: dict[tuple[str, str], str] = {}
         for region, norm in norms:
             if isinstance(region, Region):
-                key = (region.owner, region.node_names[-1])
-                regions.setdefault(key, region)
-                behind[key] = norm
-        calls = [Call(r.owner, n) for r in regions.values() for n in r.value.nodes]
-        called = {capture.path_of(call) for call in calls if call.node.op == "call_module"}
+                regions.setdefault(_key(region), region)
+                behind[_key(region)] = norm
+        before: dict[tuple[str, str], str] = {}
+        taken = _called(capture, regions.values()) | {norm for _, norm in norms}
+        for region, norm in norms_before(interpreter):
+            if not is_inside(norm, taken):
+                regions.setdefault(_key(region), region)
+                before[_key(region)] = norm
+        called = _called(capture, regions.values())
         order = {owner: number for number, owner in enumerate(capture.graphs)}
         keys = sorted(regions, key=lambda key: order[key[0]])  # one owner's regions together
-        keys = [key for key in keys if not is_inside(key[0], called)]  # a norm behind joined more
-        return [_region_edit(self.name, capture, regions[k], behind.get(k)) for k in keys]
+        keys = [key for key in keys if not is_inside(key[0], called)]  # a norm outside joined more
+        return [
+            _region_edit(self.name, capture, regions[k], before.get(k), behind.get(k)) for k in keys
+        ]
 
-    def _shared_norms(
-        self, capture: Capture, interpreter: Interpreter, taken: set[str]
-    ) -> list[Edit]:
+    def _shared_norms(self, capture: Capture, taken: set[str]) -> list[Edit]:
         """The edits for norms behind a concatenation of convs."""
         return [
             _concatenation_edit(self.name, capture, convs, norm)
-            for convs, norm in concatenated_convs(interpreter)
+            for convs, norm in concatenated_convs(capture)
             if not any(is_inside(path, taken) for path in (*convs, norm))
         ]
 
@@ -107,14 +113,26 @@ class Collapse:
         return model.eval(), plan
 
 
+def _key(region: Region) -> tuple[str, str]:
+    return region.owner, region.node_names[-1]
+
+
+def _called(capture: Capture, regions: Iterable[Region]) -> set[str]:
+    """The paths of the modules that some regions call."""
+    calls = [Call(region.owner, node) for region in regions for node in region.value.nodes]
+    return {capture.path_of(call) for call in calls if call.node.op == "call_module"}
+
+
 def _taken(edits: list[Edit]) -> set[str]:
     return {path for edit in edits for path in edit.options["modules"]}
 
 
-def _region_edit(name: str, capture: Capture, region: Region, behind: str | None) -> Edit:
+def _region_edit(
+    name: str, capture: Capture, region: Region, before: str | None, behind: str | None
+) -> Edit:
     """The edit for a region: which modules go, and where the one conv stands.
 
-    behind: the path of a norm in another module that goes too.
+    before, behind: the paths of norms in other modules that go too.
     """
     calls = [
         (join(region.owner, str(node.target)), capture.path_of(Call(region.owner, node)))
@@ -131,21 +149,22 @@ def _region_edit(name: str, capture: Capture, region: Region, behind: str | None
         "owner": region.owner,
         "nodes": region.node_names,
         "source": region.value.source.name,
-        "modules": [*paths, behind] if behind else paths,
+        "modules": [*([before] if before else []), *paths, *([behind] if behind else [])],
+        "before": before,
         "behind": behind,
     }
     if region.is_path:
         options["at"] = next(p for p, m in zip(paths, modules, strict=True) if holds_kernel(m))
         options["rest"] = paths[-1] if region.value.rest is not None else None
     gone = [capture.module(path) for path in options["modules"]]
-    before = sum(p.numel() for module in gone for p in module.parameters())
-    before += sum(p.numel() for p in own_parameters(capture.module(region.owner), region.value))
+    size = sum(p.numel() for module in gone for p in module.parameters())
+    size += sum(p.numel() for p in own_parameters(capture.module(region.owner), region.value))
     names = [type(module).__name__ for module in gone if not is_idle(module)]
     names += filter(None, map(functional_conv, region.value.nodes))
     what = " + ".join(names)
     target = _conv_text(operator.in_channels, operator.out_channels, operator.kernel_size)
     path = options.get("at", region.owner)
-    return Edit(name, path, what, target, (before, after), options=options)
+    return Edit(name, path, what, target, (size, after), options=options)
 
 
 def _absorption_edit(name: str, capture: Capture, conv: str, norm: str) -> Edit:

@@ -11,6 +11,7 @@ from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.absorption import absorb
 from orepa_compiler.analysis.crossing import with_norm
 from orepa_compiler.analysis.linear import Linear
+from orepa_compiler.analysis.preceding import after_norm
 from orepa_compiler.analysis.regions import Interpreter
 from orepa_compiler.analysis.shifting import give_bias
 from orepa_compiler.blocks import LinearBlock
@@ -29,6 +30,8 @@ def fold_regions(model: nn.Module, capture: Capture, owner: str, edits: list[Edi
         interpreter = Interpreter(capture, read, at_any_cost=True)  # the plan looked at the cost
         chain = _chain(edit) if edit.options["kind"] == "path" else []
         value = interpreter.value_of(owner, edit.options["nodes"], chain)
+        if before := edit.options.get("before"):
+            value = after_norm(value, before, read)
         if behind := edit.options["behind"]:
             value = with_norm(value, behind, read)
         modules = [model.get_submodule(path) for path in edit.options["modules"]]
@@ -36,8 +39,8 @@ def fold_regions(model: nn.Module, capture: Capture, owner: str, edits: list[Edi
         replaced = [*(p for module in modules for p in module.parameters()), *direct]
         assert value.operator is not None
         conv = like(value.operator.to_module(), replaced)
-        if behind:
-            model = set_module(model, behind, _rest(model, behind) or nn.Identity())
+        for norm in filter(None, (before, behind)):
+            model = set_module(model, norm, _rest(model, norm) or nn.Identity())
         if edit.options["kind"] == "path":
             model = _fold_path(model, edit, conv)
         else:
@@ -79,16 +82,17 @@ def _own_class(module: nn.Module, path: str) -> nn.Module:
 
 
 def _chain(edit: Edit) -> list[str]:
-    return [path for path in edit.options["modules"] if path != edit.options["behind"]]
+    """The layers of a region that is a path, without the norms in other modules."""
+    norms = (edit.options.get("before"), edit.options["behind"])
+    return [path for path in edit.options["modules"] if path not in norms]
 
 
 def _fold_path(model: nn.Module, edit: Edit, conv: nn.Module) -> nn.Module:
-    for path in edit.options["modules"]:
+    for path in _chain(edit):
         new = conv if path == edit.options["at"] else nn.Identity()
         if path == edit.options["rest"]:
             new = _rest(model, path) or new
-        if path != edit.options["behind"]:
-            model = set_module(model, path, new)
+        model = set_module(model, path, new)
     return model
 
 

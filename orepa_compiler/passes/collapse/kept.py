@@ -25,7 +25,7 @@ def left_norms(
         for call in calls:
             reason = reason or interpreter.reasons.get((call.owner, call.node.name))
         reason = reason or interpreter.reasons.get((path, ""))
-        reason = reason or _feeding_refusal(capture, calls) or "no conv alone feeds it"
+        reason = reason or _feeding_refusal(capture, calls) or _feeder(capture, calls)
         yield Refusal(name, path, type(module).__name__, reason)
 
 
@@ -37,6 +37,21 @@ def _feeding_refusal(capture: Capture, norms: list[Call]) -> str | None:
             if path and (reason := capture.refusal(path)):
                 return f"{path}, which feeds it, stays: {reason}"
     return None
+
+
+def _feeder(capture: Capture, norms: list[Call]) -> str:
+    """What feeds a norm, where that is no conv alone."""
+    found = capture.producer(norms[0]) if norms else None
+    if found is None:
+        return "no conv alone feeds it"
+    if found.node.op != "call_module":
+        name = getattr(found.node.target, "__name__", found.node.target)
+        return f"no conv alone feeds it, but {str(name).strip('_')}"
+    path = capture.path_of(found)
+    name = type(capture.module(path)).__name__
+    if is_conv_like(capture.module(path)):
+        return f"no conv alone feeds it: what {path} gives is read elsewhere too"
+    return f"no conv alone feeds it, but {name}"
 
 
 def read_away(capture: Capture, interpreter: Interpreter, edits: list[Edit]) -> Iterator[str]:

@@ -1,0 +1,109 @@
+"""Norms that stand right before a conv, with the border of a module between the two.
+
+W (f x + s) + b = (W f) x + (W s + b), where the conv pads nothing. In one graph this is a region
+like any other; a net that normalizes first has the norm in the block, the conv in what it calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import takewhile
+
+import torch
+from torch import fx
+
+from orepa_compiler.algebra.layers import has_torch_forward, is_batch_norm, linear_part
+from orepa_compiler.analysis.crossing import across, called_alone
+from orepa_compiler.analysis.linear import Linear, maximal, mean_other_axes
+from orepa_compiler.analysis.regions import Interpreter, Region
+from orepa_compiler.capture import Call
+from orepa_compiler.capture.forwards import Read
+from orepa_compiler.errors import NotLinear
+
+_FORM = {"shape", "dtype", "device", "ndim", "size", "dim"}  # a norm changes none of these
+_KNOWN = {"torch", "_operator", "builtins", "math"}  # whose functions write only if they say so
+
+
+def norms_before(interpreter: Interpreter) -> Iterator[tuple[Region, str]]:
+    """What begins with a conv, each with the path of the norm that it alone reads."""
+    for owner in interpreter.capture.graphs:
+        for value in maximal(interpreter.values(owner)):
+            if value.convs and not interpreter.remaining_reads(owner, value.nodes):
+                norm = _norm(interpreter, owner, value)
+                if norm is not None and _fits(interpreter, value, norm):
+                    yield Region(owner, value), norm
+
+
+def after_norm(value: Linear, path: str, read: Read) -> Linear:
+    """The value of the norm at `path` as its input. Raises NotLinear where that is no one conv."""
+    norm, rest = linear_part(read(path))
+    if rest is not None:
+        raise NotLinear("an activation stands between the norm and the conv")
+    op = value.operator
+    assert op is not None
+    return replace(value, operator=op @ norm.to(torch.float64, op.weight.device))
+
+
+def _norm(interpreter: Interpreter, owner: str, value: Linear) -> str | None:
+    """The path of the norm whose output a value has for its source, and nobody else reads."""
+    capture, node = interpreter.capture, value.source
+    readers, last = set(value.nodes), value.nodes[-1]
+    while {user for user in node.users if not _reads_form(user)} <= readers:
+        if owner in capture.doubtful or owner in capture.recorded:
+            return None
+        if not _is_quiet(interpreter, owner, node, last, readers):
+            return None
+        path = called_alone(capture, Call(owner, node))
+        if path and is_batch_norm(capture.module(path)):
+            return path
+        found = across(capture, owner, node)
+        if found is None:
+            return None
+        owner, node, last = found
+        readers = {last}
+    return None
+
+
+def _fits(interpreter: Interpreter, value: Linear, norm: str) -> bool:
+    try:
+        one = after_norm(value, norm, interpreter.read).operator
+        alone, _ = linear_part(interpreter.read(norm))
+    except NotLinear:
+        return False
+    known = value.operator
+    if one is None or known is None or mean_other_axes(known, alone):
+        return False
+    return one.macs <= value.macs
+
+
+def _reads_form(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _FORM
+    return node.target is getattr and node.args[1] in _FORM
+
+
+def _is_quiet(
+    interpreter: Interpreter, owner: str, first: fx.Node, last: fx.Node, readers: set[fx.Node]
+) -> bool:
+    """Whether nothing between the norm and the conv can write over what the conv will then read.
+
+    Without the norm that is the input of the norm, which others may hold too.
+    """
+    nodes = list(first.graph.nodes)
+    between = takewhile(lambda node: node is not last, nodes[nodes.index(first) + 1 :])
+    return not any(_may_write(interpreter, owner, node) for node in between if node not in readers)
+
+
+def _may_write(interpreter: Interpreter, owner: str, node: fx.Node) -> bool:
+    """Whether a node is in place, or runs code that is not torch's and could be."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if node.op == "call_module":
+        path = interpreter.capture.path_of(Call(owner, node))
+        is_known = has_torch_forward(interpreter.capture.module(path))
+        is_known = is_known and interpreter.capture.hook_refusal(path) is None
+    else:
+        home = str(getattr(node.target, "__module__", None) or "torch")
+        is_known = node.op == "call_method" or home.partition(".")[0] in _KNOWN
+    return not is_known or interpreter.is_in_place(owner, node)
