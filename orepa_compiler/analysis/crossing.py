@@ -90,15 +90,22 @@ def across(capture: Capture, owner: str, node: fx.Node) -> tuple[str, fx.Node, f
     if node.op == "placeholder" and owner and capture.refusal(owner) is None:
         (call,) = capture.calls[owner]
         inputs = [n for n in node.graph.nodes if n.op == "placeholder"]
-        index, args = inputs.index(node), call.node.args
-        source = args[index] if index < len(args) and not call.node.kwargs else None
-        if isinstance(source, fx.Node) and args.count(source) == 1:
+        index, args = inputs.index(node), call.node.args  # the first inputs get the arguments
+        source = args[index] if index < len(args) else None
+        if isinstance(source, fx.Node) and _times_given(call.node, source) == 1:
             return call.owner, source, call.node
     path = called_alone(capture, Call(owner, node))
-    if path and is_idle(capture.module(path)) and isinstance(node.args[0], fx.Node):
-        return owner, node.args[0], node
+    if path and is_idle(capture.module(path)) and len(node.all_input_nodes) == 1:
+        return owner, node.all_input_nodes[0], node
     if path and path in capture.graphs:
         output = next(iter(reversed(capture.graphs[path].nodes)))
         if isinstance(output.args[0], fx.Node):
             return path, output.args[0], output
     return None
+
+
+def _times_given(call: fx.Node, value: fx.Node) -> int:
+    """How often a value stands among the arguments of a call."""
+    given: list[fx.Node] = []
+    fx.node.map_arg((call.args, call.kwargs), given.append)
+    return sum(node is value for node in given)

@@ -88,6 +88,18 @@ def test_what_the_norm_stands_in_may_be_a_container() -> None:
     check(prepared(model), left=[])
 
 
+def test_what_does_nothing_may_stand_between() -> None:
+    class Net(PreNorm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(self.drop(input=self.norm(x)))
+
+    check(prepared(Net()), left=[])
+
+
 @pytest.mark.parametrize("conv", [nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3)])
 def test_a_norm_that_follows_a_conv_goes_there(conv: nn.Module) -> None:
     model = prepared(nn.Sequential(conv, nn.BatchNorm2d(4), Mlp()))
@@ -100,6 +112,28 @@ def test_a_norm_with_an_activation_stays() -> None:
     model = PreNorm()
     model.norm = layers.BatchNormAct2d(4)
     check(prepared(model), left=["norm"])
+
+
+class Attends(nn.Module):
+    """A conv on one input, and others by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, y: Tensor, x: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        z = self.conv(y) * scale
+        return z if x is None else z + x
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_other_inputs_may_be_given_by_name(twice: bool) -> None:
+    class Net(PreNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return self.mlp(y, scale=2.0, x=y if twice else x)
+
+    check(prepared(Net(Attends())), left=["norm"] if twice else [])
 
 
 def read_twice(self: PreNorm, x: Tensor, y: Tensor) -> Tensor:
