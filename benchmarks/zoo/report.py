@@ -73,6 +73,7 @@ def _headline(rows: Sequence[Row], *, without: int) -> str:
     convs, spatial = (sum(row[key] for row in planned) for key in ("convs", "spatial"))
     found = sum(row.get("norms_behind_conv", 0) for row in rows)
     left = sum(len(row.get("norms_behind_conv_after", ())) for row in rows)
+    norms, norms_left = (sum(row.get(key, 0) for row in rows) for key in ("norms", "norms_after"))
     failed = len(rows) - status["pass"] - status["not compared"]
     silent = sum(len(row["plan"]["silent"]) for row in planned)
     reduced = sum("reduced_for" in row for row in rows if row["status"] == "pass")
@@ -98,6 +99,8 @@ def _headline(rows: Sequence[Row], *, without: int) -> str:
             'spatial convs expanded with `where="**"`',
             _share(_sum(planned, "plan_all", "spatial_expanded"), spatial),
         ),
+        ("batch norms", f"{norms:,}"),
+        ("of these left by `collapse`", _share(norms_left, norms)),
         ("batch norms right behind a conv or linear layer", f"{found:,}"),
         ("of these left by `collapse`", f"{left:,}"),
     ]

@@ -464,7 +464,8 @@ def row_of(name: str, status: str, **changes: Any) -> Row:
         "library": "timm", "name": name, "family": "nets", "status": status, "parameters": 10**9,
         "convs": 4, "spatial": 2, "plan": plan, "plan_all": {**plan, "expanded": 4, "reasons": {}},
         "checks": dict.fromkeys(checks.CHECKS, check), "precision": "float32", "total_s": 5.0,
-        "norms_behind_conv": 3, "norms_behind_conv_after": {}, "source": "a", **changes,
+        "norms": 5, "norms_after": 2, "norms_behind_conv": 3, "norms_behind_conv_after": {},
+        "source": "a", **changes,
     }  # fmt: skip
 
 
@@ -486,6 +487,8 @@ def test_the_page_has_the_numbers() -> None:
         "| convs expanded by default | 9 of 12 (75.0 %) |",
         '| convs expanded with `where="**"` | 12 of 12 (100.0 %) |',
         "| spatial convs expanded by default | 6 of 6 (100.0 %) |",
+        "| batch norms | 15 |",
+        "| of these left by `collapse` | 6 of 15 (40.0 %) |",
         "| batch norms right behind a conv or linear layer | 9 |",
         "| of these left by `collapse` | 1 |",
         "| no norm follows: add | 3 | 0 | 0 | 0 |",

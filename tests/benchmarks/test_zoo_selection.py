@@ -2,9 +2,10 @@
 
 What is unusual in them: convs with a forward of their own (nfnet, resnetv2, Conv2dSame), called
 several times or under several names (detectors, CoaT), under forwards that do not trace (TinyViT,
-EfficientViT), layer scale, BatchNorm on tokens (LeViT), sums of branches
-(GhostNetV3, RepViT, RepGhost), 1 x 1 maps, rectangular and grouped kernels. FastViT is not among
-them: torch 2.13 itself corrupts memory in the backward of its 1 x 1 stem conv of stride 2.
+EfficientViT), layer scale, BatchNorm on tokens (LeViT), behind a concatenation (MixNet) or before a
+conv (Visformer), sums of branches (GhostNetV3, RepViT, RepGhost), 1 x 1 maps, rectangular and
+grouped kernels. FastViT is not among them: torch 2.13 itself corrupts memory in the backward of its
+1 x 1 stem conv of stride 2.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ MODELS = {
     "timm:hardcorenas_a": (51, 34, 0),
     "timm:hiera_tiny_224": (1, 0, 0),
     "timm:hrnet_w18_small": (91, 91, 0),
-    "timm:inception_next_atto": (64, 48, 12),
+    "timm:inception_next_atto": (64, 48, 0),
     "timm:lcnet_035": (32, 27, 0),
     "timm:levit_128s": (4, 4, 2),
-    "timm:mixnet_s": (123, 97, 34),
+    "timm:mixnet_s": (123, 97, 0),
     "timm:mnasnet_small": (66, 46, 0),
     "timm:mobilenetv4_conv_small_035": (46, 45, 0),
     "timm:mobilevit_xxs": (35, 32, 0),
@@ -76,7 +77,7 @@ MODELS = {
     "timm:tf_efficientnet_lite0": (49, 49, 0),
     "timm:tf_mobilenetv3_small_minimal_100": (35, 34, 0),
     "timm:tiny_vit_5m_224": (27, 27, 0),
-    "timm:visformer_tiny": (57, 23, 24),
+    "timm:visformer_tiny": (57, 23, 1),
     "timm:xcit_nano_12_p8_224": (28, 15, 12),
     "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn": (69, 47, 0),
     "torchvision:lraspp_mobilenet_v3_large": (66, 47, 0),
