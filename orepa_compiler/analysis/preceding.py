@@ -13,7 +13,7 @@ from itertools import takewhile
 import torch
 from torch import fx
 
-from orepa_compiler.algebra.layers import has_torch_forward, is_batch_norm, linear_part
+from orepa_compiler.algebra.layers import is_batch_norm, linear_part
 from orepa_compiler.analysis.crossing import across, called_alone
 from orepa_compiler.analysis.linear import Linear, maximal, mean_other_axes
 from orepa_compiler.analysis.regions import Interpreter, Region
@@ -22,7 +22,6 @@ from orepa_compiler.capture.forwards import Read
 from orepa_compiler.errors import NotLinear
 
 _FORM = {"shape", "dtype", "device", "ndim", "size", "dim"}  # a norm changes none of these
-_KNOWN = {"torch", "_operator", "builtins", "math"}  # whose functions write only if they say so
 
 
 def norms_before(interpreter: Interpreter) -> Iterator[tuple[Region, str]]:
@@ -86,24 +85,16 @@ def _reads_form(node: fx.Node) -> bool:
 def _is_quiet(
     interpreter: Interpreter, owner: str, first: fx.Node, last: fx.Node, readers: set[fx.Node]
 ) -> bool:
-    """Whether nothing between the norm and the conv can write over what the conv will then read.
+    """Whether nothing between the norm and the conv may write over what the conv will then read.
 
-    Without the norm that is the input of the norm, which others may hold too.
+    That is the input of the norm, or of what holds it.
     """
+    read = first.all_input_nodes or [first]
     nodes = list(first.graph.nodes)
     between = takewhile(lambda node: node is not last, nodes[nodes.index(first) + 1 :])
-    return not any(_may_write(interpreter, owner, node) for node in between if node not in readers)
-
-
-def _may_write(interpreter: Interpreter, owner: str, node: fx.Node) -> bool:
-    """Whether a node is in place, or runs code that is not torch's and could be."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return False
-    if node.op == "call_module":
-        path = interpreter.capture.path_of(Call(owner, node))
-        is_known = has_torch_forward(interpreter.capture.module(path))
-        is_known = is_known and interpreter.capture.hook_refusal(path) is None
-    else:
-        home = str(getattr(node.target, "__module__", None) or "torch")
-        is_known = node.op == "call_method" or home.partition(".")[0] in _KNOWN
-    return not is_known or interpreter.is_in_place(owner, node)
+    return not any(
+        interpreter.memory.overwrites(owner, node, value)
+        for node in between
+        for value in read
+        if node not in readers
+    )

@@ -207,14 +207,17 @@ class Walk:
         return self.interpreter.is_in_place(self.owner, node)
 
     def is_overwritten(self, value: Linear, last: fx.Node) -> bool:
-        """Whether the source changes between the first node of a value and `last`.
+        """Whether the source changes from the first node of a value to `last`.
 
-        The one conv would read it where the last node stands, and so after the change.
+        The one conv would read it where the last node stands, and so after the change. What the
+        nodes of the value themselves write over must be seen by nobody else.
         """
-        node = next(n for n in value.nodes if value.source in n.all_input_nodes)
-        while node is not last:
-            reads_it = node.all_input_nodes[:1] == [value.source]
-            if reads_it and node not in value.nodes and self.is_in_place(node):
+        memory, source = self.interpreter.memory, value.source
+        inside = {*value.nodes, last}
+        is_own = memory.is_own(self.owner, source) and set(source.users) <= inside
+        node = next(n for n in value.nodes if source in n.all_input_nodes)
+        while node is not last.next:
+            if not (is_own and node in inside) and memory.overwrites(self.owner, node, source):
                 self.keep_apart(last, "its input is overwritten in place before it is done")
                 return True
             node = node.next

@@ -17,6 +17,10 @@ from torch import Tensor, fx
 _FACTS = {"shape", "dtype", "device"}
 _CASTS = {"to", "type_as"}
 _VIEWS = {"view", "reshape", torch.reshape}
+_WRITES = {
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
+    "__ipow__", "__iand__", "__ior__", "__ixor__",
+}  # fmt: skip
 _RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "poisson")
 
 
@@ -58,9 +62,9 @@ def with_constants(nodes: Iterable[fx.Node], constants: frozenset[fx.Node]) -> t
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether a call writes over its first operand, by its name."""
+    """Whether a call writes over its first operand, by its name: mul_, __setitem__, __iadd__."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_constant(node: fx.Node, found: set[fx.Node]) -> bool:

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.layers import has_torch_forward
 from orepa_compiler.capture import Call, Capture, join
-from orepa_compiler.capture.constants import constants_of, evaluated, writes
-from orepa_compiler.capture.tracing import IN_PLACE_OPERATORS, trace
+from orepa_compiler.capture.constants import constants_of, evaluated
+from orepa_compiler.capture.memory import Memory, is_in_place
+from orepa_compiler.capture.tracing import trace
 from orepa_compiler.errors import NotLinear
 
 # Gives the module at a path, to be read: without values when planning, in float64 when applying.
@@ -35,6 +36,7 @@ class Forwards:
     _owners: dict[fx.Graph, str] = field(default_factory=dict, init=False)
     _constants: dict[str, frozenset[fx.Node]] = field(default_factory=dict, init=False)
     _reading: dict[str, dict[str, list[fx.Node]]] = field(default_factory=dict, init=False)
+    _memory: Memory | None = field(default=None, init=False)
 
     def graph(self, owner: str) -> fx.Graph | None:
         """The graph of the owner's forward; of a layer that is not torch's own, made when asked."""
@@ -85,8 +87,14 @@ class Forwards:
         if node.op == "call_module":
             module = self.capture.module(self.capture.path_of(Call(owner, node)))
             return bool(getattr(module, "inplace", False))
-        is_named = node.target in IN_PLACE_OPERATORS or writes(node)
-        return is_named or bool(node.kwargs.get("inplace"))
+        return is_in_place(node)
+
+    @property
+    def memory(self) -> Memory:
+        """Which values share memory, and which nodes write over them."""
+        if self._memory is None:
+            self._memory = Memory(self)
+        return self._memory
 
     def remaining_reads(self, owner: str, nodes: Iterable[fx.Node]) -> str | None:
         """Why the layers that some nodes of a forward call must stay, though the nodes could go.

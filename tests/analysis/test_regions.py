@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -405,17 +406,125 @@ OVERWRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "after its last reader": lambda m, x: ((c := m.conv(x)), (p := m.point(x)), x.mul_(2), c + p)[
         3
     ],
+    "by a function that is told so by position": lambda m, x: (
+        (c := m.conv(x)),
+        nn.functional.relu(x, True),
+        c + m.point(x),
+    )[2],
+    "by a function that is given it to write to": lambda m, x: (
+        (c := m.conv(x)),
+        torch.add(x, 1, out=x),
+        c + m.point(x),
+    )[2],
+    "by a module": lambda m, x: ((c := m.conv(x)), (t := m.acts(x)), c + m.point(x))[2] * t,
+    "by a layer that is not torch's": lambda m, x: (
+        (c := m.conv(x)),
+        m.halves(x),
+        c + m.point(x),
+    )[2],
+    "through a view": lambda m, x: ((c := m.conv(x)), x.view(-1).mul_(2), c + m.point(x))[2],
+    "through a view from before": lambda m, x: (
+        (part := x[:, :2]),
+        (c := m.conv(x)),
+        part.mul_(2),
+        c + m.point(x),
+    )[3],
+    "where it is a view": lambda m, x: (
+        (view := x.view(x.shape)),
+        (c := m.conv(view)),
+        x.mul_(2),
+        c + m.point(view),
+    )[3],
+    "through what a module returns": lambda m, x: (
+        (same := m.nothing(x)),
+        (c := m.conv(x)),
+        same.mul_(2),
+        c + m.point(x),
+    )[3],
+    "through its data": lambda m, x: ((c := m.conv(x)), x.data.mul_(2), c + m.point(x))[2],
 }
+
+
+class Halves(nn.Module):
+    """A layer of the user's, without children, that writes over its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(0.5)
 
 
 @pytest.mark.parametrize("forward", OVERWRITTEN.values(), ids=OVERWRITTEN)
 def test_an_input_that_is_overwritten_meanwhile_is_not_joined(
     forward: Callable[[Any, Tensor], Tensor],
 ) -> None:
-    model = Inline(forward, conv=conv(), point=point(), act=nn.ReLU(inplace=True))
+    layers = {
+        "conv": conv(),
+        "point": point(),
+        "act": nn.ReLU(inplace=True),
+        "acts": nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU(inplace=True))),
+        "halves": Halves(),
+        "nothing": nn.Sequential(nn.Sequential(), nn.Dropout()),
+    }
+    model = Inline(forward, **layers)
     interpreter = interpreted(model)
     assert not interpreter.regions()
     assert "its input is overwritten in place before it is done" in reasons(interpreter)
+
+
+SEEN_WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "an input": lambda m, x: m.conv(x.mul_(2)),
+    "a view": lambda m, x: ((y := torch.relu(x)), (z := m.conv(y.view(y.shape).mul_(2))), y * z)[2],
+    "what others read": lambda m, x: ((y := torch.relu(x)), m.conv(y.mul_(2)) * y)[1],
+    "what others read under another name": lambda m, x: (
+        (y := torch.relu(x)),
+        operator.iadd(m.same(y), m.conv(y)) * y,
+    )[1],
+}
+
+
+@pytest.mark.parametrize("forward", SEEN_WRITTEN.values(), ids=SEEN_WRITTEN)
+def test_a_layer_in_place_whose_work_is_seen_elsewhere_stays(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    assert not interpreted(Inline(forward, conv=conv(), same=nn.Identity())).regions()
+
+
+def test_a_layer_in_place_whose_work_nobody_else_sees_is_joined() -> None:
+    model = Inline(lambda m, x: m.conv(torch.relu(x).mul_(2)), conv=conv())
+    assert only(interpreted(model)).value.layers == 2
+
+
+NOT_OVERWRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a module writes over what it made": lambda m, x: (
+        (
+            (c := m.conv(x)),
+            (t := m.block(x)),
+            torch.relu(c + m.point(x)),
+        )[2]
+        * t
+    ),
+    "another value is written over": lambda m, x: (
+        (y := torch.relu(x)),
+        (c := m.conv(y)),
+        x.mul_(2),
+        c + m.point(y),
+    )[3],
+    "a part of another value is written over": lambda m, x: (
+        (y := torch.relu(x)),
+        (z := torch.sigmoid(x).view(-1)),
+        (c := m.conv(y)),
+        z.mul_(2),
+        c + m.point(y),
+    )[4],
+}
+
+
+@pytest.mark.parametrize("forward", NOT_OVERWRITTEN.values(), ids=NOT_OVERWRITTEN)
+def test_what_is_written_over_elsewhere_is_no_obstacle(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    block = nn.Sequential(conv(), nn.ReLU(inplace=True))
+    model = Inline(forward, conv=conv(), point=point(), block=block)
+    assert only(interpreted(model)).value.convs == 2
 
 
 def test_an_input_that_is_overwritten_later_is_no_obstacle() -> None:

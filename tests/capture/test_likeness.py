@@ -184,7 +184,7 @@ def test_what_cannot_be_compared_is_alike_to_none(change: Callable[[Any], object
 
 def test_a_norm_is_folded_in_those_blocks_where_it_may_be() -> None:
     """The first two are traced once; the third has an activation between."""
-    net = nn.Sequential(Block(), Block(), Block(act=True), Block())
+    net = nn.Sequential(Block(), Block(), Block(act=True), nn.Sequential(nn.ReLU(), Block()))
     randomise_norms(net).eval()
     deploy, x = orepa.collapse(net), torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(deploy(x), net(x))
