@@ -59,7 +59,8 @@ def _conv_end(
         if value is not None:
             is_conv = value.operator is not None and value.operator.rank > 0  # and no linear layer
             ends_in_conv = value.convs and value.rest is None and is_conv
-            return Region(call.owner, value) if ends_in_conv else None
+            stays = interpreter.remaining_reads(call.owner, value.nodes)
+            return Region(call.owner, value) if ends_in_conv and not stays else None
         path = called_alone(interpreter.capture, call)
         if path and absorbs_norm(own_conv(interpreter.capture.module(path))):
             return path

@@ -63,12 +63,15 @@ class Interpreter(Forwards):
         return self._values[owner]
 
     def _nodes(self, owner: str) -> Iterable[fx.Node]:
-        """The nodes to interpret. A recording shows chains of layers, and no more than that."""
+        """The nodes to interpret: the calls of layers alone, where no forward can be written anew.
+
+        A recording shows chains of layers, and no more than that.
+        """
         graph = self.graph(owner)
         if graph is None or owner in self.capture.doubtful:
             return ()
-        is_recorded = owner in self.capture.recorded
-        return (node for node in graph.nodes if not is_recorded or node.op == "call_module")
+        stays = owner in self.capture.recorded or self.capture.rewrite_refusal(owner)
+        return (node for node in graph.nodes if not stays or node.op == "call_module")
 
     def is_open(self, owner: str) -> bool:
         """Whether the owner's forward is being interpreted right now."""

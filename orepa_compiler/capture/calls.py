@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from orepa_compiler.capture.arguments import Arguments
+from orepa_compiler.capture.effects import effects_of
 from orepa_compiler.capture.tracing import made_up, trace
 from orepa_compiler.errors import ReparamError
 
@@ -77,6 +78,13 @@ class Capture:
         if isinstance(again, str) or str(again) != str(graph):
             raise ReparamError("its forward cannot be traced any more", path=owner)
         return again
+
+    def rewrite_refusal(self, owner: str) -> str | None:
+        """Why the forward of a module may not be written anew from its graph, or None."""
+        does = effects_of(self.graphs.get(owner))
+        if does is None:
+            return None
+        return f"the forward of {owner or 'the model'} {does}, and one written anew would not"
 
     def hook_refusal(self, path: str) -> str | None:
         """Why a module with a hook, on itself or on what it is read with, must stay, or None."""

@@ -7,7 +7,7 @@ so it can be computed once, by running those nodes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -24,11 +24,15 @@ _WRITES = {
 _RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "poisson")
 
 
-def constants_of(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The nodes whose values no input changes, with those that ask a map for its shape or dtype."""
+def constants_of(graph: fx.Graph, written: Container[str] = ()) -> frozenset[fx.Node]:
+    """The nodes whose values no input changes, with those that ask a map for its shape or dtype.
+
+    written: tensors of the module that its forward changes, which are none.
+    """
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if _is_constant(node, found):
+        is_written = node.op == "get_attr" and str(node.target) in written
+        if not is_written and _is_constant(node, found):
             found.add(node)
     return frozenset(found)
 

@@ -59,9 +59,11 @@ class Forwards:
         return self._owners.get(node.graph)
 
     def constants(self, owner: str) -> frozenset[fx.Node]:
+        """The nodes that no input changes, without those whose buffers the forward writes over."""
         if owner not in self._constants:
             graph = self.graph(owner)
-            self._constants[owner] = frozenset() if graph is None else constants_of(graph)
+            written = self.memory.written_attributes(owner)
+            self._constants[owner] = constants_of(graph, written) if graph else frozenset()
         return self._constants[owner]
 
     def constant(self, owner: str, argument: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -17,6 +18,7 @@ from torch import fx, nn
 from orepa_compiler.algebra.layers import has_torch_forward, is_idle, is_norm
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import writes
+from orepa_compiler.capture.effects import written_buffers
 from orepa_compiler.capture.tracing import IN_PLACE_OPERATORS
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _FRESH = {
     "layer_norm", "group_norm", "instance_norm", "normalize", "max_pool1d", "max_pool2d",
     "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-    "interpolate", "scaled_dot_product_attention",
+    "pad", "interpolate", "scaled_dot_product_attention",
 }  # fmt: skip
 _VIEWING_LAYERS = (nn.Flatten, nn.Unflatten, nn.Sequential)  # an empty one gives its input back
 _TORCH = {"torch", "_operator", "builtins", "math"}  # their functions write only if they say so
@@ -57,6 +59,16 @@ class Memory:
     def is_own(self, owner: str, value: fx.Node) -> bool:
         """Whether a value shares memory with no other: neither an input, nor a view."""
         return self._roots(owner, value) == {value} and value.op != "placeholder"
+
+    def written_attributes(self, owner: str) -> set[str]:
+        """The tensors of a module that its forward writes over: counters, moving averages."""
+        graph = self.forwards.graph(owner)
+        nodes = _nodes(graph)
+        if not any(node.op == "get_attr" for node in nodes):
+            return set()
+        targets = [target for node in nodes for target in self.targets(owner, node)]
+        roots = {root for target in targets for root in self._roots(owner, target)}
+        return {str(r.target) for r in roots if r.op == "get_attr"} | written_buffers(graph)
 
     def targets(self, owner: str, node: fx.Node) -> list[fx.Node]:
         """The operands that a node may write over."""
@@ -99,9 +111,11 @@ class Memory:
 
     def _is_leaf(self, path: str) -> bool:
         """Whether a module is read as a whole: a layer of torch's, a norm, a block."""
-        capture, module = self.forwards.capture, self.forwards.capture.module(path)
-        is_whole = has_torch_forward(module) or is_norm(module) or bool(module._modules)
-        return is_whole and path not in capture.graphs and path not in capture.untraced
+        capture = self.forwards.capture
+        if path in capture.graphs or path in capture.untraced:
+            return False
+        module = capture.module(path)
+        return has_torch_forward(module) or is_norm(module) or bool(module._modules)
 
     def _inputs_behind(self, path: str, nodes: list[fx.Node]) -> frozenset[int]:
         """The inputs of a module that some values in it may share memory with."""
@@ -137,7 +151,9 @@ class Memory:
         if node.op not in ("call_function", "call_method"):
             return []
         name = str(getattr(node.target, "__name__", node.target))
-        is_fresh = name.strip("_") in _FRESH and not is_in_place(node) and "out" not in node.kwargs
+        if is_in_place(node):
+            return node.all_input_nodes[:1]
+        is_fresh = name.strip("_") in _FRESH and "out" not in node.kwargs
         return [] if is_fresh else node.all_input_nodes
 
 
@@ -161,12 +177,22 @@ def is_in_place(node: fx.Node) -> bool:
     return node.target in IN_PLACE_OPERATORS or writes(node) or bool(_argument(node, "inplace"))
 
 
+@cache
+def _signature(target: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+
+
 def _argument(node: fx.Node, name: str) -> Any:
     """An argument of a function by its name, however it was given."""
     if name in node.kwargs or node.op != "call_function":
         return node.kwargs.get(name)
-    target: Any = node.target
+    signature = _signature(node.target)
+    if signature is None or name not in signature.parameters:
+        return None
     try:
-        return inspect.signature(target).bind(*node.args, **node.kwargs).arguments.get(name)
-    except (TypeError, ValueError):
+        return signature.bind(*node.args, **node.kwargs).arguments.get(name)
+    except TypeError:
         return None

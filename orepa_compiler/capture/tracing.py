@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.layers import is_activation, is_dropout, is_norm
 from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arguments
+from orepa_compiler.capture.effects import Effects
 from orepa_compiler.capture.kinds import kind_of
 
 # Gives what a child returns, from its path as the caller sees it and the arguments of the call:
@@ -97,9 +98,15 @@ class _ChildrenAreLeaves(fx.Tracer):
         self.proxy_buffer_attributes = buffers
         self.arguments, self.returned = arguments or Arguments(), returned
         self.is_model = is_model  # who calls it is not known
+        self.effects: Effects | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.effects is not None:
+            self.effects.look()
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Proxy(node, self)
@@ -250,11 +257,14 @@ def _forward_name(module: nn.Module) -> str | None:
 
 
 def _traced(tracer: _ChildrenAreLeaves, module: nn.Module) -> fx.Graph | str:
+    tracer.effects = Effects(module)
     try:
-        graph = tracer.trace(module)
+        with tracer.effects.watching():
+            graph = tracer.trace(module)
     except Exception as error:  # a forward is the user's code: anything may come out of it
         message = str(error).strip().split("\n")[0]
         return f"{type(error).__name__}: {textwrap.shorten(message, _LONGEST, placeholder=' ...')}"
+    tracer.effects.note(graph)
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:  # a part that nobody takes
             graph.erase_node(node)

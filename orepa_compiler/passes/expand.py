@@ -170,23 +170,25 @@ class Expand:
 
     def _extension(self, path: str, block: LinearBlock) -> list[Edit]:
         """The branches that a block lacks."""
-        new = self._missing(block, self.block)
+        new = self._missing(block, self._kind(block))
         if not new:
             return []
         before = sum(p.numel() for p in block.parameters())
         row = 0 if block.scaling is None else block.scaling.shape[1]
         grown = sum(row + sum(p.numel() for p in branch.parameters()) for branch in new.values())
-        name = self.block if isinstance(self.block, str) else self.block.name
+        name = self._kind(block).name
         options = {"extends": True, "block": name, "branches": list(new), "init": self.init}
         what = f"linear block: {' + '.join(block.branches)}"
         target = f"{name}: and {' + '.join(new)}"
         sizes = (before, before + grown)
         return [Edit(self.name, path, what, target, sizes, None, "", options)]
 
-    def _missing(self, block: LinearBlock, wanted: Block | Literal["auto"]) -> dict[str, nn.Module]:
-        operator = block.operator()
-        kind = automatic_block(operator) if wanted == "auto" else wanted
-        made = kind.make(operator) if "origin" in block.branches else {}
+    def _kind(self, block: LinearBlock) -> Block:
+        """The kind of block that a linearized one becomes."""
+        return automatic_block(block.operator()) if self.block == "auto" else self.block
+
+    def _missing(self, block: LinearBlock, wanted: Block) -> dict[str, nn.Module]:
+        made = wanted.make(block.operator()) if "origin" in block.branches else {}
         return {name: branch for name, branch in made.items() if name not in block.branches}
 
     def _extend(self, module: nn.Module, edit: Edit) -> float | None:

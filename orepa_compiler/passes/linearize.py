@@ -156,6 +156,8 @@ def _sums(capture: Capture, interpreter: ChainInterpreter) -> Iterator[tuple[str
                 reasons = [interpreter.reasons.get((owner, node.name)), *found]
                 for reason in dict.fromkeys(filter(None, reasons)):
                     yield owner, f"a branch of its sum is not linear as a whole: {reason}"
+                if not any(reasons) and (refusal := capture.rewrite_refusal(owner)):
+                    yield owner, refusal
 
 
 def _region(capture: Capture, interpreter: ChainInterpreter, owner: str, nodes: list[str]) -> _Sum:

@@ -156,6 +156,15 @@ def test_frozen_layers_stay_frozen_one_by_one() -> None:
     }
 
 
+def test_linear_blocks_gain_the_branches_of_the_block_that_suits_them() -> None:
+    model, x = linearized(randomise_norms(offline_net(DiverseBranches))), batch()
+    expanded = orepa.expand(model)
+    assert_same(output(expanded, x), output(model, x), 1e-12)
+    grown = [e for e in orepa.recorded_plans(expanded)[-1].edits if e.options.get("extends")]
+    assert grown
+    assert {edit.options["block"] for edit in grown} <= {orepa.OREPA.name, orepa.OREPA_1X1.name}
+
+
 def test_squeeze_and_excitation_is_kept_behind_the_block() -> None:
     model = linearized(offline_net(BLOCKS["RepVGG with SE"][0]))
     assert isinstance(model.get_submodule("second.excitation"), Excitation)
