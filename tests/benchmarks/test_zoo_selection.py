@@ -33,7 +33,7 @@ MODELS = {
     "timm:dla46_c": (49, 48, 0),
     "timm:dpn48b": (70, 37, 21),
     "timm:edgenext_xx_small": (20, 9, 0),
-    "timm:efficientnet_cc_b0_4e": (57, 25, 24),
+    "timm:efficientnet_cc_b0_4e": (57, 25, 23),
     "timm:efficientvit_b0": (50, 38, 0),
     "timm:efficientvit_m0": (116, 112, 0),
     "timm:ese_vovnet19b_slim": (23, 19, 0),
