@@ -240,7 +240,8 @@ def _reduced(rows: Sequence[Row]) -> str:
     text = (
         "The plan, and every count on this page, is of the full model, made on the `meta` device. "
         "The checks ran on a model with two blocks of each run of equal ones, or on the smaller "
-        "model of the same class that is named.\n\n"
+        "model of the same class that is named. To save memory: with its gradients and those of "
+        "its blocks it comes near to, or went over, what one of two models at a time may take.\n\n"
     )
     titles = ("model", "parameters", "to save", "what was checked", "seconds to plan the full one")
     return text + _table(titles, lines, right=(1, 4))
