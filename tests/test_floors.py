@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -132,3 +134,27 @@ def test_passes_do_not_import_one_another() -> None:
     ]
     assert passes, "there are no passes to look at"
     assert not found
+
+
+@pytest.mark.parametrize("init", [p for p in FILES if p.stem == "__init__"], ids=module_name)
+def test_no_module_bears_the_name_of_a_public_name_beside_it(init: Path) -> None:
+    siblings = {path.stem for path in init.parent.iterdir() if path.suffix in (".py", "")}
+    tree = ast.parse(init.read_text())
+    public = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in import_nodes(tree, at_import_time=True):
+        if isinstance(node, ast.ImportFrom) and node.module != module_name(init):
+            public |= {alias.asname or alias.name for alias in node.names}
+    assert not public & siblings, "one of the two would shadow the other"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_optional_packages_are_imported_only_inside_functions(path: Path) -> None:
+    names = {name.split(".")[0] for name in imported_names(path, at_import_time=True)}
+    assert not names & OPTIONAL
+
+
+def test_every_module_imports_without_the_optional_packages() -> None:
+    code = [sys.executable, "-c", IMPORT_ALL_WITHOUT_OPTIONAL]
+    arguments = [",".join([PACKAGE, *sorted(MODULES)]), ",".join(sorted(OPTIONAL))]
+    done = subprocess.run([*code, *arguments], cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
