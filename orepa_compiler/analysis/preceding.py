@@ -18,10 +18,9 @@ from orepa_compiler.analysis.crossing import across, called_alone
 from orepa_compiler.analysis.linear import Linear, maximal, mean_other_axes
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.capture import Call
+from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.forwards import Read
 from orepa_compiler.errors import NotLinear
-
-_FORM = {"shape", "dtype", "device", "ndim", "size", "dim"}  # a norm changes none of these
 
 
 def norms_before(interpreter: Interpreter) -> Iterator[tuple[Region, str]]:
@@ -48,7 +47,7 @@ def _norm(interpreter: Interpreter, owner: str, value: Linear) -> str | None:
     """The path of the norm whose output a value has for its source, and nobody else reads."""
     capture, node = interpreter.capture, value.source
     readers, last = set(value.nodes), value.nodes[-1]
-    while {user for user in node.users if not _reads_form(user)} <= readers:
+    while {user for user in node.users if not reads_form(user)} <= readers:
         if owner in capture.doubtful or owner in capture.recorded:
             return None
         if not _is_quiet(interpreter, owner, node, last, readers):
@@ -74,12 +73,6 @@ def _fits(interpreter: Interpreter, value: Linear, norm: str) -> bool:
     if one is None or known is None or mean_other_axes(known, alone):
         return False
     return one.macs <= value.macs
-
-
-def _reads_form(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _FORM
-    return node.target is getattr and node.args[1] in _FORM
 
 
 def _is_quiet(

@@ -214,10 +214,11 @@ class Walk:
         """
         memory, source = self.interpreter.memory, value.source
         inside = {*value.nodes, last}
-        is_own = memory.is_own(self.owner, source) and set(source.users) <= inside
         node = next(n for n in value.nodes if source in n.all_input_nodes)
         while node is not last.next:
-            if not (is_own and node in inside) and memory.overwrites(self.owner, node, source):
+            if memory.overwrites(self.owner, node, source) and not (
+                node in inside and memory.is_own(self.owner, source) and set(source.users) <= inside
+            ):
                 self.keep_apart(last, "its input is overwritten in place before it is done")
                 return True
             node = node.next

@@ -19,14 +19,14 @@ from orepa_compiler.capture.calls import Call as Call
 from orepa_compiler.capture.calls import Capture as Capture
 from orepa_compiler.capture.calls import ancestors as ancestors
 from orepa_compiler.capture.calls import join as join
+from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import check_wrapper, meta_copy, names_of, tied_modules
 from orepa_compiler.capture.tracing import has_forward
 from orepa_compiler.capture.visiting import Visits
 
-_HARMLESS_READS = {"dtype", "device", "shape", "ndim", "size", "dim"}
 
-
+@torch.inference_mode(False)  # whose tensors do not tell when they are written over
 def capture(
     model: nn.Module,
     *,
@@ -49,6 +49,7 @@ def capture(
         return _captured(skeleton, is_leaf, recording or Recording())
 
 
+@torch.inference_mode(False)  # whose tensors do not tell when they are written over
 def untraced_owners(
     model: nn.Module,
     *,
@@ -214,10 +215,5 @@ def has_own_forward(module: nn.Module) -> bool:
 def _read_module(node: fx.Node) -> str | None:
     """The child whose parameter a get_attr node uses for more than its dtype or shape."""
     holder = str(node.target).rpartition(".")[0]
-    uses = [
-        user for user in node.users
-        if not (user.op == "call_function" and user.target is getattr
-                and user.args[1] in _HARMLESS_READS)
-        and not (user.op == "call_method" and user.target in _HARMLESS_READS)
-    ]  # fmt: skip
+    uses = [user for user in node.users if not reads_form(user)]
     return holder if holder and uses else None

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 # Of a map, without a look at its values: known to be that of the constant beside it.
 _FACTS = {"shape", "dtype", "device"}
+_FORM = {"dtype", "device", "shape", "ndim", "size", "dim"}
 _CASTS = {"to", "type_as"}
 _VIEWS = {"view", "reshape", torch.reshape}
 _WRITES = {
@@ -63,6 +64,13 @@ def with_constants(nodes: Iterable[fx.Node], constants: frozenset[fx.Node]) -> t
         if inside.issuperset(node.users):
             inside.add(node)
     return tuple(sorted(inside, key=order.__getitem__))
+
+
+def reads_form(node: fx.Node) -> bool:
+    """Whether a node asks for the form of a map or a weight, and for none of its values."""
+    if node.op == "call_method":
+        return node.target in _FORM
+    return node.target is getattr and node.args[1] in _FORM
 
 
 def writes(node: fx.Node) -> bool:

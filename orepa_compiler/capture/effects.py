@@ -83,8 +83,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _versions(module: nn.Module) -> dict[str, Any]:
-    """How often each buffer was written over."""
-    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+    """How often each buffer was written over; one made in inference mode does not tell."""
+    return {
+        name: (id(buffer), 0 if buffer.is_inference() else buffer._version)
+        for name, buffer in module.named_buffers()
+    }
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:

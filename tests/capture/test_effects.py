@@ -110,6 +110,17 @@ def test_linearize_leaves_a_stem_without_gradients_without_them() -> None:
     assert not any(name.startswith("stem") for name in trained)
 
 
+@pytest.mark.parametrize("run", [plain, decaying])
+def test_inference_mode_changes_nothing_of_it(run: Callable[[Any, Tensor], Tensor]) -> None:
+    net = randomise_norms(Branches(run)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        deploy = orepa.collapse(net)
+        assert not any(map(is_batch_norm, deploy.modules()))
+        for _ in range(3):
+            torch.testing.assert_close(deploy(x), net(x), rtol=0, atol=1e-12)
+
+
 def test_a_trace_leaves_autocast_as_it_was() -> None:
     def fails(m: Any, x: Tensor) -> Tensor:
         return m.stem(x) if x.sum() > 0 else x

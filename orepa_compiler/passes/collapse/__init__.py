@@ -14,10 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import (
-    holds_kernel,
-    is_idle,
-)
+from orepa_compiler.algebra.layers import holds_kernel, is_idle
 from orepa_compiler.analysis.concatenation import concatenated_convs
 from orepa_compiler.analysis.crossing import crossings
 from orepa_compiler.analysis.functional import functional_conv
