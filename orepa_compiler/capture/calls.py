@@ -42,7 +42,8 @@ class Capture:
     reads: module path -> owners that use its parameters directly. tied: module path -> one that
     shares a parameter with it. recorded: owners whose graph was recorded and not traced.
     doubtful: those of them that another input could lead another way, and what they asked for.
-    arguments: owner path -> those that its graph was traced with.
+    arguments: owner path -> those that its graph was traced with. kept: module path -> why it may
+    be neither swapped nor joined with its neighbours, as a check of an earlier rewrite found.
     """
 
     skeleton: nn.Module
@@ -55,6 +56,7 @@ class Capture:
     recorded: frozenset[str] = frozenset()
     doubtful: Mapping[str, str] = field(default_factory=dict)
     arguments: Mapping[str, Arguments] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def module(self, path: str) -> nn.Module:
         return self.skeleton.get_submodule(path)
@@ -81,6 +83,8 @@ class Capture:
 
     def rewrite_refusal(self, owner: str) -> str | None:
         """Why the forward of a module may not be written anew from its graph, or None."""
+        if owner in self.kept:
+            return self.kept[owner]
         does = effects_of(self.graphs.get(owner))
         if does is None:
             return None
@@ -99,7 +103,7 @@ class Capture:
 
         reader: a module whose forward may read the weight, since what it reads goes too.
         """
-        if reason := self.hook_refusal(path):
+        if reason := self.kept.get(path) or self.hook_refusal(path):
             return reason
         if parametrize.is_parametrized(self.module(path)):
             return PARAMETRIZED

@@ -6,8 +6,8 @@ one; add yours with Pipeline((MyPass(), *COLLAPSE.passes)).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import nn
@@ -73,17 +73,19 @@ class Pipeline:
         *,
         plan: Plan | None = None,
         recording: Recording | None = None,
+        kept: Mapping[str, str] | None = None,
         progress: Callable[[str], None] = lambda name: None,
     ) -> tuple[nn.Module, Plan]:
         """The rewritten model (in place) and the plan that was applied.
 
         plan: an earlier plan to apply again; None lets each pass make its own. recording: graphs
-        for the forwards that cannot be traced.
+        for the forwards that cannot be traced. kept: module path -> why it stays as it is.
         """
         applied = Plan()
         for step in self.passes:
             progress(step.name)
             captured = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
+            captured = replace(captured, kept=kept or {})
             wanted = step.plan(captured) if plan is None else plan.of(step.name)
             _check_fit(captured, wanted)
             model, done = step.apply(model, captured, wanted)
