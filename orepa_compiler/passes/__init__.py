@@ -85,7 +85,7 @@ class Pipeline:
         for step in self.passes:
             progress(step.name)
             captured = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
-            captured = replace(captured, kept=kept or {})
+            captured = replace(captured, kept={**captured.kept, **(kept or {})})
             wanted = step.plan(captured) if plan is None else plan.of(step.name)
             _check_fit(captured, wanted)
             model, done = step.apply(model, captured, wanted)
