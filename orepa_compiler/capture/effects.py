@@ -47,7 +47,8 @@ class Seen:
     does: what it does beside computing, in words. steers: why another call may go another way.
     written: its buffers that it writes over. reads: the paths of modules whose tensors it uses, and
     the graph does not show it. sets: (path, attribute) of what it sets on modules. touched: the
-    objects that it changes, by identity.
+    objects that it changes, by identity. asked: the names that it looks for in its **kwargs, each
+    with what it takes where they are not given.
     """
 
     does: str = ""
@@ -56,6 +57,7 @@ class Seen:
     reads: frozenset[str] = frozenset()
     sets: frozenset[tuple[str, str]] = frozenset()
     touched: frozenset[Hashable] = frozenset()
+    asked: tuple[tuple[str, Any], ...] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -110,6 +112,7 @@ class Effects:
         self.made: dict[int, Tensor] = {}
         self.buffers = {id(buffer) for buffer in module.buffers()}
         self.written_outside: set[str] = set()
+        self.asked: dict[str, Any] = {}
 
     def look(self) -> None:
         """To be called whenever something is computed."""
@@ -199,6 +202,7 @@ class Effects:
             frozenset(self.reads - {paths.get(id(self.module))}),
             frozenset(sets | own),
             frozenset(self.touched),
+            tuple(self.asked.items()),
         )
 
     def note(self, graph: fx.Graph) -> None:

@@ -26,6 +26,45 @@ _LONGEST = 120  # characters of an error that a forward raised
 _CHECKED = (type(None), bool, int, float, str)
 
 
+class AskedFor(dict[str, Any]):
+    """What a model is given beside its named arguments; remembers which names are asked for.
+
+    asked: name -> the value that is taken where it is not given.
+    """
+
+    def __init__(self, given: dict[str, Any], asked: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.asked = asked
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.setdefault(name, default)
+        return super().get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self.asked.setdefault(name, default[0] if default else None)
+        return super().pop(name, *default)
+
+    def __contains__(self, name: object) -> bool:
+        self.asked.setdefault(str(name), False)
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.setdefault(name, None)
+        return super().__getitem__(name)
+
+    def __len__(self) -> int:
+        self.asked.setdefault("*", None)
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[str]:
+        self.asked.setdefault("*", None)
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.asked.setdefault("*", None)
+        return super().items()
+
+
 class _ChildrenAreLeaves(fx.Tracer):
     """forward: the name of the method that runs. buffers: whether a buffer is a node of the graph
     also where no node uses it directly.
@@ -100,8 +139,11 @@ class _ChildrenAreLeaves(fx.Tracer):
         name = str(proxy.node.target)
         if name in self.arguments.constants:
             value = self.arguments.constants[name]
-            if self.is_model and isinstance(value, _CHECKED):
+            if self.is_model and (isinstance(value, _CHECKED) or name.startswith("*")):
                 self._check(proxy, value)
+            if self.is_model and name.startswith("**"):
+                assert self.effects is not None
+                return AskedFor(value, self.effects.asked)
             return value
         proxy.node.meta["kind"] = self.arguments.kinds.get(name)
         return proxy
