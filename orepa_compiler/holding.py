@@ -1,4 +1,4 @@
-"""Modules that a model also holds in plain lists, dicts and attributes, where its forward runs them.
+"""Modules that a model also holds in plain lists, dicts and attributes, to run them from there.
 
 A pyramid that keeps its convs registered by name, and in a list beside it, runs those of the list:
 what is put in a registered place has to be put into the list too.
@@ -19,7 +19,7 @@ _DEEPEST = 4
 
 @dataclass(frozen=True)
 class Holding:
-    """A place beside the registered ones that holds a module: `keys` inside `attribute` of owner."""
+    """A place beside the registered ones that holds a module: `keys` inside an attribute."""
 
     owner: nn.Module
     attribute: str

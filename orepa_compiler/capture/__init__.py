@@ -94,7 +94,7 @@ def _captured(
         path = aliases.get(join(owner, holder), (holder,))[0]
         reads[path].append(owner)
     doubtful = {path: why for path, why in recording.doubtful.items() if path in recorded}
-    beside = beside_graphs(skeleton, graphs, untraced, around)
+    beside = beside_graphs(skeleton, graphs, recorded, around)
     return Capture(
         skeleton,
         graphs,

@@ -6,7 +6,7 @@ it reached through a list: the graph of neither shows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
@@ -35,12 +35,13 @@ class Beside:
 def beside_graphs(
     model: nn.Module,
     graphs: Mapping[str, fx.Graph],
-    untraced: Mapping[str, str],
+    recorded: Collection[str],
     around: Surroundings,
 ) -> Beside:
     """What was seen beside the graphs while they were made, from the view of all forwards."""
     seen = {path: seen_of(graph) for path, graph in graphs.items()}
-    seen |= {path: found for path, found in around.broken.items() if path in untraced}
+    unseen = {path: found for path, found in around.broken.items() if path not in graphs}
+    seen |= unseen | {path: around.broken.get(path, Seen()) for path in recorded}
     kept = {
         path: f"the forward of {owner or 'the model'} sets its {name}"
         for owner, found in seen.items()
@@ -49,8 +50,10 @@ def beside_graphs(
     }
     for owner, found in seen.items():
         kept |= {path: _used(owner) for path in found.reads if path and path != owner}
-    for owner in untraced:
-        reached = set(_reachable(model.get_submodule(owner), around))
+    for owner, module in model.named_modules():
+        if (owner in graphs and owner not in recorded) or _is_of_torch(module):
+            continue
+        reached = set(_reachable(module, around))
         kept |= {path: _used(owner) for path in reached if path and not _is_inside(path, owner)}
     steered = {owner: f"it {found.steers}" for owner, found in seen.items() if found.steers}
     return Beside({**_steered_by_others(model, graphs, seen), **steered}, kept)
@@ -95,6 +98,10 @@ def _reachable(module: nn.Module, around: Surroundings) -> Iterator[str]:
             yield from (around.modules[id(part)] for part in parts if id(part) in around.modules)
             if isinstance(held, Tensor) and (name := around.tensors.get(id(held))):
                 yield name.rpartition(".")[0]
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn.modules.", "orepa_compiler."))
 
 
 def _is_inside(path: str, owner: str) -> bool:

@@ -82,7 +82,7 @@ class Surroundings:
 
     def found_before_error(self, module: nn.Module, seen: Seen) -> None:
         path = self.modules.get(id(module))
-        if path is not None and not seen.is_plain:
+        if path is not None and seen != Seen():
             self.broken[path] = seen
 
 
@@ -125,9 +125,13 @@ class Effects:
         before, versions = visible_to(self.module, self.functions), _versions(self.module)
         drawn = _random_states()
         try:
-            with _ambient(self.around.flips), _autocast_seen(self), _sets_seen(self):
-                with _Tensors(self):
-                    yield
+            with (
+                _ambient(self.around.flips),
+                _autocast_seen(self),
+                _sets_seen(self),
+                _Tensors(self),
+            ):
+                yield
         finally:
             self.written |= _changed(versions, _versions(self.module))
             self.found |= dict.fromkeys(f"changes its {name}" for name in sorted(self.written))

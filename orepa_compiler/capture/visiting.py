@@ -146,8 +146,8 @@ class Visits:
         made.graph = trace(module, arguments, called, is_model=not path, around=self.around)
         if isinstance(made.graph, str):
             self._undo(mark)  # how it calls its children is not known to the end
-        is_seen_alone = path not in self.around.broken  # what it reads is told by its own paths
-        if number is not None and made.is_plain and is_seen_alone:
+        broken = self.around.broken.get(path)  # what it reads is told by its own paths
+        if number is not None and made.is_plain and (broken is None or broken.is_plain):
             self._first.setdefault(number, []).append(made)
         return made
 

@@ -34,15 +34,12 @@ class Step(Protocol):
     @property
     def training(self) -> bool | None: ...
     def plan(self, capture: Capture) -> Plan: ...
-    def apply(
-        self, model: nn.Module, capture: Capture, plan: Plan
-    ) -> tuple[nn.Module, Plan]: ...
+    def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]: ...
 
 
 @dataclass(frozen=True)
 class Found:
-    """kept: module path -> why it must stay. steered: owner path -> why its graph is one of several.
-    """
+    """kept: module path -> why it must stay. steered: owner path -> why its graph is one of several."""
 
     kept: Mapping[str, str]
     steered: Mapping[str, str]
@@ -87,9 +84,7 @@ class Retracing:
             model, training=step.training, is_leaf=self.is_leaf, recording=recording, **ways
         )
 
-    def _other_ways(
-        self, step: Step, model: nn.Module, captured: Capture, wanted: Plan
-    ) -> Found:
+    def _other_ways(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
         """What does not hold where the model is called with other arguments."""
         kept: dict[str, str] = {}
         for what, arguments in other_calls(captured):
@@ -108,9 +103,7 @@ class Retracing:
                     kept |= dict.fromkeys(modules, reason)
         return Found(kept, {})
 
-    def _looks_again(
-        self, step: Step, model: nn.Module, captured: Capture, wanted: Plan
-    ) -> Found:
+    def _looks_again(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
         """What is not the same once the rewrite is in place and gradients are off."""
         product = self._tried(step, model, captured, wanted)
         after = self._captured(step, product, flips=True)
@@ -132,9 +125,7 @@ class Retracing:
             kept |= dict.fromkeys(_blamed(captured, owner, wanted), reason)
         return Found(kept, steered)
 
-    def _tried(
-        self, step: Step, model: nn.Module, captured: Capture, wanted: Plan
-    ) -> nn.Module:
+    def _tried(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> nn.Module:
         product = meta_copy(model)
         holdings = holdings_of(product)
         product, _ = step.apply(product, captured, wanted)
@@ -201,7 +192,7 @@ def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
         number[node] = len(number)
 
         def known(argument: fx.Node) -> Any:
-            return ("value", number[argument]) if argument in number else "constant"  # noqa: B023
+            return ("value", number[argument]) if argument in number else "constant"
 
         arguments = fx.node.map_arg((node.args, node.kwargs), known)
         flow.append((node.op, str(node.target), str(arguments)))
@@ -225,4 +216,3 @@ def _modules(edit: Any) -> list[str]:
 
 def _key(edit: Any) -> tuple[Any, ...]:
     return edit.path, edit.before, edit.after, tuple(_modules(edit))
-
