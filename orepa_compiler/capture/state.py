@@ -143,9 +143,9 @@ def _asks_for_type(code: CodeType) -> bool:
             return True
     for one, after in pairwise([*loads, None]):
         assert one is not None
-        if one.opname == "LOAD_GLOBAL" and one.argval == "type":
-            if after is None or after.opname != "LOAD_FAST" or after.argval != "self":
-                return True
+        of_self = after is not None and (after.opname, after.argval) == ("LOAD_FAST", "self")
+        if one.opname == "LOAD_GLOBAL" and one.argval == "type" and not of_self:
+            return True
     return any(_asks_for_type(const) for const in code.co_consts if isinstance(const, CodeType))
 
 

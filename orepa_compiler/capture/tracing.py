@@ -110,11 +110,11 @@ class _ChildrenAreLeaves(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """As fx; but a weight of the model that is not inside of this module is a node too."""
-        if isinstance(a, Tensor) and (name := self.around.tensors.get(id(a))) and self.effects:
-            if not any(a is own for own in _tensors_of(self.root)):
-                self.effects.read(a, writes=False)
-                self.effects.found[f"uses {name}, which is not inside of it"] = None
-                return self.create_node("call_function", outside, (name,), {})
+        name = self.around.tensors.get(id(a)) if isinstance(a, Tensor) else None
+        if name and self.effects and not any(a is own for own in _tensors_of(self.root)):
+            self.effects.read(a, writes=False)
+            self.effects.found[f"uses {name}, which is not inside of it"] = None
+            return self.create_node("call_function", outside, (name,), {})
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -39,7 +39,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """kept: module path -> why it must stay. steered: owner path -> why its graph is one of several."""
+    """kept: module path -> why it must stay. steered: owner -> why its graph is one of several."""
 
     kept: Mapping[str, str]
     steered: Mapping[str, str]
