@@ -28,7 +28,7 @@ _WRITES = {
 }  # fmt: skip
 
 
-class NoRandomNumbers(TorchDispatchMode):
+class _NoRandomNumbers(TorchDispatchMode):
     """Refuses to compute what is another at each call: operators that draw random numbers."""
 
     def __torch_dispatch__(
@@ -152,9 +152,10 @@ def _computed(
     args = fx.node.map_arg(node.args, value)
     kwargs = fx.node.map_arg(node.kwargs, value)
     call: Any = node.target
-    if node.op == "call_method":
-        return getattr(args[0], call)(*args[1:], **kwargs)
-    return call(*args, **kwargs)
+    with _NoRandomNumbers():
+        if node.op == "call_method":
+            return getattr(args[0], call)(*args[1:], **kwargs)
+        return call(*args, **kwargs)
 
 
 def _is_made_of_constants(node: Any) -> bool:

@@ -21,6 +21,7 @@ from torch.amp.autocast_mode import autocast
 from torch.overrides import TorchFunctionMode
 
 from orepa_compiler.capture.state import (
+    MADE_BY_TRACE,
     Visible,
     functions_of,
     held_proxies,
@@ -30,6 +31,7 @@ from orepa_compiler.capture.state import (
 
 _KEY = "effects"
 _NOTHING = object()
+_WATCHING: list[Effects] = []  # a call of a child is traced within the trace of its caller
 _FORM = {
     "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_meta",
     "requires_grad", "stride", "layout", "is_complex", "__len__", "_version", "is_inference",
@@ -122,6 +124,7 @@ class Effects:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """With gradients on; sees what the forward switches, sets, draws and writes over."""
+        _WATCHING.append(self)
         before, versions = visible_to(self.module, self.functions), _versions(self.module)
         drawn = _random_states()
         try:
@@ -133,6 +136,7 @@ class Effects:
             ):
                 yield
         finally:
+            _WATCHING.remove(self)
             self.written |= _changed(versions, _versions(self.module))
             self.found |= dict.fromkeys(f"changes its {name}" for name in sorted(self.written))
             self._compare(before, visible_to(self.module, self.functions))
@@ -172,6 +176,8 @@ class Effects:
     def set_on(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute of a module is about to be set."""
         old = vars(module).get(name, _NOTHING)
+        if self is not _WATCHING[-1] or name.startswith(MADE_BY_TRACE):
+            return
         if old is value or (type(old) is type(value) and _equal(old, value)):
             return
         self.sets.append((module, name, old))
@@ -233,7 +239,7 @@ class _Tensors(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":  # a property such as Tensor.shape
             name = getattr(getattr(func, "__self__", None), "__name__", name)
-        if name not in _FORM:
+        if name not in _FORM and self.effects is _WATCHING[-1]:
             self._look(name, args, kwargs)
         made = func(*args, **kwargs)
         if isinstance(made, Tensor):

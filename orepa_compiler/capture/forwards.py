@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.layers import has_torch_forward
 from orepa_compiler.capture import Call, Capture, join
-from orepa_compiler.capture.constants import NoRandomNumbers, constants_of, evaluated
+from orepa_compiler.capture.constants import constants_of, evaluated
 from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.memory import Memory, is_in_place
 from orepa_compiler.capture.tracing import trace
@@ -78,8 +78,7 @@ class Forwards:
             return getattr(self.read(join(owner, holder)), name)
 
         try:
-            with NoRandomNumbers():
-                return fx.node.map_arg(argument, lambda node: evaluated(node, attribute))
+            return fx.node.map_arg(argument, lambda node: evaluated(node, attribute))
         except NotLinear:
             raise
         except Exception as error:  # the user's code, run here: anything may come out of it

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 OWN = ("_parameters", "_buffers", "_modules")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_MADE_BY_TRACE = "_tensor_constant"
+MADE_BY_TRACE = "_tensor_constant"
 _DEEPEST, _MOST_FUNCTIONS, _MOST_FACTS = 4, 64, 2000
 
 
@@ -48,7 +48,7 @@ def visible_to(module: nn.Module, functions: list[FunctionType]) -> Visible:
     """What the functions that a module's forward reaches can see of the state of Python."""
     seen = Visible()
     for name, value in vars(module).items():
-        if name not in OWN and not name.startswith(_MADE_BY_TRACE):
+        if name not in OWN and not name.startswith(MADE_BY_TRACE):
             seen.add(f"its {name}", value)
     for cls in type(module).__mro__:
         if not _is_of_torch(cls.__module__) and cls is not object:

@@ -141,12 +141,21 @@ class _ChildrenAreLeaves(fx.Tracer):
             value = self.arguments.constants[name]
             if self.is_model and (isinstance(value, _CHECKED) or name.startswith("*")):
                 self._check(proxy, value)
-            if self.is_model and name.startswith("**"):
+            if name.startswith("**") and type(value) is dict:
                 assert self.effects is not None
-                return AskedFor(value, self.effects.asked)
+                return AskedFor(self._given(value), self.effects.asked)
             return value
         proxy.node.meta["kind"] = self.arguments.kinds.get(name)
         return proxy
+
+    def _given(self, named: dict[str, Any]) -> dict[str, Any]:
+        """What is given by name, with stand-ins where it is any tensor."""
+        given = dict(named)
+        for name, value in named.items():
+            if value is Tensor:
+                given[name] = self.create_proxy("placeholder", name, (), {})
+                given[name].node.meta["kind"] = Tensor
+        return given
 
     def _check(self, proxy: Proxy, value: Any) -> None:
         """What makes a forward that is written anew refuse other calls than the one traced."""

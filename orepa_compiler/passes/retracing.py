@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
@@ -24,6 +25,7 @@ from orepa_compiler.holding import hold_new, holdings_of
 from orepa_compiler.planning import Plan
 
 _MOST_ROUNDS = 8
+_MOST_PAIRED = 5  # arguments that are tried two by two
 
 
 class Step(Protocol):
@@ -90,6 +92,8 @@ class Retracing:
         for what, arguments in other_calls(captured):
             recording = replace(self.recording, arguments=(arguments,))
             other = self._captured(step, model, recording=recording)
+            if "unexpected keyword argument" in other.untraced.get("", ""):
+                continue  # it takes no such call
             if "" in other.untraced or "" in other.doubtful:
                 if "" in captured.graphs and "" not in captured.doubtful:
                     return Found({}, {"": f"it cannot be told what it does with {what}"})
@@ -134,35 +138,61 @@ class Retracing:
 
 
 def other_calls(captured: Capture) -> Iterator[tuple[str, Arguments]]:
-    """The ways in which the model may be called beside the one that was traced, one by one."""
-    model = captured.skeleton
-    usual = captured.arguments.get("") or usual_arguments(bound_forward(model))
+    """The ways in which the model may be called beside the one that was traced.
+
+    Each argument that may steer is given in the other way: alone, and with each other one.
+    """
+    usual = captured.arguments.get("") or usual_arguments(bound_forward(captured.skeleton))
     if usual is None:
         return
+    others = [*_other_values(captured, usual)]
+    for change in others:
+        yield _called(usual, change)
+    for pair in combinations(others, 2) if len(others) <= _MOST_PAIRED else ():
+        yield _called(usual, *pair)
+
+
+def _other_values(captured: Capture, usual: Arguments) -> Iterator[tuple[str, str, Any]]:
+    """(words, argument, another value) for each argument that may steer; a type for any of it."""
+    stars = next((name for name in usual.constants if name.startswith("**")), None)
     for name, value in usual.constants.items():
         if isinstance(value, bool):
-            yield f"{name}={not value}", _with(usual, name, not value)
+            yield f"{name}={not value}", name, not value
         elif value is None:
-            yield f"{name}= something", _with(usual, name, Tensor)
+            yield f"{name}= something", name, Tensor
         elif isinstance(value, (int, float, str)):
-            yield f"another {name} than {value!r}", _with(usual, name, type(value))
-        elif name.startswith("*") and not name.startswith("**"):
-            yield "more arguments", _with(usual, name, tuple)
-    for name, default in seen_of(captured.graphs.get("")).asked:
-        star = next(name for name in usual.constants if name.startswith("**"))
-        if name == "*":
-            yield "more arguments", _with(usual, star, dict)
-        elif isinstance(default, bool):
-            yield f"{name}={not default}", _with(usual, star, {name: not default})
+            yield f"another {name} than {value!r}", name, type(value)
+        elif name.startswith("*") and name != stars:
+            yield "more arguments", name, tuple
+    if stars is not None:
+        for name, default in _further_names(captured).items():
+            other = not default if isinstance(default, bool) else Tensor
+            yield f"{name}={other if other is not Tensor else ' something'}", stars, {name: other}
+
+
+def _further_names(captured: Capture) -> dict[str, Any]:
+    """What may be given by name to a model that takes **kwargs: what some forward asks for."""
+    found: dict[str, Any] = {}
+    for path, graph in captured.graphs.items():
+        found |= dict(seen_of(graph).asked)
+        given = captured.arguments.get(path) if path else None
+        for name, value in (given.constants if given else {}).items():
+            if (value is None or isinstance(value, bool)) and not name.startswith("*"):
+                found.setdefault(name, value)
+    return found
+
+
+def _called(usual: Arguments, *changes: tuple[str, str, Any]) -> tuple[str, Arguments]:
+    constants, kinds = dict(usual.constants), dict(usual.kinds)
+    for _, name, value in changes:
+        if isinstance(value, type):
+            constants.pop(name, None)
+            kinds[name] = value
+        elif isinstance(value, dict):
+            constants[name] = {**constants.get(name, {}), **value}
         else:
-            yield f"{name}= something", _with(usual, star, dict)
-
-
-def _with(usual: Arguments, name: str, value: Any) -> Arguments:
-    constants = {key: other for key, other in usual.constants.items() if key != name}
-    if isinstance(value, type):
-        return Arguments(constants, {**usual.kinds, name: value})
-    return Arguments({**constants, name: value}, usual.kinds)
+            constants[name] = value
+    return " and ".join(words for words, _, _ in changes), Arguments(constants, kinds)
 
 
 def _parted(before: Capture, after: Capture) -> Iterator[str]:
@@ -177,8 +207,12 @@ def _parted(before: Capture, after: Capture) -> Iterator[str]:
         if type(now) is not type(before.module(owner)):
             continue
         other = after.graphs.get(owner)
-        if other is None or dataflow(graph) != dataflow(other):
+        if other is None or _form(graph) != _form(other):
             yield owner
+
+
+def _form(graph: fx.Graph) -> tuple[Any, ...]:
+    return dataflow(graph), seen_of(graph).reads, seen_of(graph).does
 
 
 def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
