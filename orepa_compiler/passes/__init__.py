@@ -7,8 +7,9 @@ one; add yours with Pipeline((MyPass(), *COLLAPSE.passes)).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -16,14 +17,15 @@ from orepa_compiler.algebra.layers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.capture.recording import Recording
-from orepa_compiler.errors import ReparamError
+from orepa_compiler.overlaps import Touched, check_edits
 from orepa_compiler.passes.adopt import Adopt
 from orepa_compiler.passes.collapse import Collapse
 from orepa_compiler.passes.cut import Cut
 from orepa_compiler.passes.expand import Expand
 from orepa_compiler.passes.linearize import Linearize
 from orepa_compiler.passes.squeeze import Squeeze
-from orepa_compiler.planning import Plan
+from orepa_compiler.planning import Edit, Plan
+from orepa_compiler.restoring import restoring
 
 __all__ = [
     "COLLAPSE",
@@ -36,6 +38,8 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Squeeze",
+    "Touched",
+    "Touching",
 ]
 
 
@@ -61,6 +65,13 @@ class Pass(Protocol):
         ...
 
 
+@runtime_checkable
+class Touching(Protocol):
+    """A pass whose edits change more than the module at their path, or less."""
+
+    def touched(self, edit: Edit) -> Touched: ...
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Passes, one after the other, each on a fresh capture of what the one before left."""
@@ -74,31 +85,44 @@ class Pipeline:
         plan: Plan | None = None,
         recording: Recording | None = None,
         kept: Mapping[str, str] | None = None,
+        restores: bool = True,
         progress: Callable[[str], None] = lambda name: None,
     ) -> tuple[nn.Module, Plan]:
         """The rewritten model (in place) and the plan that was applied.
 
         plan: an earlier plan to apply again; None lets each pass make its own. recording: graphs
         for the forwards that cannot be traced. kept: module path -> why it stays as it is.
+        restores: an error leaves the model as it was, which keeps what is replaced in memory until
+        the end; False for a copy, which goes with the error.
+
+        Raises ReparamError where a plan does not fit: a module of it is not there or has a hook, or
+        two of its edits change the same.
         """
+        with restoring(model) if restores else nullcontext():
+            return self._run(model, plan, recording, kept or {}, progress)
+
+    def _run(
+        self,
+        model: nn.Module,
+        plan: Plan | None,
+        recording: Recording | None,
+        kept: Mapping[str, str],
+        progress: Callable[[str], None],
+    ) -> tuple[nn.Module, Plan]:
         applied = Plan()
         for step in self.passes:
             progress(step.name)
             captured = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
-            captured = replace(captured, kept=kept or {})
+            captured = replace(captured, kept=kept)
             wanted = step.plan(captured) if plan is None else plan.of(step.name)
-            _check_fit(captured, wanted)
+            check_edits(captured, [(edit, _touched(step, edit)) for edit in wanted.edits])
             model, done = step.apply(model, captured, wanted)
             applied += done
         return model, applied
 
 
-def _check_fit(captured: Capture, plan: Plan) -> None:
-    for edit in plan.edits:
-        if edit.path not in captured.aliases:
-            raise ReparamError(
-                "the plan does not fit: the model has no such module", path=edit.path
-            )
+def _touched(step: Pass, edit: Edit) -> Touched:
+    return step.touched(edit) if isinstance(step, Touching) else Touched((edit.path,))
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -72,15 +72,15 @@ class Adopt:
         calls = self._calls(model, [edit.path for edit in plan.edits])
         done, refusals = [], list(plan.refusals)
         for edit in plan.edits:
-            module = model.get_submodule(edit.path)
-            found = self._converted(module, edit.options["method"], calls.get(edit.path))
+            module, method = model.get_submodule(edit.path), str(edit.option("method"))
+            found = self._converted(module, method, calls.get(edit.path))
             if isinstance(found, str):
                 kind = type(module).__name__
                 refusals.append(Refusal(self.name, edit.path, kind, found))
                 continue
             model = set_module_everywhere(model, capture.aliases[edit.path], found)
             size = sum(p.numel() for p in found.parameters())
-            target = f"{type(found).__name__}, by its {edit.options['method']}()"
+            target = f"{type(found).__name__}, by its {method}()"
             done.append(replace(edit, after=target, parameters=(edit.parameters[0], size)))
         return model, Plan(tuple(done), tuple(refusals))
 

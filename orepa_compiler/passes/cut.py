@@ -54,7 +54,7 @@ class Cut:
             block = model.get_submodule(edit.path)
             if not isinstance(block, LinearBlock):
                 raise ReparamError("the plan cuts a block, here is none", path=edit.path)
-            new = _cut(block, edit.options["branches"])
+            new = _cut(block, edit.option("branches"))
             model = set_module_everywhere(model, capture.aliases[edit.path], new)
         return model, plan
 
