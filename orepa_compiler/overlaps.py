@@ -52,10 +52,17 @@ def check_edits(capture: Capture, edits: Sequence[tuple[Edit, Touched]]) -> None
             if path not in capture.aliases:
                 message = "the plan does not fit: the model has no such module"
                 raise ReparamError(message, path=path)
-        for path in () if touched.stays else touched.modules:
+        for path in () if touched.stays else (*touched.modules, *_between(capture, touched)):
             if reason := capture.hook_refusal(path):
                 raise ReparamError(f"the plan does not fit: {reason}", path=path)
     _check_overlap(capture, edits)
+
+
+def _between(capture: Capture, touched: Touched) -> list[str]:
+    """The modules whose input or output changes: they are around some of what changes, not all."""
+    around = [{*ancestors(path)} for path in touched.modules]
+    some = set().union(*around) - set(around[0]).intersection(*around) if around else set()
+    return sorted(path for path in some if path in capture.calls)
 
 
 def _check_overlap(capture: Capture, edits: Sequence[tuple[Edit, Touched]]) -> None:

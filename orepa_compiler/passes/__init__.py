@@ -67,7 +67,10 @@ class Pass(Protocol):
 
 @runtime_checkable
 class Touching(Protocol):
-    """A pass whose edits change more than the module at their path, or less."""
+    """A pass that says what its edits change; else that is the module at their path alone.
+
+    It is then asked for no more hooks there than the pass itself looks for.
+    """
 
     def touched(self, edit: Edit) -> Touched: ...
 
@@ -122,7 +125,7 @@ class Pipeline:
 
 
 def _touched(step: Pass, edit: Edit) -> Touched:
-    return step.touched(edit) if isinstance(step, Touching) else Touched((edit.path,))
+    return step.touched(edit) if isinstance(step, Touching) else Touched((edit.path,), stays=True)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture, ancestors, join
 from orepa_compiler.errors import NotLinear
+from orepa_compiler.overlaps import Touched
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import METHODS, set_module_everywhere
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
@@ -67,6 +68,9 @@ class Adopt:
             target = f"what its {method}() makes"
             edits.append(Edit(self.name, path, kind, target, (size, size), options=options))
         return Plan(tuple(edits), tuple(refusals))
+
+    def touched(self, edit: Edit) -> Touched:
+        return Touched((edit.path,))
 
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
         calls = self._calls(model, [edit.path for edit in plan.edits])
