@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -133,15 +133,19 @@ class FailsBehind:
 
 
 def expanded(**options: Any) -> nn.Module:
-    return orepa.expand(net(), where=["0", "6"], **options)
+    return randomise_norms(orepa.expand(net(), where=["0", "6"], **options))
 
 
+LINEAR = replace(orepa.ACNET, scaling_layer="vector")
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[Pass, ...]]] = {
     "linearize": (net, (Linearize(),)),
     "linearize blocks": (lambda: expanded(block=orepa.REPVGG), (Linearize(),)),
     "expand": (net, (Expand(where="**"),)),
     "expand and squeeze": (net, (Expand(where="**"), Squeeze())),
-    "more branches": (lambda: expanded(block=orepa.ACNET), (Expand(block=orepa.OREPA),)),
+    "more branches": (
+        lambda: expanded(block=LINEAR),
+        (Expand(block=orepa.OREPA, where=["0", "6"]),),
+    ),
     "collapse": (net, (Collapse(),)),
     "collapse blocks": (expanded, (Collapse(),)),
     "collapse and give the bias away": (
