@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from orepa_compiler.capture import Call, Capture, ancestors
 from orepa_compiler.errors import ReparamError
@@ -27,6 +28,21 @@ class Touched:
     owner: str | None = None
     nodes: tuple[str, ...] = ()
     stays: bool = False
+
+
+@runtime_checkable
+class Touching(Protocol):
+    """A pass that says what its edits change; else that is the module at their path alone.
+
+    It is then asked for no more hooks there than the pass itself looks for.
+    """
+
+    def touched(self, edit: Edit) -> Touched: ...
+
+
+def touched_by(step: object, edit: Edit) -> Touched:
+    """What an edit of a pass changes."""
+    return step.touched(edit) if isinstance(step, Touching) else Touched((edit.path,), stays=True)
 
 
 @dataclass(frozen=True)

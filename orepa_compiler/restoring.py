@@ -44,7 +44,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
 
 def _remember(value: Any, contents: dict[int, _Contents]) -> None:
     """Keep what a container holds, and the containers in it."""
-    if not isinstance(value, (dict, list, set)) or id(value) in contents:
+    if not isinstance(value, (dict, list, set, tuple)) or id(value) in contents:
         return
     copied = list(value.items()) if isinstance(value, dict) else list(value)
     contents[id(value)] = (value, copied)
@@ -54,6 +54,8 @@ def _remember(value: Any, contents: dict[int, _Contents]) -> None:
 
 def _put_back(held: Any, copied: list[Any]) -> None:
     """Give a container back what it held, in the order it had."""
+    if isinstance(held, tuple):
+        return
     held.clear()
     if isinstance(held, list):
         held.extend(copied)

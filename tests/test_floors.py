@@ -20,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
     ("errors", "dependencies", "atomic", "algebra"),
     ("capture", "branches"),
-    ("generation", "rewrite", "restoring", "selection"),
+    ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),
     ("analysis", "defaults", "planning", "overlaps", "verification", "cost", "training"),
     ("passes",),

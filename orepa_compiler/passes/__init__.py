@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import nn
 
@@ -17,14 +17,16 @@ from orepa_compiler.algebra.layers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.capture.recording import Recording
-from orepa_compiler.overlaps import Touched, check_edits
+from orepa_compiler.holding import hold_new, holdings_of
+from orepa_compiler.overlaps import Touched, Touching, check_edits, touched_by
 from orepa_compiler.passes.adopt import Adopt
 from orepa_compiler.passes.collapse import Collapse
 from orepa_compiler.passes.cut import Cut
 from orepa_compiler.passes.expand import Expand
 from orepa_compiler.passes.linearize import Linearize
+from orepa_compiler.passes.retracing import Retracing
 from orepa_compiler.passes.squeeze import Squeeze
-from orepa_compiler.planning import Edit, Plan
+from orepa_compiler.planning import Plan
 from orepa_compiler.restoring import restoring
 
 __all__ = [
@@ -63,16 +65,6 @@ class Pass(Protocol):
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
         """The rewritten model, and the plan with what was learned while applying it."""
         ...
-
-
-@runtime_checkable
-class Touching(Protocol):
-    """A pass that says what its edits change; else that is the module at their path alone.
-
-    It is then asked for no more hooks there than the pass itself looks for.
-    """
-
-    def touched(self, edit: Edit) -> Touched: ...
 
 
 @dataclass(frozen=True)
@@ -116,16 +108,20 @@ class Pipeline:
         for step in self.passes:
             progress(step.name)
             captured = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
-            captured = replace(captured, kept=kept)
-            wanted = step.plan(captured) if plan is None else plan.of(step.name)
-            check_edits(captured, [(edit, _touched(step, edit)) for edit in wanted.edits])
+            captured = replace(captured, kept={**captured.kept, **kept})
+            if plan is not None:
+                wanted = plan.of(step.name)
+            elif isinstance(step, Adopt):  # which compares what it makes
+                wanted = step.plan(captured)
+            else:
+                retracing = Retracing(is_leaf, recording or Recording())
+                captured, wanted = retracing.planned(step, model, captured)
+            check_edits(captured, [(edit, touched_by(step, edit)) for edit in wanted.edits])
+            holdings = holdings_of(model)
             model, done = step.apply(model, captured, wanted)
+            hold_new(model, holdings)
             applied += done
         return model, applied
-
-
-def _touched(step: Pass, edit: Edit) -> Touched:
-    return step.touched(edit) if isinstance(step, Touching) else Touched((edit.path,), stays=True)
 
 
 def is_leaf(module: nn.Module) -> bool:
