@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.passes.collapse.folds import Fold, fold_of
 from orepa_compiler.planning import Edit, Plan, recorded_plans
 from orepa_compiler.verification.comparison import size_of
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
@@ -162,17 +163,17 @@ class _Measured:
     """The errors of the blocks, measured while the model runs: no feature map is kept."""
 
     def __init__(self, precise: nn.Module, edits: Iterable[Edit]) -> None:
-        self.precise, self.edits = precise, list(edits)
-        self.errors: dict[str, tuple[float, float | None, float | None]] = {}
-        self.inputs: dict[str, Any] = {}
+        self.precise, self.folds = precise, [fold_of(edit) for edit in edits]
+        self.errors: dict[Fold, tuple[float, float | None, float | None]] = {}
+        self.inputs: dict[Fold, Any] = {}
         self.handles: list[Any] = []
 
     def watching(self, model: nn.Module) -> _Measured:
-        for edit in self.edits:
-            first, last = _places(edit)[0], _places(edit)[-1]
+        for fold in self.folds:
+            first, last = fold.places[0], fold.places[-1]
             self.handles += [
-                model.get_submodule(first).register_forward_pre_hook(self._before(edit)),
-                model.get_submodule(last).register_forward_hook(self._after(edit)),
+                model.get_submodule(first).register_forward_pre_hook(self._before(fold)),
+                model.get_submodule(last).register_forward_hook(self._after(fold)),
             ]
         return self
 
@@ -183,46 +184,25 @@ class _Measured:
         for handle in self.handles:
             handle.remove()
 
-    def _before(self, edit: Edit) -> Any:
+    def _before(self, fold: Fold) -> Any:
         def keep(module: nn.Module, arguments: Any) -> None:
             # A copy: a layer inside may work in place.
-            self.inputs.setdefault(_key(edit), map_tensors(arguments, Tensor.clone))
+            self.inputs.setdefault(fold, map_tensors(arguments, Tensor.clone))
 
         return keep
 
-    def _after(self, edit: Edit) -> Any:
+    def _after(self, fold: Fold) -> Any:
         def compare(module: nn.Module, arguments: Any, output: Any) -> None:
-            key = _key(edit)
-            if key not in self.errors and key in self.inputs:
-                found = _run(self.precise, edit, self.inputs.pop(key))
-                self.errors[key] = _error(named_leaves(output), named_leaves(found))
+            if fold not in self.errors and fold in self.inputs:
+                found = _run(self.precise, fold, self.inputs.pop(fold))
+                self.errors[fold] = _error(named_leaves(output), named_leaves(found))
 
         return compare
 
 
-def _key(edit: Edit) -> str:
-    return f"{edit.path} {edit.options.get('nodes')}"
-
-
-def changed_modules(edit: Edit) -> list[str]:
-    """The paths of the modules that an edit of a collapse folds or changes, in the order they run.
-
-    The last may be a norm that stays, and takes the bias of the block before it.
-    """
-    taker = edit.options.get("bias_to")
-    return [*edit.options["modules"], *([taker] if taker else [])]
-
-
-def _places(edit: Edit) -> list[str]:
-    """The modules that together take the region's input and give its output."""
-    if edit.options["kind"] == "concatenation":
-        return [edit.options["within"]]
-    return [edit.options["owner"]] if edit.options["kind"] == "graph" else changed_modules(edit)
-
-
-def _run(precise: nn.Module, edit: Edit, arguments: Any) -> Any:
+def _run(precise: nn.Module, fold: Fold, arguments: Any) -> Any:
     value = arguments
-    for path in _places(edit):
+    for path in fold.places:
         result = precise.get_submodule(path)(*value)
         value = (result,)
     return result
@@ -252,8 +232,8 @@ def _error(
 def _certified(
     edit: Edit, model: nn.Module, deploy: nn.Module, precise: nn.Module, measured: _Measured
 ) -> BlockCertificate:
-    places = _places(edit)
-    error, border, interior = measured.errors.get(_key(edit), (None, None, None))
+    fold = fold_of(edit)
+    error, border, interior = measured.errors.get(fold, (None, None, None))
     return BlockCertificate(
         edit.path,
         edit.before,
@@ -261,13 +241,13 @@ def _certified(
         error,
         border,
         interior,
-        _first_inexact(deploy, precise, places),
-        digest(_tensors(model, changed_modules(edit))),
-        digest(_tensors(deploy, places)),
+        _first_inexact(deploy, precise, fold.places),
+        digest(_tensors(model, fold.modules)),
+        digest(_tensors(deploy, fold.places)),
     )
 
 
-def _first_inexact(deploy: nn.Module, precise: nn.Module, places: list[str]) -> str:
+def _first_inexact(deploy: nn.Module, precise: nn.Module, places: Sequence[str]) -> str:
     right = dict(_tensors(precise, places))
     given = dict(_tensors(deploy, places))
     if given.keys() != right.keys():

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.capture import ancestors
-from orepa_compiler.certificate import changed_modules
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import NotRun, ReparamError
 from orepa_compiler.export.runners import OnnxRunner
 from orepa_compiler.export.tapping import onnx_outputs
+from orepa_compiler.passes.collapse.folds import FoldGraph, fold_of
 from orepa_compiler.planning import Edit, recorded_plans
 from orepa_compiler.verification import NOISE_FACTOR, PRECISIONS, Report
 from orepa_compiler.verification.divergence import (
@@ -119,10 +119,11 @@ def _comparable(reference: nn.Module, deploy: nn.Module) -> dict[str, _Point]:
     gone = {path for edit in edits for path in _unsettled(edit)}
     points = {p: _Point(p, (p,)) for p, _ in reference.named_modules() if p not in gone}
     for edit in edits:
-        if edit.options["kind"] != "graph":
-            last, place = changed_modules(edit)[-1], str(edit.options.get("at", edit.path))
+        fold = fold_of(edit)
+        if not isinstance(fold, FoldGraph):
+            last = fold.modules[-1]
             # An Identity stands for the norm in torch, and nothing in an ONNX file.
-            points[last] = _Point(place, (last, place), edit.before)
+            points[last] = _Point(edit.path, (last, edit.path), edit.before)
     return points
 
 
@@ -131,7 +132,7 @@ def _unsettled(edit: Edit) -> Iterator[str]:
 
     Where a norm lies outside the container of its conv, that container's output is another too.
     """
-    modules = changed_modules(edit)
+    modules = fold_of(edit).modules
     common = set.intersection(*(set(ancestors(path)) for path in modules)) if modules else set()
     for path in modules:
         yield path
@@ -141,9 +142,13 @@ def _unsettled(edit: Edit) -> Iterator[str]:
 def _rewritten(path: str, reference: nn.Module, deploy: nn.Module) -> str:
     """What a collapse put before a module in its owner's forward, where no module shows it."""
     for edit in _edits(reference, deploy):
-        owner = edit.options["owner"]
-        if edit.options["kind"] == "graph" and (path == owner or path.startswith(f"{owner}.")):
-            return f"The collapse rewrote {owner}: {edit.before} became {edit.after}, before it"
+        fold = fold_of(edit)
+        if not isinstance(fold, FoldGraph):
+            continue
+        if path == fold.owner or path.startswith(f"{fold.owner}."):
+            return (
+                f"The collapse rewrote {fold.owner}: {edit.before} became {edit.after}, before it"
+            )
     return ""
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx, nn
 
-from orepa_compiler.errors import CheckpointError
+from orepa_compiler.errors import CheckpointError, ReparamError
 
 _FORMAT = 1
 _ATTRIBUTE = "_orepa_plans"
@@ -24,7 +24,7 @@ _ATTRIBUTE = "_orepa_plans"
 class Edit:
     """One rewrite. parameters, macs: before and after; macs per image, None where unknown.
 
-    options: what the pass needs to apply it, JSON only.
+    options: what the pass needs to apply it, JSON only; each pass reads its own back as a type.
     """
 
     done_by: str
@@ -35,6 +35,18 @@ class Edit:
     macs: tuple[int, int] | None = None
     note: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def option(self, name: str) -> Any:
+        """One of the options. Raises ReparamError where a plan changed by hand has none."""
+        if name not in self.options:
+            message = f"the plan does not fit: its edit by {self.done_by} has no option {name!r}"
+            raise ReparamError(message, path=self.path)
+        return self.options[name]
+
+    @property
+    def cost(self) -> float:
+        """How many times the MACs of what was there it takes."""
+        return float(self.options.get("cost", 1))
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Plan:
         macs: by the path of the conv, for one image.
         """
         edits = [
-            replace(edit, macs=(cost, round(cost * edit.options.get("cost", 1))))
+            replace(edit, macs=(cost, round(cost * edit.cost)))
             if (cost := macs.get(edit.path))
             else edit
             for edit in self.edits

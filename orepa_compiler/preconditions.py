@@ -13,7 +13,7 @@ from orepa_compiler.analysis.functional import calls_conv
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture.skeleton import check_wrapper, meta_copy
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.passes.expand import Init, PostNorm
+from orepa_compiler.passes.expand.options import Init, NewBlock, PostNorm, growth_of
 from orepa_compiler.planning import Plan
 from orepa_compiler.selection import Where, selection
 from orepa_compiler.verification.evaluation import batches_of
@@ -58,13 +58,13 @@ def check_values(model: nn.Module, why: str) -> None:
 def check_plan(plan: Plan, *, init: Init, post_norm: PostNorm) -> None:
     """A plan says how blocks start and where norms go: another wish beside it is an error."""
     for edit in plan.of("expand").edits:
-        made = edit.options.get("init")
-        if made != init:
+        growth = growth_of(edit)
+        if (made := growth.init) != init:
             raise ReparamError(
                 f"the plan was made with init={made!r}, not {init!r}; make it with plan(init=...)",
                 path=edit.path,
             )
-        if edit.options.get("norm") and post_norm == "none":
+        if isinstance(growth, NewBlock) and growth.norm and post_norm == "none":
             raise ReparamError(
                 "the plan inserts a norm here; make it with plan(post_norm='none')", path=edit.path
             )

@@ -20,9 +20,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
     ("errors", "dependencies", "atomic", "algebra"),
     ("capture", "branches"),
-    ("generation", "rewrite", "selection"),
+    ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),
-    ("analysis", "planning", "verification", "cost", "training"),
+    ("analysis", "defaults", "planning", "overlaps", "verification", "cost", "training"),
     ("passes",),
     (
         *("preconditions", "compiler", "checkpoints", "model_source", "reference", "export"),

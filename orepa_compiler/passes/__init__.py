@@ -7,6 +7,7 @@ one; add yours with Pipeline((MyPass(), *COLLAPSE.passes)).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,8 +17,8 @@ from orepa_compiler.algebra.layers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.capture.recording import Recording
-from orepa_compiler.errors import ReparamError
 from orepa_compiler.holding import hold_new, holdings_of
+from orepa_compiler.overlaps import Touched, Touching, check_edits, touched_by
 from orepa_compiler.passes.adopt import Adopt
 from orepa_compiler.passes.collapse import Collapse
 from orepa_compiler.passes.cut import Cut
@@ -26,6 +27,7 @@ from orepa_compiler.passes.linearize import Linearize
 from orepa_compiler.passes.retracing import Retracing
 from orepa_compiler.passes.squeeze import Squeeze
 from orepa_compiler.planning import Plan
+from orepa_compiler.restoring import restoring
 
 __all__ = [
     "COLLAPSE",
@@ -38,6 +40,8 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Squeeze",
+    "Touched",
+    "Touching",
 ]
 
 
@@ -76,18 +80,35 @@ class Pipeline:
         plan: Plan | None = None,
         recording: Recording | None = None,
         kept: Mapping[str, str] | None = None,
+        restores: bool = True,
         progress: Callable[[str], None] = lambda name: None,
     ) -> tuple[nn.Module, Plan]:
         """The rewritten model (in place) and the plan that was applied.
 
         plan: an earlier plan to apply again; None lets each pass make its own. recording: graphs
         for the forwards that cannot be traced. kept: module path -> why it stays as it is.
+        restores: an error leaves the model as it was, which keeps what is replaced in memory until
+        the end; False for a copy, which goes with the error.
+
+        Raises ReparamError where a plan does not fit: a module of it is not there or has a hook, or
+        two of its edits change the same.
         """
+        with restoring(model) if restores else nullcontext():
+            return self._run(model, plan, recording, kept or {}, progress)
+
+    def _run(
+        self,
+        model: nn.Module,
+        plan: Plan | None,
+        recording: Recording | None,
+        kept: Mapping[str, str],
+        progress: Callable[[str], None],
+    ) -> tuple[nn.Module, Plan]:
         applied = Plan()
         for step in self.passes:
             progress(step.name)
             captured = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
-            captured = replace(captured, kept={**captured.kept, **(kept or {})})
+            captured = replace(captured, kept={**captured.kept, **kept})
             if plan is not None:
                 wanted = plan.of(step.name)
             elif isinstance(step, Adopt):  # which compares what it makes
@@ -95,20 +116,12 @@ class Pipeline:
             else:
                 retracing = Retracing(is_leaf, recording or Recording())
                 captured, wanted = retracing.planned(step, model, captured)
-            _check_fit(captured, wanted)
+            check_edits(captured, [(edit, touched_by(step, edit)) for edit in wanted.edits])
             holdings = holdings_of(model)
             model, done = step.apply(model, captured, wanted)
             hold_new(model, holdings)
             applied += done
         return model, applied
-
-
-def _check_fit(captured: Capture, plan: Plan) -> None:
-    for edit in plan.edits:
-        if edit.path not in captured.aliases:
-            raise ReparamError(
-                "the plan does not fit: the model has no such module", path=edit.path
-            )
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture, ancestors, join
 from orepa_compiler.errors import NotLinear
+from orepa_compiler.overlaps import Touched
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import METHODS, set_module_everywhere
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
@@ -68,19 +69,22 @@ class Adopt:
             edits.append(Edit(self.name, path, kind, target, (size, size), options=options))
         return Plan(tuple(edits), tuple(refusals))
 
+    def touched(self, edit: Edit) -> Touched:
+        return Touched((edit.path,))
+
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
         calls = self._calls(model, [edit.path for edit in plan.edits])
         done, refusals = [], list(plan.refusals)
         for edit in plan.edits:
-            module = model.get_submodule(edit.path)
-            found = self._converted(module, edit.options["method"], calls.get(edit.path))
+            module, method = model.get_submodule(edit.path), str(edit.option("method"))
+            found = self._converted(module, method, calls.get(edit.path))
             if isinstance(found, str):
                 kind = type(module).__name__
                 refusals.append(Refusal(self.name, edit.path, kind, found))
                 continue
             model = set_module_everywhere(model, capture.aliases[edit.path], found)
             size = sum(p.numel() for p in found.parameters())
-            target = f"{type(found).__name__}, by its {edit.options['method']}()"
+            target = f"{type(found).__name__}, by its {method}()"
             done.append(replace(edit, after=target, parameters=(edit.parameters[0], size)))
         return model, Plan(tuple(done), tuple(refusals))
 

@@ -18,6 +18,7 @@ from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.branches.sequences import trained_kernel
 from orepa_compiler.capture import Capture
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.overlaps import Touched
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import set_module_everywhere
 from orepa_compiler.selection import Where, selection
@@ -49,12 +50,15 @@ class Cut:
                 edits.append(edit)
         return Plan(tuple(edits), tuple(refusals))
 
+    def touched(self, edit: Edit) -> Touched:
+        return Touched((edit.path,))
+
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
         for edit in plan.edits:
             block = model.get_submodule(edit.path)
             if not isinstance(block, LinearBlock):
                 raise ReparamError("the plan cuts a block, here is none", path=edit.path)
-            new = _cut(block, edit.options["branches"])
+            new = _cut(block, edit.option("branches"))
             model = set_module_everywhere(model, capture.aliases[edit.path], new)
         return model, plan
 

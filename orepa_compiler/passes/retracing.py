@@ -22,7 +22,8 @@ from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.holding import hold_new, holdings_of
-from orepa_compiler.planning import Plan
+from orepa_compiler.overlaps import touched_by
+from orepa_compiler.planning import Edit, Plan
 
 _MOST_ROUNDS = 8
 _MOST_PAIRED = 5  # arguments that are tried two by two
@@ -99,10 +100,10 @@ class Retracing:
                     return Found({}, {"": f"it cannot be told what it does with {what}"})
                 continue
             other = replace(other, kept={**captured.kept, **other.kept})
-            there = {_key(edit): edit for edit in step.plan(other).edits}
+            there = {_key(step, edit) for edit in step.plan(other).edits}
             for edit in wanted.edits:
-                modules = _modules(edit)
-                if _key(edit) not in there and any(map(other.calls.get, modules)):
+                modules = _modules(step, edit)
+                if _key(step, edit) not in there and any(map(other.calls.get, modules)):
                     reason = f"with {what} the forward goes another way"
                     kept |= dict.fromkeys(modules, reason)
         return Found(kept, {})
@@ -126,7 +127,7 @@ class Retracing:
             reason = f"the forward of {owner or 'the model'} goes another way with it rewritten"
             if owner in calmly.untraced and owner not in captured.untraced:
                 reason += f" ({calmly.untraced[owner].partition('; give inputs')[0]})"
-            kept |= dict.fromkeys(_blamed(captured, owner, wanted), reason)
+            kept |= dict.fromkeys(_blamed(step, captured, owner, wanted), reason)
         return Found(kept, steered)
 
     def _tried(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> nn.Module:
@@ -233,9 +234,10 @@ def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return flow
 
 
-def _blamed(captured: Capture, owner: str, wanted: Plan) -> set[str]:
+def _blamed(step: Step, captured: Capture, owner: str, wanted: Plan) -> set[str]:
     """The modules of the edits that may have changed what a forward does: those that it calls."""
-    edited = {path: _modules(edit) for edit in wanted.edits for path in _modules(edit)}
+    groups = [_modules(step, edit) for edit in wanted.edits]
+    edited = {path: group for group in groups for path in group}
     called = {captured.path_of(call) for calls in captured.calls.values() for call in calls
               if call.owner == owner}  # fmt: skip
     for near in (called, {path for path in edited if not owner or owner in ancestors(path)}):
@@ -244,9 +246,9 @@ def _blamed(captured: Capture, owner: str, wanted: Plan) -> set[str]:
     return set(edited)
 
 
-def _modules(edit: Any) -> list[str]:
-    return list(edit.options.get("modules", [edit.path]))
+def _modules(step: Step, edit: Edit) -> list[str]:
+    return list(touched_by(step, edit).modules) or [edit.path]
 
 
-def _key(edit: Any) -> tuple[Any, ...]:
-    return edit.path, edit.before, edit.after, tuple(_modules(edit))
+def _key(step: Step, edit: Edit) -> tuple[Any, ...]:
+    return edit.path, edit.before, edit.after, tuple(_modules(step, edit))

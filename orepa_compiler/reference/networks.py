@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.analysis.eligibility import describe
 from orepa_compiler.blocks import Block
 from orepa_compiler.capture import capture
 from orepa_compiler.errors import CheckpointError
 from orepa_compiler.passes import Expand, Squeeze, is_leaf
-from orepa_compiler.planning import Plan, Refusal, record_plan
+from orepa_compiler.passes.expand.options import NewBlock, growth_of
+from orepa_compiler.passes.expand.wording import describe
+from orepa_compiler.planning import Edit, Plan, Refusal, record_plan
 from orepa_compiler.reference.branches import Tensors
 from orepa_compiler.reference.keys import Part
 from orepa_compiler.reference.operators import EPS, norm_operator
@@ -107,7 +108,7 @@ def _with_blocks(stock: nn.Module, blocks: Mapping[str, Block]) -> nn.Module:
         step = Expand(block=block, init="paper", where=where)
         edits = step.plan(captured).edits
         assert {edit.path for edit in edits} == set(where)
-        assert not any(edit.options["norm"] for edit in edits)
+        assert not any(_inserts_norm(edit) for edit in edits)
         stock, applied = step.apply(stock, captured, Plan(edits))
         done += applied
     plain = [
@@ -119,6 +120,11 @@ def _with_blocks(stock: nn.Module, blocks: Mapping[str, Block]) -> nn.Module:
     model, squeezed = squeeze.apply(stock, blocks_only, squeeze.plan(blocks_only))
     record_plan(model, done + Plan((), tuple(plain)) + squeezed)
     return model
+
+
+def _inserts_norm(edit: Edit) -> bool:
+    growth = growth_of(edit)
+    return isinstance(growth, NewBlock) and growth.norm
 
 
 def _filled(model: nn.Module, state: Tensors) -> nn.Module:

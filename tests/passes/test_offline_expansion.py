@@ -17,10 +17,11 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from orepa_compiler import DBB, OREPA, OREPA_VGG, REPVGG, Block, ReparamError, mobileone
 from orepa_compiler.algebra.layers import is_batch_norm
-from orepa_compiler.analysis.shifting import norm_behind
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.branches import Kernel, Pointwise
+from orepa_compiler.errors import NotLinear
+from orepa_compiler.passes.collapse.bias import norm_behind
 from orepa_compiler.training.calibration import inserted_norms
 from tests.compiler_nets import (
     Inline,
@@ -245,7 +246,8 @@ def test_a_norm_in_a_module_that_is_called_twice_takes_nothing() -> None:
     from orepa_compiler.passes import is_leaf
 
     whole = capture(Twice(), training=False, is_leaf=is_leaf)
-    assert norm_behind(whole, "part.conv") is None
+    with pytest.raises(NotLinear, match="no BatchNorm is known to be all that reads it"):
+        norm_behind(whole, "part.conv")
     part = capture(Twice().part, training=False, is_leaf=is_leaf)
     assert norm_behind(part, "conv") == "norm"
 

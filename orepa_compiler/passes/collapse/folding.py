@@ -3,65 +3,86 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from torch import nn
 
 from orepa_compiler.algebra.layers import linear_part
-from orepa_compiler.analysis.absorption import absorb
-from orepa_compiler.analysis.crossing import with_norm
 from orepa_compiler.analysis.linear import Linear
-from orepa_compiler.analysis.preceding import after_norm
 from orepa_compiler.analysis.regions import Interpreter
-from orepa_compiler.analysis.shifting import give_bias
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture
+from orepa_compiler.capture.forwards import Read
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.planning import Edit
+from orepa_compiler.passes.collapse.absorption import absorb
+from orepa_compiler.passes.collapse.bias import give_bias
+from orepa_compiler.passes.collapse.folds import (
+    AbsorbNorm,
+    FoldBlock,
+    FoldConcatenation,
+    FoldPath,
+    FoldRegion,
+)
+from orepa_compiler.passes.collapse.norms_before import after_norm
+from orepa_compiler.passes.collapse.norms_behind import with_norm
 from orepa_compiler.rewrite import free_name, replace_regions, set_module, set_module_everywhere
 
 
-def fold_regions(model: nn.Module, capture: Capture, owner: str, edits: list[Edit]) -> nn.Module:
+def fold_regions(
+    model: nn.Module, capture: Capture, owner: str, folds: Sequence[FoldRegion]
+) -> nn.Module:
     """All regions of one owner: first the paths, whose children are swapped, then its graph."""
     read = _in_float64(model)
     replacements = []
-    for edit in edits:
+    for fold in folds:
         interpreter = Interpreter(capture, read, at_any_cost=True)  # the plan looked at the cost
-        chain = _chain(edit) if edit.options["kind"] == "path" else []
-        value = interpreter.value_of(owner, edit.options["nodes"], chain)
-        if before := edit.options.get("before"):
-            value = after_norm(value, before, read)
-        if behind := edit.options["behind"]:
-            value = with_norm(value, behind, read)
-        modules = [model.get_submodule(path) for path in edit.options["modules"]]
+        value = _value(interpreter, fold)
+        modules = [model.get_submodule(path) for path in fold.modules]
         direct = own_parameters(model.get_submodule(owner), value)
         replaced = [*(p for module in modules for p in module.parameters()), *direct]
         assert value.operator is not None
         conv = like(value.operator.to_module(), replaced)
-        for norm in filter(None, (before, behind)):
+        for norm in filter(None, (fold.before, fold.behind)):
             model = set_module(model, norm, _rest(model, norm) or nn.Identity())
-        if edit.options["kind"] == "path":
-            model = _fold_path(model, edit, conv)
+        if isinstance(fold, FoldPath):
+            model = _fold_path(model, fold, conv)
         else:
-            replacements.append((edit, conv, value))
-    if not replacements:
-        return model
-    module = model.get_submodule(owner).eval()  # the mode is written into the graph
+            replacements.append((fold, conv, value))
+    return _fold_graph(model, capture, owner, replacements) if replacements else model
+
+
+def _value(interpreter: Interpreter, fold: FoldRegion) -> Linear:
+    """What a region computes, with the norms in other modules."""
+    chain = fold.layers if isinstance(fold, FoldPath) else []
+    value = interpreter.value_of(fold.owner, fold.nodes, chain)
+    if fold.before:
+        value = after_norm(value, fold.before, interpreter.read)
+    return with_norm(value, fold.behind, interpreter.read) if fold.behind else value
+
+
+def _fold_graph(
+    model: nn.Module,
+    capture: Capture,
+    owner: str,
+    replacements: Sequence[tuple[FoldRegion, nn.Module, Linear]],
+) -> nn.Module:
+    """The model with regions of the owner's forward replaced by one conv each."""
+    module = model.get_submodule(owner)
     graph = capture.own_graph(owner, module)
     name = free_name(module, "reparam_conv")
     parts = []
-    for number, (edit, conv, value) in enumerate(replacements, 1):
-        rest = _rest(model, edit.options["modules"][-1]) if value.rest is not None else None
+    for number, (fold, conv, value) in enumerate(replacements, 1):
+        rest = _rest(model, fold.modules[-1]) if value.rest is not None else None
         child = conv if rest is None else nn.Sequential(conv, rest)
         label = name if number == 1 else f"{name}_{number}"
-        parts.append((edit.options["nodes"], edit.options["source"], label, child))
+        parts.append((fold.nodes, fold.source, label, child))
     return set_module(model, owner, replace_regions(module, graph, parts))
 
 
-def absorb_norm(model: nn.Module, capture: Capture, edit: Edit) -> nn.Module:
+def absorb_norm(model: nn.Module, fold: AbsorbNorm | FoldConcatenation) -> nn.Module:
     """A norm, into one conv, or into the convs whose concatenation it reads, each its channels."""
-    *paths, norm = edit.options["modules"]
+    *paths, norm = fold.modules
     read = _in_float64(model)
     affine, rest = linear_part(read(norm))
     assert affine.bias is not None
@@ -81,16 +102,10 @@ def _own_class(module: nn.Module, path: str) -> nn.Module:
     return _plain_conv(module, path) if isinstance(module, LinearBlock) else module
 
 
-def _chain(edit: Edit) -> list[str]:
-    """The layers of a region that is a path, without the norms in other modules."""
-    norms = (edit.options.get("before"), edit.options["behind"])
-    return [path for path in edit.options["modules"] if path not in norms]
-
-
-def _fold_path(model: nn.Module, edit: Edit, conv: nn.Module) -> nn.Module:
-    for path in _chain(edit):
-        new = conv if path == edit.options["at"] else nn.Identity()
-        if path == edit.options["rest"]:
+def _fold_path(model: nn.Module, fold: FoldPath, conv: nn.Module) -> nn.Module:
+    for path in fold.layers:
+        new = conv if path == fold.at else nn.Identity()
+        if path == fold.rest:
             new = _rest(model, path) or new
         model = set_module(model, path, new)
     return model
@@ -101,8 +116,12 @@ def _rest(model: nn.Module, path: str) -> nn.Module | None:
     return linear_part(model.get_submodule(path))[1]
 
 
-def _in_float64(model: nn.Module) -> Callable[[str], nn.Module]:
-    return lambda path: copy.deepcopy(model.get_submodule(path)).double().eval()
+def _in_float64(model: nn.Module) -> Read:
+    """Gives copies of the model's modules in float64, in the modes that its own eval() gave them.
+
+    A norm that a model keeps in batch mode stays so, and is no operator.
+    """
+    return lambda path: copy.deepcopy(model.get_submodule(path)).double()
 
 
 def own_parameters(owner: nn.Module, value: Linear) -> list[nn.Parameter]:
@@ -112,12 +131,12 @@ def own_parameters(owner: nn.Module, value: Linear) -> list[nn.Parameter]:
     return [known[name] for name in names if name in known]
 
 
-def fold_block(model: nn.Module, capture: Capture, edit: Edit) -> nn.Module:
+def fold_block(model: nn.Module, capture: Capture, fold: FoldBlock) -> nn.Module:
     """A block, into the conv that it stands for; what it adds may go to the bias of a norm."""
-    conv = _plain_conv(model.get_submodule(edit.path), edit.path)
-    if norm := edit.options.get("bias_to"):
-        give_bias(conv, model.get_submodule(norm))
-    return set_module_everywhere(model, capture.aliases[edit.path], conv)
+    conv = _plain_conv(model.get_submodule(fold.block), fold.block)
+    if fold.bias_to:
+        give_bias(conv, model.get_submodule(fold.bias_to))
+    return set_module_everywhere(model, capture.aliases[fold.block], conv)
 
 
 def _plain_conv(block: nn.Module, path: str) -> nn.Module:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +18,19 @@ from orepa_compiler.algebra.layers import is_batch_norm
 from orepa_compiler.analysis.chain_blocks import linear_block, linearized
 from orepa_compiler.analysis.chains import ChainInterpreter, Layer, SummedOperator
 from orepa_compiler.analysis.elementwise import is_add
-from orepa_compiler.analysis.following import NORM, followed_by
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.tracing import trace
-from orepa_compiler.errors import NotLinear
+from orepa_compiler.defaults.following import NORM, followed_by
+from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.overlaps import Touched
+from orepa_compiler.passes.linearize.options import (
+    LinearizeBlock,
+    LinearizeSum,
+    change_of,
+    options_of,
+)
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import (
     Part,
@@ -80,20 +86,26 @@ class Linearize:
         for path, edits in groupby(plan.edits, key=lambda edit: edit.path):
             owner = model.get_submodule(path)
             if isinstance(owner, OfflineBlock):
-                (edit,) = edits
-                new = linearized(owner, with_norm=not edit.options["norm_follows"])
+                (change,) = map(change_of, edits)
+                new = linearized(owner, with_norm=not _norm_follows(change, path))
                 model = set_module_everywhere(model, capture.aliases[path], new)
                 continue
             graph = capture.own_graph(path, owner)
             interpreter = ChainInterpreter(capture, model.get_submodule, at_any_cost=True)
             parts: list[Part] = []
             for edit in edits:
-                region = _region(capture, interpreter, path, list(edit.options["nodes"]))
+                region = _region(capture, interpreter, path, _nodes(change_of(edit), path))
                 block = _block(region, model)
                 name = free_name(owner, "block") + ("" if not parts else f"_{len(parts) + 1}")
                 parts.append((region.nodes, region.source, name, block))
             model = set_module(model, path, replace_regions(owner, graph, parts))
         return model, plan
+
+    def touched(self, edit: Edit) -> Touched:
+        change = change_of(edit)
+        if isinstance(change, LinearizeBlock):
+            return Touched((edit.path,))
+        return Touched((), edit.path, change.nodes)
 
     def _edit(self, capture: Capture, region: _Sum, new: LinearBlock) -> Edit:
         modules = [capture.module(path) for path in region.paths]
@@ -104,7 +116,7 @@ class Linearize:
         chains = region.operator.chains
         names = [" - ".join(layer.name for layer in chain) or "identity" for chain in chains]
         target = f"linear block with {len(chains)} branches"
-        options: dict[str, Any] = {"nodes": region.nodes, "source": region.source}
+        options = options_of(LinearizeSum(tuple(region.nodes), region.source))
         sizes = (before, after)
         return Edit(self.name, region.owner, " + ".join(names), target, sizes, options=options)
 
@@ -115,8 +127,20 @@ class Linearize:
         before, after = (sum(p.numel() for p in m.parameters()) for m in (block, new))
         what = f"{block.block_name}: {' + '.join(block.branches)}"
         target = f"linear block with {len(new.branches)} branches"
-        options = {"norm_follows": norm_follows}
+        options = options_of(LinearizeBlock(norm_follows))
         return Edit(self.name, path, what, target, (before, after), options=options)
+
+
+def _norm_follows(change: LinearizeSum | LinearizeBlock, path: str) -> bool:
+    if isinstance(change, LinearizeBlock):
+        return change.norm_follows
+    raise ReparamError("the plan linearizes a sum, here is a block", path=path)
+
+
+def _nodes(change: LinearizeSum | LinearizeBlock, path: str) -> list[str]:
+    if isinstance(change, LinearizeSum):
+        return list(change.nodes)
+    raise ReparamError("the plan linearizes a block, here is none", path=path)
 
 
 @dataclass(frozen=True)

@@ -5,43 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import (
-    computes_kernel,
-    conv_operator,
-    is_channels_last,
-    is_conv_like,
-    kernel_operator,
-    own_forward_reason,
+from orepa_compiler.algebra.layers import computes_kernel, is_conv_like, kernel_operator
+from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock
+from orepa_compiler.blocks.catalogue import OREPA_VGG, automatic_block
+from orepa_compiler.blocks.initialization import with_origin
+from orepa_compiler.blocks.offline import OfflineBlock, features_cost
+from orepa_compiler.blocks.own_forward import OwnForwardConv
+from orepa_compiler.branches import Kernel
+from orepa_compiler.capture import Capture
+from orepa_compiler.defaults.following import NORM, followed_by
+from orepa_compiler.defaults.residual import is_summed, residual_reason
+from orepa_compiler.defaults.worth import left_alone_reason
+from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.overlaps import Touched
+from orepa_compiler.passes.expand.building import block_for, built, grow, missing, named_block
+from orepa_compiler.passes.expand.options import (
+    Init as Init,
 )
-from orepa_compiler.analysis.eligibility import (
-    describe,
-    left_alone_reason,
+from orepa_compiler.passes.expand.options import (
+    MoreBranches,
+    NewBlock,
+    growth_of,
+    options_of,
+)
+from orepa_compiler.passes.expand.options import (
+    PostNorm as PostNorm,
+)
+from orepa_compiler.passes.expand.soundness import (
     no_conv_reason,
     no_norms_reason,
     scripted_reason,
     takes_norm,
     unsound_reason,
 )
-from orepa_compiler.analysis.following import NORM, followed_by
-from orepa_compiler.analysis.residual import is_summed, residual_reason
-from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock, inserted_norm
-from orepa_compiler.blocks.catalogue import BLOCKS, OREPA_VGG, automatic_block
-from orepa_compiler.blocks.initialization import extend, preserve, with_origin
-from orepa_compiler.blocks.offline import OfflineBlock, features_cost
-from orepa_compiler.blocks.own_forward import OwnForwardConv
-from orepa_compiler.branches import Kernel
-from orepa_compiler.capture import Capture
-from orepa_compiler.errors import NotLinear, ReparamError
+from orepa_compiler.passes.expand.wording import describe
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import set_module_everywhere
 from orepa_compiler.selection import Where, is_asked_for, selection
-
-Init = Literal["preserve", "paper"]
-PostNorm = Literal["auto", "none"]
 
 
 @dataclass(frozen=True)
@@ -100,21 +103,25 @@ class Expand:
         """The model with the planned blocks in place; notes say how large each origin became."""
         done = []
         for edit in plan.edits:
-            module = model.get_submodule(edit.path)
+            module, growth = model.get_submodule(edit.path), growth_of(edit)
+            block = named_block(growth.block, self.block)
             try:
-                if edit.options.get("extends"):
-                    ratio = self._extend(module, edit)
+                if isinstance(growth, MoreBranches):
+                    ratio = grow(module, growth, block, edit.path)
                 else:
                     if reason := unsound_reason(capture, edit.path, capture.module(edit.path)):
                         message = f"the plan does not fit this model: {reason}"
                         raise ReparamError(message, path=edit.path)
-                    block, ratio = self._build(module, edit)
-                    model = set_module_everywhere(model, capture.aliases[edit.path], block)
+                    new, ratio = built(module, growth, block, edit.path)
+                    model = set_module_everywhere(model, capture.aliases[edit.path], new)
             except NotLinear as error:
                 raise ReparamError(error.reason, path=edit.path) from error
             note = f"|origin| / |W| = {ratio:.2f}" if ratio is not None else ""
             done.append(replace(edit, note="; ".join(filter(None, (edit.note, note)))))
         return model, Plan(tuple(done), plan.refusals)
+
+    def touched(self, edit: Edit) -> Touched:
+        return Touched((edit.path,), stays=isinstance(growth_of(edit), MoreBranches))
 
     def _refusal(self, path: str, module: nn.Module, reason: str) -> Refusal:
         return Refusal(self.name, path, describe(module), reason)
@@ -143,25 +150,19 @@ class Expand:
         return self._edit(path, conv, block, needs_norm=needs_norm)
 
     def _edit(self, path: str, conv: _ConvNd, block: Block, *, needs_norm: bool) -> Edit:
-        new = _block_for(conv, block, needs_norm=needs_norm)
+        new = block_for(conv, block, needs_norm=needs_norm)
         before, after = (sum(p.numel() for p in m.parameters()) for m in (conv, new))
         notes = ["a BatchNorm is inserted: no norm follows"] if needs_norm else []
         if new.block_name == OREPA_VGG.name and self.block == "auto":
             notes.append("residual-free net")
         if isinstance(new, OwnForwardConv):
             notes.append(f"the kernel goes into the forward of {type(conv).__name__}")
-        options = {
-            "block": block.name,
-            "branches": list(new.branches),
-            "scaling": block.scaling_layer,
-            "norm": needs_norm,
-            "init": self.init,
-        }
-        if isinstance(new, OfflineBlock):
-            options["cost"] = features_cost(new)
-        what = f"{block.name}, {len(new.branches)} branches"
-        note = "; ".join(notes)
-        return Edit(self.name, path, describe(conv), what, (before, after), None, note, options)
+        branches, scaling = tuple(new.branches), block.scaling_layer
+        cost = features_cost(new) if isinstance(new, OfflineBlock) else None
+        growth = NewBlock(block.name, branches, scaling, needs_norm, self.init, cost)
+        what, sizes = f"{block.name}, {len(branches)} branches", (before, after)
+        note, options = "; ".join(notes), options_of(growth)
+        return Edit(self.name, path, describe(conv), what, sizes, None, note, options)
 
     def _may_grow(self, block: LinearBlock) -> bool:
         """Whether a block may gain branches: a linearized one, or where more are asked for."""
@@ -170,40 +171,22 @@ class Expand:
 
     def _extension(self, path: str, block: LinearBlock) -> list[Edit]:
         """The branches that a block lacks."""
-        new = self._missing(block, self._kind(block))
+        kind = self._kind(block)
+        new = missing(block, kind)
         if not new:
             return []
         before = sum(p.numel() for p in block.parameters())
         row = 0 if block.scaling is None else block.scaling.shape[1]
         grown = sum(row + sum(p.numel() for p in branch.parameters()) for branch in new.values())
-        name = self._kind(block).name
-        options = {"extends": True, "block": name, "branches": list(new), "init": self.init}
+        options = options_of(MoreBranches(kind.name, tuple(new), self.init))
         what = f"linear block: {' + '.join(block.branches)}"
-        target = f"{name}: and {' + '.join(new)}"
+        target = f"{kind.name}: and {' + '.join(new)}"
         sizes = (before, before + grown)
         return [Edit(self.name, path, what, target, sizes, None, "", options)]
 
     def _kind(self, block: LinearBlock) -> Block:
         """The kind of block that a linearized one becomes."""
         return automatic_block(block.operator()) if self.block == "auto" else self.block
-
-    def _missing(self, block: LinearBlock, wanted: Block) -> dict[str, nn.Module]:
-        made = wanted.make(block.operator()) if "origin" in block.branches else {}
-        return {name: branch for name, branch in made.items() if name not in block.branches}
-
-    def _extend(self, module: nn.Module, edit: Edit) -> float | None:
-        if not isinstance(module, LinearBlock):
-            raise ReparamError("the plan extends a linear block, here is none", path=edit.path)
-        block = _named_block(edit.options["block"], self.block)
-        weight = module.weight.detach().clone()
-        new = self._missing(module, block)
-        is_frozen = not any(p.requires_grad for p in module.parameters())
-        extend(module, new, dict(block.scaling))
-        if is_frozen:
-            module.requires_grad_(False)
-        has_values = not weight.is_meta
-        keep = edit.options["init"] == "preserve" and has_values
-        return preserve(module, weight, new) if keep else None
 
     def _block(self, capture: Capture, path: str, conv: _ConvNd, *, is_residual: bool) -> Block:
         if self.block != "auto":
@@ -216,56 +199,3 @@ class Expand:
             is_alone = may_normalize and not has_company
             block = automatic_block(kernel_operator(conv), is_residual=not is_alone)
         return with_origin(block) if self.init == "preserve" else block
-
-    def _build(self, conv: nn.Module, edit: Edit) -> tuple[LinearBlock, float | None]:
-        assert isinstance(conv, _ConvNd)
-        options = edit.options
-        block = _named_block(options["block"], self.block)
-        block = replace(block, scaling_layer=options["scaling"])
-        block = with_origin(block) if options["init"] == "preserve" else block
-        new = _block_for(conv, block, needs_norm=options["norm"])
-        if list(new.branches) != options["branches"]:
-            raise ReparamError(
-                f"the plan asks for the branches {options['branches']}, "
-                f"block {block.name} gives {list(new.branches)}",
-                path=edit.path,
-            )
-        keep = options["init"] == "preserve" and not conv.weight.is_meta
-        fresh = [name for name in new.branches if name != "origin"]
-        ratio = preserve(new, conv.weight, fresh) if keep else None
-        if is_channels_last(conv.weight):
-            new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        new.requires_grad_(conv.weight.requires_grad)
-        if conv.bias is not None:
-            bias = new.bias if new.norm is None else new.norm.bias
-            assert isinstance(bias, nn.Parameter)
-            bias.requires_grad_(conv.bias.requires_grad)
-        return new, ratio
-
-
-def _block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> LinearBlock:
-    """The block for a conv: on features, to be squeezed, or with the conv's own forward."""
-    if block.scaling_layer == "norm":
-        return OfflineBlock(conv, block)
-    if own_forward_reason(conv) is not None:
-        return OwnForwardConv(conv, block)
-    return LinearBlock(conv, block, norm=_post_norm(conv) if needs_norm else None)
-
-
-def _named_block(name: str, block: Block | Literal["auto"]) -> Block:
-    known = dict(BLOCKS) if block == "auto" else {**BLOCKS, block.name: block}
-    if name not in known:
-        raise ReparamError(
-            f"the plan asks for block {name!r}, which is none of {', '.join(known)}; "
-            "give yours with block="
-        )
-    return known[name]
-
-
-def _post_norm(conv: _ConvNd) -> nn.Module:
-    """The inserted norm; the conv's bias, without effect before a norm, becomes the norm's own."""
-    norm = inserted_norm(conv_operator(conv), conv.weight)
-    if conv.bias is not None and not conv.bias.is_meta:
-        with torch.no_grad():
-            norm.bias.copy_(conv.bias)
-    return norm

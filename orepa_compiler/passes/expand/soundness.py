@@ -1,8 +1,6 @@
-"""Whether a block may stand in the place of a conv, and whether it would pay there."""
+"""Whether a block may stand in the place of a conv: what must hold, whatever the user asks for."""
 
 from __future__ import annotations
-
-from math import prod
 
 import torch
 from torch import nn
@@ -10,25 +8,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from orepa_compiler.algebra.layers import own_forward_reason
-from orepa_compiler.analysis.following import ACTIVATION, NORM, NOTHING, reads_pooled
 from orepa_compiler.capture import Capture
 from orepa_compiler.capture.calls import PARAMETRIZED
 from orepa_compiler.capture.skeleton import LAZY
-
-
-def describe(module: nn.Module) -> str:
-    """A conv in a few words: Conv2d 64 -> 128 3x3 /2."""
-    if not isinstance(module, _ConvNd):
-        return type(module).__name__
-    parts = [f"{type(module).__name__} {module.in_channels} -> {module.out_channels}"]
-    parts.append("x".join(map(str, module.kernel_size)))
-    if set(module.stride) != {1}:
-        parts.append("/" + "x".join(map(str, dict.fromkeys(module.stride))))
-    if module.groups > 1:
-        parts.append(f"groups {module.groups}")
-    if set(module.dilation) != {1}:
-        parts.append("dilation " + "x".join(map(str, dict.fromkeys(module.dilation))))
-    return " ".join(parts)
 
 
 def unsound_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
@@ -93,17 +75,3 @@ def no_norms_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
         reason = capture.unknown_calls(path) or "it is called several times"
         return f"{reason}, so the statistics of its branches would be mixed; {online}"
     return None
-
-
-def left_alone_reason(capture: Capture, path: str, conv: _ConvNd, follows: str) -> str | None:
-    """Why a block would not pay or not train here; where= overrides it."""
-    ask = "; ask for it with where="
-    if reads_pooled(capture, path):
-        return "on maps pooled to one pixel its kernel costs more to make than to apply" + ask
-    if conv.kernel_size == conv.stride and prod(conv.kernel_size) > 1:
-        return "a patch embedding (kernel = stride)" + ask
-    if follows in (NORM, ACTIVATION):
-        return None
-    if follows == NOTHING and (reason := capture.unknown_calls(path)):
-        return f"what follows it is not known: {reason}" + ask
-    return f"no norm follows: {follows}" + ask

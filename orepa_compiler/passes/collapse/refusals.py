@@ -8,7 +8,9 @@ from orepa_compiler.algebra.layers import is_batch_norm, is_conv_like
 from orepa_compiler.analysis.regions import Interpreter
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join
-from orepa_compiler.planning import Edit, Refusal
+from orepa_compiler.passes.collapse.candidates import is_inside
+from orepa_compiler.passes.collapse.folds import Fold, FoldRegion
+from orepa_compiler.planning import Refusal
 
 
 def left_norms(
@@ -54,9 +56,10 @@ def _feeder(capture: Capture, norms: list[Call]) -> str:
     return f"no conv alone feeds it, but {name}"
 
 
-def read_away(capture: Capture, interpreter: Interpreter, edits: list[Edit]) -> Iterator[str]:
-    """The modules that nobody calls, and whose tensors only the regions of some edits read."""
-    gone = {(edit.options["owner"], n) for edit in edits for n in edit.options.get("nodes", [])}
+def read_away(capture: Capture, interpreter: Interpreter, folds: list[Fold]) -> Iterator[str]:
+    """The modules that nobody calls, and whose tensors only the regions of some folds read."""
+    regions = [fold for fold in folds if isinstance(fold, FoldRegion)]
+    gone = {(region.owner, node) for region in regions for node in region.nodes}
     for path in capture.reads.keys() - capture.calls.keys():
         readers = [
             (owner, node.name)
@@ -70,11 +73,12 @@ def read_away(capture: Capture, interpreter: Interpreter, edits: list[Edit]) -> 
 
 
 def kept_apart(
-    name: str, capture: Capture, interpreter: Interpreter, edits: list[Edit], taken: set[str]
+    name: str, capture: Capture, interpreter: Interpreter, folds: list[Fold], taken: set[str]
 ) -> Iterator[Refusal]:
     """Convs that are not joined with what is linear before them, and borders that are none."""
     called = {(c.owner, c.node.name): path for path, calls in capture.calls.items() for c in calls}
-    joined = {(e.options["owner"], node) for e in edits for node in e.options.get("nodes", [])[1:]}
+    regions = [fold for fold in folds if isinstance(fold, FoldRegion)]
+    joined = {(region.owner, node) for region in regions for node in region.nodes[1:]}
     for (owner, node), reason in interpreter.reasons.items():
         path = called.get((owner, node), owner)
         module = capture.module(path)
@@ -82,8 +86,3 @@ def kept_apart(
         is_told = is_border or (is_conv_like(module) and not capture.refusal(path, reader=owner))
         if is_told and (owner, node) not in joined and not is_inside(owner, taken):
             yield Refusal(name, path, type(module).__name__, reason)
-
-
-def is_inside(path: str, taken: set[str]) -> bool:
-    """Whether a module goes with one of these."""
-    return not taken.isdisjoint([path, *ancestors(path)])

@@ -21,9 +21,9 @@ from orepa_compiler.algebra.layers import (
     linear_part,
 )
 from orepa_compiler.analysis.elementwise import is_add
-from orepa_compiler.analysis.following import ACTIVATION, GATE, NORM, PASSED, kind_of
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture
+from orepa_compiler.defaults.following import ACTIVATION, GATE, NORM, PASSED, kind_of
 from orepa_compiler.errors import NotLinear
 
 _CONCATENATIONS = ("cat", "concat", "concatenate")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orepa_compiler.analysis.following import ACTIVATION, NORM, followed_by, reads_pooled
 from orepa_compiler.capture import Capture, capture
+from orepa_compiler.defaults.following import ACTIVATION, NORM, followed_by, reads_pooled
 from orepa_compiler.passes import is_leaf
 
 

@@ -13,9 +13,9 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.analysis.residual import is_summed, residual_reason
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
+from orepa_compiler.defaults.residual import is_summed, residual_reason
 from orepa_compiler.passes import is_leaf
 from tests.compiler_nets import Branches, Inline, branch_net
 

@@ -14,16 +14,16 @@ import torch
 from torch import fx
 
 from orepa_compiler.algebra.layers import is_batch_norm, linear_part
-from orepa_compiler.analysis.crossing import across, called_alone
 from orepa_compiler.analysis.linear import Linear, maximal, mean_other_axes
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.forwards import Read
 from orepa_compiler.errors import NotLinear
+from orepa_compiler.passes.collapse.norms_behind import across, called_alone
 
 
-def norms_before(interpreter: Interpreter) -> Iterator[tuple[Region, str]]:
+def preceding_norms(interpreter: Interpreter) -> Iterator[tuple[Region, str]]:
     """What begins with a conv, each with the path of the norm that it alone reads."""
     for owner in interpreter.capture.graphs:
         for value in maximal(interpreter.values(owner)):

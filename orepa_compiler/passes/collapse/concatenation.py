@@ -12,11 +12,11 @@ import torch
 from torch import fx, nn
 
 from orepa_compiler.algebra.layers import is_batch_norm, is_plain_conv
-from orepa_compiler.analysis.absorption import absorbs_norm
-from orepa_compiler.analysis.crossing import called_alone, reaching
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Call, Capture
+from orepa_compiler.passes.collapse.absorption import absorbs_norm
+from orepa_compiler.passes.collapse.norms_behind import called_alone, reaching
 
 _CONCATENATIONS = {torch.cat, torch.concat}
 

@@ -13,12 +13,12 @@ import torch
 from torch import fx
 
 from orepa_compiler.algebra.layers import is_batch_norm, is_idle, linear_part
-from orepa_compiler.analysis.absorption import absorbs_norm
 from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.forwards import Read
+from orepa_compiler.passes.collapse.absorption import absorbs_norm
 
 
 def crossings(interpreter: Interpreter) -> Iterator[tuple[Region | str, str]]:
@@ -60,11 +60,18 @@ def _conv_end(
             is_conv = value.operator is not None and value.operator.rank > 0  # and no linear layer
             ends_in_conv = value.convs and value.rest is None and is_conv
             stays = interpreter.remaining_reads(call.owner, value.nodes)
-            return Region(call.owner, value) if ends_in_conv and not stays else None
+            is_part = not is_maximal(interpreter, call.owner, value)  # which ends behind the norm
+            is_end = ends_in_conv and not stays and not is_part
+            return Region(call.owner, value) if is_end else None
         path = called_alone(interpreter.capture, call)
         if path and absorbs_norm(own_conv(interpreter.capture.module(path))):
             return path
     return None
+
+
+def is_maximal(interpreter: Interpreter, owner: str, value: Linear) -> bool:
+    """Whether a value is part of no larger one in the forward of its owner."""
+    return any(value is other for other in maximal(interpreter.values(owner)))
 
 
 def reaching(capture: Capture, owner: str, node: fx.Node, user: fx.Node) -> Iterator[Call]:

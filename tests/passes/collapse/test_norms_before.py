@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from orepa_compiler.certificate import certify
 from orepa_compiler.planning import recorded_plans
-from tests.analysis.test_concatenation import norms_left, prepared
+from tests.passes.collapse.test_concatenation import norms_left, prepared
 
 X = torch.randn(2, 4, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,24 @@
+"""Whether a block would pay in the place of a conv. Where it is wrong, `where=` says better."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch.nn.modules.conv import _ConvNd
+
+from orepa_compiler.capture import Capture
+from orepa_compiler.defaults.following import ACTIVATION, NORM, NOTHING, reads_pooled
+
+
+def left_alone_reason(capture: Capture, path: str, conv: _ConvNd, follows: str) -> str | None:
+    """Why a block would not pay or not train here; where= overrides it."""
+    ask = "; ask for it with where="
+    if reads_pooled(capture, path):
+        return "on maps pooled to one pixel its kernel costs more to make than to apply" + ask
+    if conv.kernel_size == conv.stride and prod(conv.kernel_size) > 1:
+        return "a patch embedding (kernel = stride)" + ask
+    if follows in (NORM, ACTIVATION):
+        return None
+    if follows == NOTHING and (reason := capture.unknown_calls(path)):
+        return f"what follows it is not known: {reason}" + ask
+    return f"no norm follows: {follows}" + ask
