@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from orepa_compiler.algebra.layers import own_forward_reason
+from orepa_compiler.algebra.layers import own_forward_reason, per_axis
 from orepa_compiler.analysis.following import ACTIVATION, NORM, NOTHING, reads_pooled
 from orepa_compiler.capture import Capture
 from orepa_compiler.capture.calls import PARAMETRIZED
@@ -22,12 +22,14 @@ def describe(module: nn.Module) -> str:
         return type(module).__name__
     parts = [f"{type(module).__name__} {module.in_channels} -> {module.out_channels}"]
     parts.append("x".join(map(str, module.kernel_size)))
-    if set(module.stride) != {1}:
-        parts.append("/" + "x".join(map(str, dict.fromkeys(module.stride))))
+    rank = len(module.kernel_size)
+    stride, dilation = per_axis(module.stride, rank), per_axis(module.dilation, rank)
+    if set(stride) != {1}:
+        parts.append("/" + "x".join(map(str, dict.fromkeys(stride))))
     if module.groups > 1:
         parts.append(f"groups {module.groups}")
-    if set(module.dilation) != {1}:
-        parts.append("dilation " + "x".join(map(str, dict.fromkeys(module.dilation))))
+    if set(dilation) != {1}:
+        parts.append("dilation " + "x".join(map(str, dict.fromkeys(dilation))))
     return " ".join(parts)
 
 
@@ -100,7 +102,8 @@ def left_alone_reason(capture: Capture, path: str, conv: _ConvNd, follows: str) 
     ask = "; ask for it with where="
     if reads_pooled(capture, path):
         return "on maps pooled to one pixel its kernel costs more to make than to apply" + ask
-    if conv.kernel_size == conv.stride and prod(conv.kernel_size) > 1:
+    size = conv.kernel_size
+    if size == per_axis(conv.stride, len(size)) and prod(size) > 1:
         return "a patch embedding (kernel = stride)" + ask
     if follows in (NORM, ACTIVATION):
         return None
