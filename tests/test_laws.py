@@ -223,5 +223,3 @@ def test_other_forms_compute_the_same(op: ConvOperator) -> None:
         warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
         for x in images(op):
             assert_same(op.to_module()(x), op(x))
-
-

@@ -59,7 +59,7 @@ def _methods(base: type) -> frozenset[str]:
 
 @cache
 def _used_names(base: type) -> frozenset[str]:
-    """The attributes that a call of a layer looks up, in all methods and properties it goes through."""
+    """The attributes that a call of a layer looks up, in all methods that it goes through."""
     found: set[str] = set()
     open_ends = set(_IMPLICIT)
     while open_ends:

@@ -1,4 +1,4 @@
-"""What one layer or function tells of the form of the map that it reads, and of the one it gives."""
+"""What one layer or function tells of the form of the map that it reads, and of what it gives."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ class Rule:
             form.maps if is_kept else None,
             form.counts if self.keeps_count else NOTHING.counts,
             form.dtype if is_typed else None,
+            form.is_batched and self.keeps_count,
         )
 
 
@@ -140,9 +141,7 @@ def _told(operand: fx.Node, op: ConvOperator) -> Rule:
     return Rule(operand, Form(op.reads, dtype=dtype), Form(op.gives, dtype=dtype))
 
 
-def _conv_rule(
-    operand: fx.Node, channels: tuple[int, int], rank: int, dtype: torch.dtype
-) -> Rule:
+def _conv_rule(operand: fx.Node, channels: tuple[int, int], rank: int, dtype: torch.dtype) -> Rule:
     forms = [Form(Maps(c, second(rank)), _of_conv(rank), _floating(dtype)) for c in channels]
     return Rule(operand, *forms, keeps_count=True)
 
@@ -151,7 +150,7 @@ def _norm_rule(operand: fx.Node, maps: Maps) -> Rule:
     """Of a norm, which reads batches; those of half precision too, where its own is full."""
     ranks = maps.axes.ranks
     counts = at_least(2) if ranks is None else frozenset(rank + 2 for rank in ranks)
-    form = Form(maps, counts)
+    form = Form(maps, counts, is_batched=True)
     return Rule(operand, form, form, keeps_count=True, gives_type=True, needs_type=True)
 
 
@@ -244,7 +243,9 @@ def _reshaped(node: fx.Node, operand: fx.Node, name: str, form: Form) -> Rule:
         reach = 0 if node.target is write_ else _cut_from(parts, form.count)
         return replace(typed, before=Form(counts=at_least(slices)), keeps_count=True, reach=reach)
     if name == "flatten" and not node.kwargs:
-        return _flattened(operand, (given[0] if given else 0, *given[1:2], *(-1,) * (len(given) < 2)))
+        return _flattened(
+            operand, (given[0] if given else 0, *given[1:2], *(-1,) * (len(given) < 2))
+        )
     if name in _MOVES and not node.kwargs:
         sizes = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
         if len(given) == 1 and sizes is given:  # x.view(shape), or a type

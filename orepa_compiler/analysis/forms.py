@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orepa_compiler.algebra.maps import LAST, Maps, second
+from orepa_compiler.algebra.maps import SECOND, Axes, Maps
 from orepa_compiler.algebra.operators import ConvOperator, identity
 from orepa_compiler.errors import NotLinear
 
@@ -24,27 +24,28 @@ class Form:
     """What is known of a map, at every call.
 
     maps: its channels, and where they stand. counts: how many axes it may have in all, a batch
-    included. dtype: a type of floating point. None: not known.
+    included. dtype: a type of floating point. None: not known. is_batched: whether its first axis
+    is a batch, as that of all that a norm reads.
     """
 
     maps: Maps | None = None
     counts: frozenset[int] = frozenset(range(_MOST + 1))
     dtype: torch.dtype | None = None
+    is_batched: bool = False
 
     def narrowed(self, other: Form) -> Form:
         """Both; where they contradict each other, what is known already stays."""
         counts = (self.counts & other.counts) or self.counts
+        is_batched = self.is_batched or other.is_batched
         maps = self.maps or other.maps
         if self.maps and other.maps:
             try:
-                maps = _within(self.maps, counts).meet(_within(other.maps, counts))
+                maps = self.maps.meet(other.maps)
             except NotLinear:
                 maps = self.maps
         if maps is not None:
-            maps = _within(maps, counts)
-            least = min(maps.axes.ranks or {0}) + 1
-            counts = frozenset(count for count in counts if count >= least) or counts
-        return Form(maps, counts, self.dtype or other.dtype)
+            maps, counts = _agreed(maps, counts, is_batched)
+        return Form(maps, counts, self.dtype or other.dtype, is_batched)
 
     @property
     def count(self) -> int | None:
@@ -63,15 +64,17 @@ def at_least(count: int) -> frozenset[int]:
     return frozenset(range(count, _MOST + 1))
 
 
-def _within(maps: Maps, counts: frozenset[int]) -> Maps:
-    """The maps that have so many axes, where several ranks are possible: those of a norm, in batches."""
-    if maps.axes.place == LAST or maps.axes.rank is not None or len(counts) != 1:
-        return maps
-    (count,) = counts
-    try:
-        return Maps(maps.channels, maps.axes.meet(second(count - 2)))
-    except NotLinear:
-        return maps
+def _agreed(maps: Maps, counts: frozenset[int], is_batched: bool) -> tuple[Maps, frozenset[int]]:
+    """The ranks that so many axes allow, and the numbers of axes that these ranks allow."""
+    ranks = maps.axes.ranks
+    if is_batched and maps.axes.place == SECOND:
+        fitting = frozenset(count - 2 for count in counts if count >= 2)
+        ranks = (fitting if ranks is None else ranks & fitting) or ranks
+        maps = Maps(maps.channels, Axes(SECOND, ranks))
+        allowed = counts if ranks is None else frozenset(rank + 2 for rank in ranks)
+    else:
+        allowed = at_least(min(ranks or {0}) + 1)
+    return maps, (counts & allowed) or counts
 
 
 def identity_of(form: Form, device: torch.device) -> ConvOperator:

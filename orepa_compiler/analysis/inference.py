@@ -129,7 +129,7 @@ class Forms:
         return path if self._entered[path] else None
 
     def _link(self, owner: str, node: fx.Node, path: str) -> None:
-        """The arguments of a call are the inputs of its module, and what that returns is its value."""
+        """The arguments of a call are the inputs of its module, what this returns is its value."""
         graph = self._forwards.graph(path)
         assert graph is not None
         inputs = [n for n in graph.nodes if n.op == "placeholder"]

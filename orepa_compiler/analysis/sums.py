@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def sum_value(walk: Walk, node: fx.Node, addition: Arithmetic) -> Linear | None:
     """left + factor right as one value; an operand may be the source itself."""
     options = [
-        [v for v in (absorbable(walk.values, x, [node]), Linear(x, None)) if v] 
+        [v for v in (absorbable(walk.values, x, [node]), Linear(x, None)) if v]
         for x in (addition.left, addition.right)
     ]
     if walk.is_in_place(node):  # the sum is written over its first operand

@@ -70,7 +70,12 @@ class Walk:
         if node.op == "call_module" and len(operands) == len(node.args) == 1 and not node.kwargs:
             return self._called(node, operands[0])
         if added := addition(node):
-            if type(added.left) is int and added.left == 0 and isinstance(added.right, fx.Node) and added.factor == 1:
+            if (
+                type(added.left) is int
+                and added.left == 0
+                and isinstance(added.right, fx.Node)
+                and added.factor == 1
+            ):
                 return self._extended(node, added.right, Linear(node, None))  # as in sum()
             operands = {x for x in (added.left, added.right) if isinstance(x, fx.Node)}
             if len(operands) == 2 and self.constants.isdisjoint(operands):
