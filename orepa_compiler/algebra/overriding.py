@@ -69,7 +69,7 @@ def _used_names(base: type) -> frozenset[str]:
         function = getattr(member, "fget", None) or getattr(member, "__func__", member)
         if code := getattr(function, "__code__", None):
             open_ends |= set(_attributes(code)) - found
-    return frozenset(found)
+    return frozenset(n for n in found if n in _IMPLICIT or not n.startswith("__"))
 
 
 def _attributes(code: CodeType) -> Iterator[str]:

@@ -58,7 +58,8 @@ def arithmetic(node: fx.Node) -> Arithmetic | None:
         factor = options.pop("alpha", factor)
     if len(args) != 2 or options or type(factor) not in (int, float):
         return None
-    return Arithmetic(_KINDS[node.target], *args, factor * _SIGNS.get(node.target, 1))
+    left, right = args
+    return Arithmetic(_KINDS[node.target], left, right, factor * _SIGNS.get(node.target, 1))
 
 
 def addition(node: fx.Node) -> Arithmetic | None:

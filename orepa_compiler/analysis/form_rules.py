@@ -164,9 +164,13 @@ def _flattened(operand: fx.Node, axes: tuple[Any, Any]) -> Rule:
 
 
 def function_rule(
-    node: fx.Node, operand: fx.Node, form: Form, constant: Callable[[Any], Any]
+    node: fx.Node, operand: fx.Node, forms: tuple[Form, Form], constant: Callable[[Any], Any]
 ) -> Rule:
-    """What a function or method of one map tells. constant: gives an argument without values."""
+    """What a function or method of one map tells.
+
+    forms: what is known of the operand, and of what it gives. constant: gives an argument without
+    values.
+    """
     name = str(getattr(node.target, "__name__", node.target)).strip("_")
     is_first = bool(node.args) and node.args[0] is operand
     try:
@@ -178,7 +182,7 @@ def function_rule(
             maps = Maps(mean.shape[0], second()) if isinstance(mean, Tensor) else None
             return _norm_rule(operand, maps) if maps else _same(operand, 0, at_least(2))
         if arithmetic(node):
-            return _arithmetic_rule(node, operand, form, constant)
+            return _arithmetic_rule(node, operand, forms, constant)
     except (NotLinear, KeyError, AttributeError):
         return Rule(operand)
     if not is_first:
@@ -192,7 +196,7 @@ def function_rule(
         return _pooled(operand, name)
     if node.target is F.interpolate:
         return _same(operand, 1)
-    return _reshaped(node, operand, name, form)
+    return _reshaped(node, operand, name, forms[0])
 
 
 def _function_of(operand: fx.Node, node: fx.Node, op: ConvOperator) -> Rule:
@@ -202,7 +206,7 @@ def _function_of(operand: fx.Node, node: fx.Node, op: ConvOperator) -> Rule:
 
 
 def _arithmetic_rule(
-    node: fx.Node, operand: fx.Node, form: Form, constant: Callable[[Any], Any]
+    node: fx.Node, operand: fx.Node, forms: tuple[Form, Form], constant: Callable[[Any], Any]
 ) -> Rule:
     """Of x * gamma: a number keeps the form, a tensor that of a map which it fits."""
     found = arithmetic(node)
@@ -211,12 +215,23 @@ def _arithmetic_rule(
         return _same(operand)
     other = constant(found.right if found.left is operand else found.left)
     if isinstance(other, Tensor):
-        beside_channels(other, form)
-        check_type(other, form)
-        return Rule(operand, after=form)
+        return _widened(operand, *forms, other)
     if as_tensor(other) is None:
         return Rule(operand)
     return replace(_same(operand), needs_type=False)
+
+
+def _widened(operand: fx.Node, form: Form, after: Form, constant: Tensor) -> Rule:
+    """Of a map beside a tensor: what has more axes than that had them before."""
+    counts = frozenset(c for c in form.counts if max(c, constant.dim()) in after.counts)
+    is_own = bool(counts) and min(counts) > constant.dim()
+    before = Form(counts=counts or form.counts, is_batched=is_own and after.is_batched)
+    try:
+        beside_channels(constant, form)
+        check_type(constant, form)
+    except NotLinear:
+        return Rule(operand, before)
+    return Rule(operand, before, after=form)
 
 
 def sum_form(node: fx.Node, left: Form, right: Form) -> Form:

@@ -99,8 +99,8 @@ class Forms:
             constants = self._forwards.constants(owner)
             operands = [x for x in node.all_input_nodes if x not in constants]
             if len(operands) == 1:
-                form = self._form(owner, operands[0])
-                yield function_rule(node, operands[0], form, lambda x: self.constant(owner, x))
+                forms = self._form(owner, operands[0]), self._form(owner, node)
+                yield function_rule(node, operands[0], forms, lambda x: self.constant(owner, x))
             elif len(operands) == 2:
                 left, right = (self._form(owner, x) for x in operands)
                 self._narrow(owner, node, sum_form(node, left, right))

@@ -20,6 +20,7 @@ from orepa_compiler.algebra.layers import (
     is_idle,
     linear_part,
 )
+from orepa_compiler.algebra.maps import SECOND, TOKENS
 from orepa_compiler.analysis.bordering import bordered, written_border
 from orepa_compiler.analysis.elementwise import addition
 from orepa_compiler.analysis.forms import Form
@@ -202,11 +203,22 @@ class Walk:
         if before is None or self.is_overwritten(before, node):
             return alone
         try:
-            one = joined(layer, before, node, at_any_cost=self.interpreter.at_any_cost)
+            here = self._of_tokens(layer, before, operand)
+            one = joined(here, before, node, at_any_cost=self.interpreter.at_any_cost)
         except NotLinear as error:
             self.keep_apart(node, error.reason)
             return alone
         return replace(one, nodes=with_constants(one.nodes, self.constants))
+
+    def _of_tokens(self, layer: Linear, before: Linear, operand: fx.Node) -> Linear:
+        """A norm behind a linear layer, whose last axis is the second where maps have two."""
+        ops = layer.operator, before.operator
+        if ops[0] is None or ops[1] is None or ops[0].rank or ops[1].gives.axes != TOKENS:
+            return layer
+        is_norm = ops[0].reads.axes.place == SECOND
+        if not is_norm or self.form(operand).count != 2:
+            return layer
+        return replace(layer, operator=ops[0].with_rank(0))
 
     def is_in_place(self, node: fx.Node) -> bool:
         """Whether a node writes over its first operand."""
