@@ -95,7 +95,7 @@ def layer_rule(layer: nn.Module, operand: fx.Node) -> Rule:
     if home == "torch.nn.modules.upsampling":
         return _same(operand, 1)
     if home == "torch.nn.modules.flatten" and isinstance(layer, nn.Flatten):
-        return _flattened(operand, (layer.start_dim, layer.end_dim))
+        return _flattened(operand, layer.start_dim, layer.end_dim)
     if home == "torch.nn.modules.normalization":
         return _same(operand)
     return _linear_rule(layer, operand)
@@ -142,8 +142,10 @@ def _told(operand: fx.Node, op: ConvOperator) -> Rule:
 
 
 def _conv_rule(operand: fx.Node, channels: tuple[int, int], rank: int, dtype: torch.dtype) -> Rule:
-    forms = [Form(Maps(c, second(rank)), _of_conv(rank), _floating(dtype)) for c in channels]
-    return Rule(operand, *forms, keeps_count=True)
+    before, after = (
+        Form(Maps(c, second(rank)), _of_conv(rank), _floating(dtype)) for c in channels
+    )
+    return Rule(operand, before, after, keeps_count=True)
 
 
 def _norm_rule(operand: fx.Node, maps: Maps) -> Rule:
@@ -158,8 +160,8 @@ def _floating(dtype: torch.dtype) -> torch.dtype | None:
     return dtype if dtype.is_floating_point else None
 
 
-def _flattened(operand: fx.Node, axes: tuple[Any, Any]) -> Rule:
-    after = Form(counts=frozenset({2})) if axes == (1, -1) else NOTHING
+def _flattened(operand: fx.Node, first: Any, last: Any) -> Rule:
+    after = Form(counts=frozenset({2})) if (first, last) == (1, -1) else NOTHING
     return Rule(operand, Form(counts=at_least(1)), after, gives_type=True, needs_type=True)
 
 
@@ -258,9 +260,7 @@ def _reshaped(node: fx.Node, operand: fx.Node, name: str, form: Form) -> Rule:
         reach = 0 if node.target is write_ else _cut_from(parts, form.count)
         return replace(typed, before=Form(counts=at_least(slices)), keeps_count=True, reach=reach)
     if name == "flatten" and not node.kwargs:
-        return _flattened(
-            operand, (given[0] if given else 0, *given[1:2], *(-1,) * (len(given) < 2))
-        )
+        return _flattened(operand, (given or (0,))[0], (*given[1:2], -1)[0])
     if name in _MOVES and not node.kwargs:
         sizes = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
         if len(given) == 1 and sizes is given:  # x.view(shape), or a type

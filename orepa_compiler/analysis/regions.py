@@ -89,10 +89,14 @@ class Interpreter(Forwards):
     def device(self) -> torch.device:
         """Where the values that are read lie: operators without any are made there."""
         for path, module in self.capture.skeleton.named_modules():
-            if module._parameters or module._buffers:
+            if not module._parameters and not module._buffers:
+                continue
+            try:
                 found = self.read(path)
-                for tensor in (*found.parameters(False), *found.buffers(False)):
-                    return tensor.device
+            except AttributeError:  # an edit before this one took it away
+                continue
+            for tensor in (*found.parameters(False), *found.buffers(False)):
+                return tensor.device
         return torch.device("cpu")
 
     @cached_property

@@ -78,8 +78,8 @@ class Walk:
                 and added.factor == 1
             ):
                 return self._extended(node, added.right, Linear(node, None))  # as in sum()
-            operands = {x for x in (added.left, added.right) if isinstance(x, fx.Node)}
-            if len(operands) == 2 and self.constants.isdisjoint(operands):
+            maps = {x for x in (added.left, added.right) if isinstance(x, fx.Node)}
+            if len(maps) == 2 and self.constants.isdisjoint(maps):
                 return sum_value(self, node, added)
         if node.target == "reshape_as":
             return self._flattened_norm(node)
