@@ -19,8 +19,11 @@ CLEARLY_WRONG = 1e-4
 def reference(op: ConvOperator, x: Tensor) -> Tensor:
     """y_o(m) = b_o + sum_i sum_j W_oi(j) x_i(m stride - before + dilation j), tap by tap.
 
-    It shares no code with the package and none with torch's convolutions.
+    It shares no code with the package and none with torch's convolutions. One for maps of several
+    ranks is taken for those of x.
     """
+    if op.gives.axes.rank is None:
+        op = op.with_rank(x.dim() - 2)
     total = 0.0 if op.bias is None else op.bias.reshape(-1, *(1,) * op.rank)
     weight = dense(op)
     for tap in product(*map(range, op.kernel_size)):

@@ -223,15 +223,3 @@ def test_other_forms_compute_the_same(op: ConvOperator) -> None:
         warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
         for x in images(op):
             assert_same(op.to_module()(x), op(x))
-
-
-@pytest.mark.parametrize("name", ["0d", "0d-groups2-nobias", "1d-1", "1d-identity", "2d-1", "3d-1"])
-def test_a_pointwise_operator_at_any_rank(name: str) -> None:
-    op = GRID[name]
-    linear = op.with_rank(0)
-    for rank in range(4):
-        x = image(rank, 3)
-        pixels = x.movedim(1, -1).reshape(-1, 4)
-        expected = linear(pixels).reshape(2, *x.shape[2:], 4).movedim(-1, 1)
-        assert_same(op.with_rank(rank)(x), expected)
-        assert_same(op.with_rank(rank)(x), reference(op.with_rank(rank), x))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import singledispatch
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from orepa_compiler.algebra.maps import ANYTHING, Axes, Maps, second
 from orepa_compiler.algebra.operators import ConvOperator, Padding, identity
+from orepa_compiler.algebra.overriding import has_torch_forward as has_torch_forward
+from orepa_compiler.algebra.overriding import overriding_reason
 from orepa_compiler.errors import NotLinear
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,6 +35,15 @@ _DROPOUTS = {"timm.layers.drop.DropPath", "torchvision.ops.stochastic_depth.Stoc
 _ACTIVATION_MODULES = ("torch.nn.modules.activation", "timm.layers.activations")
 
 
+# How many axes may stand behind the channels of what a norm takes; none given: any number.
+_RANKS: dict[type | None, tuple[int, ...]] = {
+    nn.BatchNorm1d: (0, 1),
+    nn.BatchNorm2d: (2,),
+    nn.BatchNorm3d: (3,),
+    nn.SyncBatchNorm: (),
+}
+
+
 @singledispatch
 def conv_operator(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
     """The operator that a layer computes in eval mode.
@@ -41,7 +54,7 @@ def conv_operator(layer: nn.Module, in_channels: int | None = None) -> ConvOpera
     """
     name = qualified_name(layer)
     if name in _FROZEN_NORMS:
-        return _norm_operator(layer, rank=2)
+        return _norm_operator(layer)
     if name in _NORMS_WITH_ACTIVATION:
         operator, rest = linear_part(layer)
         if rest is None:
@@ -68,7 +81,7 @@ def linear_part(
     """
     if qualified_name(layer) not in _NORMS_WITH_ACTIVATION:
         return conv_operator(layer, in_channels), None
-    operator = _norm_operator(layer, rank=2)
+    operator = _norm_operator(layer)
     parts = [getattr(layer, name, None) for name in ("drop", "act")]
     rest = [part for part in parts if part is not None and not isinstance(part, nn.Identity)]
     if not rest:
@@ -78,16 +91,9 @@ def linear_part(
 
 def own_forward_reason(layer: nn.Module) -> str | None:
     """Why this conv cannot be read as a plain one, or None where it is plain."""
-    for base in CONVS:
-        if isinstance(layer, base):
-            cls = type(layer)
-            plain = (
-                cls.forward is base.forward
-                and cls._conv_forward is base._conv_forward
-                and not {"forward", "_conv_forward"} & vars(layer).keys()
-            )
-            return None if plain else f"{cls.__name__} has a forward of its own"
-    return f"{type(layer).__name__} is not a conv"
+    if not isinstance(layer, CONVS):
+        return f"{type(layer).__name__} is not a conv"
+    return overriding_reason(layer)
 
 
 def kernel_operator(conv: _ConvNd) -> ConvOperator:
@@ -96,12 +102,13 @@ def kernel_operator(conv: _ConvNd) -> ConvOperator:
     That of a transposed conv, (C_in, C_out / groups, *K), is the kernel of the conv that it is the
     adjoint of.
     """
+    rank = conv.weight.dim() - 2
     return ConvOperator(
         conv.weight,
         None if conv.transposed else conv.bias,
-        tuple(conv.stride),
+        per_axis(conv.stride, rank),
         conv_padding(conv),
-        tuple(conv.dilation),
+        per_axis(conv.dilation, rank),
         conv.groups,
         conv.padding_mode,
     )
@@ -144,6 +151,26 @@ def is_batch_norm(layer: nn.Module) -> bool:
     return name in _FROZEN_NORMS | _NORMS_WITH_ACTIVATION or isinstance(layer, _BatchNorm)
 
 
+def norm_maps(layer: nn.Module) -> Maps | None:
+    """The maps that such a norm reads, and gives; None where it is not affine."""
+    mean = layer.running_mean
+    if not isinstance(mean, Tensor) or not isinstance(layer.running_var, Tensor):
+        return None
+    return Maps(mean.shape[0], _norm_axes(layer))
+
+
+def _norm_axes(layer: nn.Module) -> Axes:
+    if qualified_name(layer) in _NORMS_WITH_ACTIVATION and isinstance(layer, _BatchNorm):
+        return second()  # which asks for no number of axes
+    bases = (base for base in _RANKS if base and isinstance(layer, base))
+    return second(*_RANKS.get(next(bases, None), (2,)))  # the frozen ones are for images
+
+
+def has_activation(layer: nn.Module) -> bool:
+    """Whether the layer is a norm with an activation inside, or with a place for one."""
+    return qualified_name(layer) in _NORMS_WITH_ACTIVATION
+
+
 def holds_kernel(layer: nn.Module) -> bool:
     """Whether the layer's parameters are more than a norm's: a conv, a block, a layer like them."""
     return not is_norm(layer) and any(True for _ in layer.parameters())
@@ -180,13 +207,36 @@ def is_channels_last(kernel: Tensor) -> bool:
 
 
 def conv_padding(conv: _ConvNd) -> Padding:
-    """The conv's padding as (before, after) per axis; strings spelled out as torch does it."""
+    """The conv's padding as (before, after) per axis; strings spelled out as torch does it.
+
+    With another mode than zeros torch pads by what it was told when the conv was made.
+    """
+    if conv.padding_mode == "zeros" or conv.transposed:
+        return _told_padding(conv)
+    flat = conv._reversed_padding_repeated_twice
+    return tuple(zip(flat[::2], flat[1::2], strict=True))[::-1]
+
+
+def stated_padding(conv: _ConvNd) -> str | tuple[int, ...]:
+    """The conv's padding as a new one is told of it: that of the attribute, where this is true."""
+    padding = conv_padding(conv)
+    if padding == _told_padding(conv):
+        return conv.padding
+    is_even = all(before == after for before, after in padding)
+    return tuple(before for before, _ in padding) if is_even else "same"
+
+
+def _told_padding(conv: _ConvNd) -> Padding:
+    """The padding that stands on the conv."""
+    weight = getattr(conv, "weight", None)
+    sizes = conv.kernel_size if weight is None else weight.shape[2:]
     if conv.padding == "valid":
-        return ((0, 0),) * len(conv.kernel_size)
+        return ((0, 0),) * len(sizes)
     if conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        dilation = per_axis(conv.dilation, len(sizes))
+        totals = [d * (k - 1) for d, k in zip(dilation, sizes, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    return tuple((int(p), int(p)) for p in conv.padding)
+    return tuple((p, p) for p in per_axis(conv.padding, len(sizes)))
 
 
 @conv_operator.register(nn.Conv1d)
@@ -213,16 +263,15 @@ def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
     if qualified_name(layer) in _NORMS_WITH_ACTIVATION:
         return conv_operator.dispatch(object)(layer, in_channels)
     check_torch_forward(layer)
-    ranks = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
-    rank = next((r for base, r in ranks.items() if isinstance(layer, base)), 2)
-    return _norm_operator(layer, rank=rank)
+    return _norm_operator(layer)
 
 
 @conv_operator.register(nn.Identity)
 @conv_operator.register(_DropoutNd)
 def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
     check_torch_forward(layer)
-    return identity(known_width(in_channels, layer), 0, like=torch.empty((), dtype=torch.float64))
+    width = known_width(in_channels, layer)
+    return identity(width, ANYTHING, like=torch.empty((), dtype=torch.float64))
 
 
 @conv_operator.register(nn.AvgPool1d)
@@ -234,7 +283,7 @@ def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
     rank = next(r for r, c in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), 1)
                 if isinstance(layer, c))  # fmt: skip
     kernel, stride, padding = (
-        _per_axis(getattr(layer, name), rank) for name in ("kernel_size", "stride", "padding")
+        per_axis(getattr(layer, name), rank) for name in ("kernel_size", "stride", "padding")
     )
     if getattr(layer, "divisor_override", None) or layer.ceil_mode:
         raise NotLinear("average pooling with ceil_mode or divisor_override is not one conv")
@@ -246,7 +295,7 @@ def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
     return ConvOperator(weight, None, stride, tuple((p, p) for p in padding), groups=channels)
 
 
-def _norm_operator(layer: nn.Module, *, rank: int) -> ConvOperator:
+def _norm_operator(layer: nn.Module) -> ConvOperator:
     """y = weight (x - mean) / sqrt(var + eps) + bias, with the running statistics."""
     if "forward" in vars(layer):
         raise NotLinear(f"{type(layer).__name__} has a forward of its own")
@@ -257,29 +306,25 @@ def _norm_operator(layer: nn.Module, *, rank: int) -> ConvOperator:
             "so it is not affine in eval mode"
         )
     weight, bias = (t if isinstance(t, Tensor) else None for t in (layer.weight, layer.bias))
-    return norm_operator(mean, var, weight, bias, float(layer.eps), rank=rank)  # type: ignore[arg-type]
+    eps = float(layer.eps)  # type: ignore[arg-type]
+    return norm_operator(mean, var, weight, bias, eps, _norm_axes(layer))
 
 
 def norm_operator(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rank: int
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, axes: Axes
 ) -> ConvOperator:
-    """y = weight (x - mean) / sqrt(var + eps) + bias; all are (C,)."""
+    """y = weight (x - mean) / sqrt(var + eps) + bias; all are (C,). axes: of the maps it takes."""
     factor = torch.rsqrt(var + eps)
     if weight is not None:
         factor = factor * weight
     shift = -mean * factor if bias is None else bias - mean * factor
-    return ConvOperator(factor.reshape(-1, 1, *(1,) * rank), shift, groups=factor.shape[0])
-
-
-def has_torch_forward(layer: nn.Module) -> bool:
-    """Whether a layer of torch, or a subclass, runs the forward that torch gave it."""
-    home = type(layer).forward.__module__ or ""  # a forward that was made of a string has none
-    return home.startswith("torch.nn.modules.") and "forward" not in vars(layer)
+    weight = factor.reshape(-1, 1, *(1,) * (axes.rank or 0))
+    return ConvOperator(weight, shift, groups=factor.shape[0], axes=axes)
 
 
 def check_torch_forward(layer: nn.Module) -> None:
-    if not has_torch_forward(layer):
-        raise NotLinear(f"{type(layer).__name__} has a forward of its own")
+    if reason := overriding_reason(layer):
+        raise NotLinear(reason)
 
 
 def known_width(in_channels: int | None, layer: nn.Module) -> int:
@@ -288,5 +333,7 @@ def known_width(in_channels: int | None, layer: nn.Module) -> int:
     return in_channels
 
 
-def _per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value)
+def per_axis(value: Any, rank: int) -> tuple[int, ...]:
+    """A setting of a layer for each of its axes; torch takes one number for all of them too."""
+    given = (value,) if isinstance(value, int) else tuple(value)
+    return tuple(map(int, given * rank if len(given) == 1 else given))

@@ -29,6 +29,7 @@ from orepa_compiler.algebra.composition import (
     sum_biases,
 )
 from orepa_compiler.algebra.kernels import CONV, pad, place
+from orepa_compiler.algebra.maps import LAST, Axes, Maps, kernel_axes, second
 from orepa_compiler.errors import NotLinear
 
 Padding = tuple[tuple[int, int], ...]
@@ -48,6 +49,8 @@ class ConvOperator:
     bias: (C_out,), or None.
     stride, dilation: one per axis. padding: (before, after) per axis; a negative one crops.
     padding_mode: what stands beyond the border, as in torch.nn.Conv2d.
+    axes: where the channels of its maps stand. A kernel has as many axes as stand behind them; one
+    without axes is that of a linear layer, or of a norm or a factor, for maps of several ranks.
     """
 
     weight: Tensor
@@ -57,9 +60,13 @@ class ConvOperator:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_mode: str = "zeros"
+    axes: Axes | None = None
 
     def __post_init__(self) -> None:
         rank = self.weight.dim() - 2
+        axes = self.axes or kernel_axes(rank)
+        assert not rank or axes.rank == rank, f"a kernel with {rank} axes is not for {axes}"
+        object.__setattr__(self, "axes", axes)
         defaults = {"stride": (1,) * rank, "dilation": (1,) * rank, "padding": ((0, 0),) * rank}
         for name, default in defaults.items():
             value = tuple(getattr(self, name)) or default
@@ -70,6 +77,19 @@ class ConvOperator:
     def rank(self) -> int:
         """The number of kernel axes."""
         return self.weight.dim() - 2
+
+    @property
+    def reads(self) -> Maps:
+        return Maps(self.in_channels, self._axes)
+
+    @property
+    def gives(self) -> Maps:
+        return Maps(self.out_channels, self._axes)
+
+    @property
+    def _axes(self) -> Axes:
+        assert self.axes is not None  # set when it was made
+        return self.axes
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
@@ -116,6 +136,8 @@ class ConvOperator:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The convolution of x, (N, C_in, *size)."""
+        if self._axes.place != LAST and not self.rank:
+            return self.over(self._axes.meet(second(x.dim() - 2)))._on_second(x)
         if self.rank == 0:
             return F.linear(x, self.regroup(1).weight, self.bias)
         padding: Sequence[int] = tuple(before for before, _ in self.padding)
@@ -124,6 +146,11 @@ class ConvOperator:
             x, padding = pad(x, self.padding, self.padding_mode), (0,) * self.rank
         conv = CONV[self.rank]
         return conv(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def _on_second(self, x: Tensor) -> Tensor:
+        """A pointwise operator on maps of any rank: pixel by pixel."""
+        pixels = F.linear(x.movedim(1, -1), self.regroup(1).weight.flatten(1), self.bias)
+        return pixels.movedim(-1, 1)
 
     def __add__(self, other: ConvOperator) -> ConvOperator:
         return self.beside(other)
@@ -142,7 +169,7 @@ class ConvOperator:
         stays dilated. Raises NotLinear where the two outputs differ in size or stride, or see
         different values beyond the border.
         """
-        left, right = _same_rank(self, other)
+        left, right = _agreed(self, other)
         check_parallel(left, right)
         mode = joint_padding_mode(left, right)
         groups = gcd(left.groups, right.groups)
@@ -165,6 +192,7 @@ class ConvOperator:
             tuple(a.dilation for a in axes),
             groups,
             mode,
+            left.axes,
         )
 
     def after(self, inner: ConvOperator) -> ConvOperator:
@@ -176,7 +204,7 @@ class ConvOperator:
         Exact only where the padding between the two carries what the composed conv would compute
         there; otherwise raises NotLinear.
         """
-        outer, inner = _same_rank(self, inner)
+        outer, inner = _agreed(self, inner)
         if outer.in_channels != inner.out_channels:
             raise NotLinear(
                 f"a conv that reads {outer.in_channels} channels cannot follow one that gives "
@@ -199,6 +227,7 @@ class ConvOperator:
             dilation,
             groups,
             outer.padding_mode if outer.has_padding else inner.padding_mode,
+            outer.axes,
         )
 
     def scale(self, factor: Tensor) -> ConvOperator:
@@ -213,16 +242,24 @@ class ConvOperator:
         return replace(self, weight=self.weight * column, bias=bias)
 
     def with_rank(self, rank: int) -> ConvOperator:
-        """The same pointwise operator over feature maps with `rank` spatial axes."""
+        """The same operator over feature maps with `rank` spatial axes, if they are among its own.
+
+        Raises NotLinear where they are not.
+        """
+        return self.over(self._axes.meet(second(rank)))
+
+    def over(self, axes: Axes) -> ConvOperator:
+        """The same operator over some of its maps alone."""
+        rank = axes.rank or 0
         if rank == self.rank:
-            return self
-        if not self.is_pointwise:
-            raise NotLinear(f"a {self.rank}-d kernel cannot meet a {rank}-d one")
+            return replace(self, axes=axes)
+        assert not self.rank
         return ConvOperator(
             self.weight.reshape(*self.weight.shape[:2], *(1,) * rank),
             self.bias,
             groups=self.groups,
             padding_mode=self.padding_mode,
+            axes=axes,
         )
 
     def regroup(self, groups: int) -> ConvOperator:
@@ -254,9 +291,12 @@ class ConvOperator:
     def to_module(self) -> nn.Module:
         """A plain layer that computes this operator: nn.Conv1d, 2d, 3d, or nn.Linear.
 
+        Raises NotLinear where it is for maps of several ranks, as a norm may be: no one layer is.
         Padding that nn.ConvNd cannot express becomes padding="same" where that is what it is, else
         zero taps at the border of the kernel.
         """
+        if self._axes.rank is None:
+            raise NotLinear(f"no one conv and no linear layer reads {self._axes}")
         if self.rank == 0:
             linear = nn.Linear(
                 self.in_channels, self.out_channels, self.bias is not None, device="meta"
@@ -289,24 +329,24 @@ class ConvOperator:
         )
 
 
-def identity(channels: int, rank: int, *, like: Tensor) -> ConvOperator:
+def identity(channels: int, axes: Axes | int, *, like: Tensor) -> ConvOperator:
     """The operator that gives its input back: one tap of 1 per channel.
 
+    axes: where the channels stand, or the number of axes behind them (0: a linear layer's maps).
     like: gives dtype and device.
     """
-    weight = torch.ones((channels, 1, *(1,) * rank), dtype=like.dtype, device=like.device)
-    return ConvOperator(weight, groups=channels)
+    axes = kernel_axes(axes) if isinstance(axes, int) else axes
+    shape = (channels, 1, *(1,) * (axes.rank or 0))
+    weight = torch.ones(shape, dtype=like.dtype, device=like.device)
+    return ConvOperator(weight, groups=channels, axes=axes)
 
 
-def _same_rank(left: ConvOperator, right: ConvOperator) -> tuple[ConvOperator, ConvOperator]:
-    """Both operators over the same number of axes: a pointwise one fits any.
-
-    Of two pointwise ones the lower rank holds, whichever comes first: BatchNorm1d beside a linear
-    layer leaves a linear layer.
-    """
-    ranks = [op.rank for op in (left, right) if not op.is_pointwise]
-    rank = max(ranks) if ranks else min(left.rank, right.rank)
-    return left.with_rank(rank), right.with_rank(rank)
+def _agreed(left: ConvOperator, right: ConvOperator) -> tuple[ConvOperator, ConvOperator]:
+    """Both operators over the maps that suit both. Raises NotLinear where there are none."""
+    assert left.axes is not None
+    assert right.axes is not None
+    axes = left.axes.meet(right.axes)
+    return left.over(axes), right.over(axes)
 
 
 def _symmetric(op: ConvOperator) -> ConvOperator:

@@ -19,7 +19,7 @@ from orepa_compiler.errors import NotLinear
 
 
 def padding_operator(like: ConvOperator, padding: Padding, mode: str, value: float) -> ConvOperator:
-    """Padding as an operator: one tap of 1 for each channel. like: the identity of that width.
+    """Padding as an operator: one tap of 1 for each channel. like: the identity of such maps.
 
     padding: of the last axes, (before, after) each; a negative one crops.
     Raises NotLinear where it pads with a number, which is no conv of zero padding.
@@ -29,12 +29,14 @@ def padding_operator(like: ConvOperator, padding: Padding, mode: str, value: flo
             f"border: it pads with {value:g}; a conv pads with zeros, or with the bias of the one "
             "before it"
         )
-    rank = max(like.rank, len(padding))
-    if len(padding) > like.rank > 0:
-        raise NotLinear(f"padding of {len(padding)} axes reaches beyond the {like.rank} of a map")
+    rank = like.rank
+    if not rank:
+        raise NotLinear(f"padding of {like.axes} may reach their channels")
+    if len(padding) > rank:
+        raise NotLinear(f"padding of {len(padding)} axes reaches beyond the {rank} of a map")
     padding = ((0, 0),) * (rank - len(padding)) + padding
     mode = "zeros" if mode == "constant" else mode
-    return replace(like.with_rank(rank), padding=padding, padding_mode=mode)
+    return replace(like, padding=padding, padding_mode=mode)
 
 
 def padded_with_bias(operator: ConvOperator, padding: ConvOperator) -> ConvOperator:

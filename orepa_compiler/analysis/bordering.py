@@ -13,7 +13,7 @@ from torch import fx
 
 from orepa_compiler.algebra.operators import Padding, identity
 from orepa_compiler.algebra.padding import padded_with_bias, padding_operator
-from orepa_compiler.analysis.functional import per_channel
+from orepa_compiler.analysis.forms import Form, at_least, beside_channels
 from orepa_compiler.analysis.linear import Linear, absorbable
 from orepa_compiler.capture.constants import as_tensor, with_constants
 from orepa_compiler.capture.forwards import tried
@@ -87,11 +87,13 @@ def bordered(walk: Walk, border: WrittenBorder) -> Linear | None:
     if before is None or before.operator is None:
         return None
     op = before.operator
+    if walk.form(border.operand).count != op.rank + 2:
+        raise NotLinear("border: the index of its sides means other axes of a map without a batch")
     if not _is_bias(walk, border.border, before):
         raise NotLinear(
             "border: it is padded with something else than the bias of the conv before it"
         )
-    like = identity(op.out_channels, op.rank, like=op.weight)
+    like = identity(op.out_channels, op.gives.axes, like=op.weight)
     padded = padded_with_bias(op, padding_operator(like, border.padding, "constant", 0.0))
     nodes = with_constants((*before.nodes, *border.nodes), walk.constants)
     return replace(before, operator=padded, nodes=nodes, layers=before.layers + 1)
@@ -102,7 +104,10 @@ def _is_bias(walk: Walk, border: fx.Node, before: Linear) -> bool:
     other = walk.interpreter.reading(tried(walk.interpreter.capture))
     op = other.value_of(walk.owner, [node.name for node in before.nodes]).operator
     value = as_tensor(other.constant(walk.owner, border))
-    flat = None if value is None or op is None else per_channel(value)
-    if flat is None or op is None or op.bias is None:
+    if value is None or op is None or op.bias is None:
         return False
-    return torch.allclose(flat[0], op.bias, rtol=1e-12, atol=1e-12)
+    try:
+        shift = beside_channels(value, Form(op.gives, at_least(value.dim())))
+    except NotLinear:
+        return False
+    return torch.allclose(shift, op.bias, rtol=1e-12, atol=1e-12)

@@ -15,10 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from orepa_compiler.algebra.layers import conv_operator, has_torch_forward, norm_operator
-from orepa_compiler.algebra.operators import ConvOperator, Padding, identity
+from orepa_compiler.algebra.layers import (
+    conv_operator,
+    has_torch_forward,
+    norm_operator,
+    per_axis,
+)
+from orepa_compiler.algebra.maps import second
+from orepa_compiler.algebra.operators import ConvOperator, Padding
 from orepa_compiler.algebra.padding import padding_operator
-from orepa_compiler.analysis.elementwise import DIFFERENCES, PRODUCTS, QUOTIENTS, SUMS
+from orepa_compiler.analysis.elementwise import PRODUCT, QUOTIENT, arithmetic
+from orepa_compiler.analysis.forms import Form, beside_channels, check_type, identity_of
 from orepa_compiler.capture.constants import as_tensor
 from orepa_compiler.capture.tracing import trace
 from orepa_compiler.errors import NotLinear
@@ -38,15 +45,22 @@ _POOL = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_includ
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A node that reads one map. value: gives a constant argument as it is computed in float64.
+    """A node that reads one map.
 
-    identity: gives the operator that does nothing to maps of the operand's width, if it is known.
+    value: gives a constant argument as it is computed in float64; of_model: as the model has it,
+    without values. form: tells what is known of the operand. device: where operators are made.
     """
 
     node: fx.Node
     operand: fx.Node
     value: Callable[[Any], Any]
-    identity: Callable[[], ConvOperator]
+    of_model: Callable[[Any], Any]
+    form: Callable[[], Form]
+    device: Callable[[], torch.device]
+
+    def identity(self) -> ConvOperator:
+        """The operator that does nothing to the operand. Raises NotLinear where nothing tells."""
+        return identity_of(self.form(), self.device())
 
     def arguments(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The arguments by name, constants computed; the operand stays a node."""
@@ -99,8 +113,8 @@ def function_operator(call: FunctionCall) -> tuple[ConvOperator, int, int] | Non
     if target in _POOLS:
         given = call.arguments(_POOL)
         pool = _POOLS[target](**{name: given[name] for name in _POOL[1:] if name in given})
-        like = call.identity()
-        return conv_operator(pool, like.in_channels).to(torch.float64, like.weight.device), 0, 1
+        width = call.identity().in_channels
+        return conv_operator(pool, width).to(torch.float64, call.device()), 0, 1
     if target is operator.getitem:
         return _crop(call)
     return _arithmetic(call)
@@ -120,13 +134,13 @@ def conv_called(node: fx.Node, value: Callable[[Any], Any]) -> ConvOperator | No
     if target is F.linear:
         return ConvOperator(weight, bias)
     rank = _CONVS[target]
-    stride, dilation = (_per_axis(given.get(name, 1), rank) for name in ("stride", "dilation"))
+    stride, dilation = (per_axis(given.get(name, 1), rank) for name in ("stride", "dilation"))
     padding = given.get("padding", 0)
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         pads: Padding = tuple((total // 2, total - total // 2) for total in totals)
     else:
-        pads = tuple((p, p) for p in _per_axis(0 if padding == "valid" else padding, rank))
+        pads = tuple((p, p) for p in per_axis(0 if padding == "valid" else padding, rank))
     return ConvOperator(weight, bias, stride, pads, dilation, given.get("groups", 1))
 
 
@@ -143,7 +157,7 @@ def _norm(call: FunctionCall) -> ConvOperator:
     if not all(isinstance(value, Tensor) for value in statistics):
         raise NotLinear("F.batch_norm without running statistics is not affine in eval mode")
     eps = given.get("eps", 1e-5)
-    return norm_operator(*statistics, given.get("weight"), given.get("bias"), eps, rank=2)
+    return norm_operator(*statistics, given.get("weight"), given.get("bias"), eps, second())
 
 
 def _pad(call: FunctionCall) -> ConvOperator:
@@ -154,7 +168,7 @@ def _pad(call: FunctionCall) -> ConvOperator:
 
 
 def _crop(call: FunctionCall) -> tuple[ConvOperator, int, int] | None:
-    """x[:, :, 1:-1]: padding by less than nothing."""
+    """x[..., 1:-1]: padding by less than nothing."""
     if call.node.args[0] is not call.operand:
         return None
     index: Any = call.node.args[1]
@@ -162,15 +176,33 @@ def _crop(call: FunctionCall) -> tuple[ConvOperator, int, int] | None:
     if not all(part is Ellipsis or isinstance(part, slice) for part in parts):
         return None
     like = call.identity()
-    if parts[:1] == [Ellipsis]:
-        parts = [slice(None)] * (2 + like.rank - (len(parts) - 1)) + parts[1:]
-    if Ellipsis in parts or any(part != slice(None) for part in parts[:2]):
-        return None
-    crops = [_cut(part) for part in parts[2:]]
+    crops = [_cut(part) for part in _on_last(parts, like.rank, call.form())]
     if None in crops or not crops:
         return None
-    pairs = [pair for pair in crops if pair] + [(0, 0)] * (like.rank - len(crops))
-    return padding_operator(like, tuple(pairs), "constant", 0.0), 0, 1
+    pairs = tuple(pair for pair in crops if pair is not None)
+    return padding_operator(like, pairs, "constant", 0.0), 0, 1
+
+
+def _on_last(parts: list[Any], rank: int, form: Form) -> list[slice]:
+    """The slices of the axes behind the channels; none where others are cut, too.
+
+    Raises NotLinear where the number of axes decides which ones an index from the left cuts.
+    """
+    whole = slice(None)
+    if Ellipsis in parts:
+        middle = parts.index(Ellipsis)
+        before, after = parts[:middle], parts[middle + 1 :]
+    elif form.count is None:
+        raise NotLinear(
+            "an index that counts axes from the left cuts others of a map without a batch; write "
+            "it as [..., 1:-1]"
+        )
+    else:
+        before, after = [], [*parts, *[whole] * (form.count - len(parts))]
+    behind = max(len(after) - rank, 0)
+    if Ellipsis in after or any(part != whole for part in [*before, *after[:behind]]):
+        return []
+    return after[behind:]
 
 
 def _cut(part: slice) -> tuple[int, int] | None:
@@ -181,55 +213,22 @@ def _cut(part: slice) -> tuple[int, int] | None:
 
 def _arithmetic(call: FunctionCall) -> tuple[ConvOperator, int, int] | None:
     """gamma x, x / gamma, x + beta, x - beta, beta - x; with a number or one for each channel."""
-    target: Any = call.node.target
-    if target not in PRODUCTS | QUOTIENTS | SUMS | DIFFERENCES or call.node.kwargs:
+    found = arithmetic(call.node)
+    if found is None or not (found.left is call.operand or found.right is call.operand):
         return None
-    if len(call.node.args) != 2:
+    is_left = found.left is call.operand
+    other = found.right if is_left else found.left
+    number = as_tensor(call.value(other))
+    if number is None or (found.kind == QUOTIENT and not is_left):
         return None
-    left, right = call.node.args
-    number = as_tensor(call.value(left if right is call.operand else right))
-    if number is None or (target in QUOTIENTS and left is not call.operand):
-        return None
-    flat = per_channel(number)
-    op = call.identity() if flat is None else _identity_like(*flat)
-    vector = flat[0] if flat else _for_every_channel(number, op)
-    if vector is None:
-        return None
-    if target in PRODUCTS:
+    form, stands = call.form(), call.of_model(other)
+    check_type(stands, form)
+    op = call.identity()
+    vector = beside_channels(number, form).to(op.weight)
+    if found.kind == PRODUCT:
         return op.scale(vector), 0, 1
-    if target in QUOTIENTS:
+    if found.kind == QUOTIENT:
         return op.scale(1 / vector), 0, 1
-    if target in DIFFERENCES and left is call.operand:
-        vector = -vector
-    if target in DIFFERENCES and right is call.operand:
-        op = op.scale(-torch.ones_like(vector))
-    return op.with_bias(vector), 0, 1
-
-
-def per_channel(value: Tensor) -> tuple[Tensor, int] | None:
-    """A constant with one number for each channel as (C,), and the rank of the maps it is for.
-
-    It must broadcast over all axes but the channels: (C, 1, 1) or (1, C, 1, 1).
-    """
-    while value.dim() > 2 and value.shape[0] == 1:
-        value = value[0]
-    if value.dim() < 2 or value.numel() != value.shape[0] or value.shape[0] == 1:
-        return None
-    return value.flatten().to(torch.float64), value.dim() - 1
-
-
-def _identity_like(vector: Tensor, rank: int) -> ConvOperator:
-    return identity(vector.shape[0], rank, like=vector)
-
-
-def _for_every_channel(value: Tensor, like: ConvOperator) -> Tensor | None:
-    """One number for all channels, or what scales the last axis, that of a linear layer."""
-    if value.numel() == 1 and value.dim() < 2:
-        return value.to(like.weight).reshape(1).expand(like.out_channels)
-    is_last = like.rank == 0 and value.shape == (like.out_channels,)
-    return value.to(like.weight) if is_last else None
-
-
-def _per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
-    given = (value,) if isinstance(value, int) else tuple(value)
-    return given * rank if len(given) == 1 else given
+    if is_left:
+        return op.with_bias(found.factor * vector), 0, 1
+    return op.scale(torch.full_like(vector, found.factor)).with_bias(vector), 0, 1

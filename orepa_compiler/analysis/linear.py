@@ -35,11 +35,6 @@ class Linear:
     rest: nn.Module | None = None
 
 
-def mean_other_axes(left: ConvOperator | None, right: ConvOperator | None) -> bool:
-    """Whether one is a linear layer and the other is not: equal widths may be a coincidence."""
-    return left is not None and right is not None and (left.rank == 0) != (right.rank == 0)
-
-
 def joined(layer: Linear, before: Linear, node: fx.Node, *, at_any_cost: bool = False) -> Linear:
     """The layer that `node` calls, after the value of its operand. Raises NotLinear."""
     op, macs = _after(layer, before, at_any_cost)
@@ -65,22 +60,22 @@ def _after(layer: Linear, before: Linear, at_any_cost: bool) -> tuple[ConvOperat
 
 
 def beside(
-    left: Linear, right: Linear, is_difference: bool, *, at_any_cost: bool = False
+    left: Linear, right: Linear, factor: float, *, at_any_cost: bool = False
 ) -> tuple[ConvOperator, int]:
-    """left + right, or left - right, and what it costs in the cheaper way. Raises NotLinear."""
+    """left + factor right, and what it costs in the cheaper way. Raises NotLinear."""
     ops = [
         value.operator or _identity_beside(other.operator)
         for value, other in ((left, right), (right, left))
     ]
-    if is_difference:
-        ops[1] = ops[1].scale(-torch.ones_like(ops[1].weight[:1].flatten()[:1]))
+    if factor != 1:
+        ops[1] = ops[1].scale(torch.full_like(ops[1].weight[:1].flatten()[:1], factor))
     one = ops[0] + ops[1]
     return one, _cost(one, left.macs + right.macs, at_any_cost)
 
 
 def _identity_beside(other: ConvOperator | None) -> ConvOperator:
     assert other is not None
-    return identity(other.in_channels, other.rank, like=other.weight)
+    return identity(other.in_channels, other.reads.axes, like=other.weight)
 
 
 def _cost(one: ConvOperator, apart: int, at_any_cost: bool) -> int:

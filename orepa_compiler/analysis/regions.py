@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import fx
 
+from orepa_compiler.analysis.inference import Forms
 from orepa_compiler.analysis.linear import Linear, joined, maximal
 from orepa_compiler.analysis.walk import Walk
-from orepa_compiler.capture import Call, ancestors
+from orepa_compiler.capture import Call, Capture, ancestors
 from orepa_compiler.capture.forwards import Forwards, Read
 from orepa_compiler.errors import ReparamError
 
@@ -77,6 +80,30 @@ class Interpreter(Forwards):
         """Whether the owner's forward is being interpreted right now."""
         return owner in self._open
 
+    @cached_property
+    def forms(self) -> Forms:
+        """What the forwards tell of the form of their maps."""
+        return Forms(Forwards(self.capture, self.capture.module))
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the values that are read lie: operators without any are made there."""
+        for path, module in self.capture.skeleton.named_modules():
+            if not module._parameters and not module._buffers:
+                continue
+            try:
+                found = self.read(path)
+            except AttributeError:  # an edit before this one took it away
+                continue
+            for tensor in (*found.parameters(False), *found.buffers(False)):
+                return tensor.device
+        return torch.device("cpu")
+
+    @cached_property
+    def kept_training(self) -> frozenset[str]:
+        """The modules that stay in train mode when the model's own eval() was called."""
+        return kept_training(self.capture)
+
     @property
     def freely(self) -> Interpreter:
         """The same forwards, joined at any cost: what a sum may come to as a whole."""
@@ -86,7 +113,9 @@ class Interpreter(Forwards):
 
     def reading(self, read: Read) -> Interpreter:
         """Another one of the same kind, with other values for the modules, that joins freely."""
-        return type(self)(self.capture, read, at_any_cost=True)
+        other = type(self)(self.capture, read, at_any_cost=True)
+        other.__dict__["forms"] = self.forms
+        return other
 
     def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> Linear:
         """The value of a region that a plan found, by the names of its nodes.
@@ -158,3 +187,13 @@ class Interpreter(Forwards):
         value = self.values(path).get(output)
         whole = value is not None and value.source in placeholders[:1] and value.rest is None
         return value if whole else None
+
+
+def kept_training(capture: Capture) -> frozenset[str]:
+    """The modules of a captured model that its own eval() leaves in train mode."""
+    model = capture.skeleton
+    mode = model.training
+    model.eval()
+    found = frozenset(path for path, module in model.named_modules() if module.training)
+    model.train(mode)
+    return found

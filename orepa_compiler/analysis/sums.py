@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from orepa_compiler.analysis.elementwise import is_difference
+from orepa_compiler.analysis.elementwise import Arithmetic
 from orepa_compiler.analysis.linear import Linear, absorbable, beside
 from orepa_compiler.capture.constants import with_constants
 from orepa_compiler.errors import NotLinear
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from orepa_compiler.analysis.walk import Walk
 
 
-def sum_value(walk: Walk, node: fx.Node, operands: list[fx.Node]) -> Linear | None:
-    """left + right or left - right as one value; an operand may be the source itself."""
+def sum_value(walk: Walk, node: fx.Node, addition: Arithmetic) -> Linear | None:
+    """left + factor right as one value; an operand may be the source itself."""
     options = [
-        [v for v in (absorbable(walk.values, x, [node]), Linear(x, None)) if v] for x in operands
+        [v for v in (absorbable(walk.values, x, [node]), Linear(x, None)) if v]
+        for x in (addition.left, addition.right)
     ]
     if walk.is_in_place(node):  # the sum is written over its first operand
         options[0] = [value for value in options[0] if value.nodes]
@@ -27,7 +28,7 @@ def sum_value(walk: Walk, node: fx.Node, operands: list[fx.Node]) -> Linear | No
             if left.source is not right.source or left.operator is right.operator is None:
                 continue
             try:
-                value = _beside(walk, node, left, right)
+                value = _beside(walk, node, left, right, addition.factor)
             except NotLinear as error:
                 walk.keep_apart(node, error.reason)
                 continue
@@ -35,9 +36,9 @@ def sum_value(walk: Walk, node: fx.Node, operands: list[fx.Node]) -> Linear | No
     return None if walk.interpreter.at_any_cost else _sum_of_all(walk, node)
 
 
-def _beside(walk: Walk, node: fx.Node, left: Linear, right: Linear) -> Linear:
+def _beside(walk: Walk, node: fx.Node, left: Linear, right: Linear, factor: float) -> Linear:
     at_any_cost = walk.interpreter.at_any_cost
-    op, macs = beside(left, right, is_difference(node), at_any_cost=at_any_cost)
+    op, macs = beside(left, right, factor, at_any_cost=at_any_cost)
     nodes = with_constants((*left.nodes, *right.nodes, node), walk.constants)
     layers = left.layers + right.layers + 1
     return Linear(left.source, op, nodes, macs, layers, left.convs + right.convs)

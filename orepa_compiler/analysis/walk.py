@@ -20,12 +20,13 @@ from orepa_compiler.algebra.layers import (
     is_idle,
     linear_part,
 )
+from orepa_compiler.algebra.maps import SECOND, TOKENS
 from orepa_compiler.analysis.bordering import bordered, written_border
-from orepa_compiler.analysis.elementwise import is_add, is_difference
+from orepa_compiler.analysis.elementwise import addition
+from orepa_compiler.analysis.forms import Form
 from orepa_compiler.analysis.functional import FunctionCall, function_operator, operand_of
-from orepa_compiler.analysis.linear import Linear, absorbable, joined, mean_other_axes
+from orepa_compiler.analysis.linear import Linear, absorbable, joined
 from orepa_compiler.analysis.sums import sum_value
-from orepa_compiler.analysis.widths import identity_before
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import with_constants
 from orepa_compiler.errors import NotLinear
@@ -69,12 +70,17 @@ class Walk:
             return None
         if node.op == "call_module" and len(operands) == len(node.args) == 1 and not node.kwargs:
             return self._called(node, operands[0])
-        if is_add(node):
-            if len(operands) == 1 and node.args[0] == 0 and not is_difference(node):  # as in sum()
-                return self._extended(node, operands[0], Linear(node, None))
-            are_maps = self.constants.isdisjoint(operands)
-            if len(operands) == 2 and operands[0] is not operands[1] and are_maps:
-                return sum_value(self, node, operands)
+        if added := addition(node):
+            if (
+                type(added.left) is int
+                and added.left == 0
+                and isinstance(added.right, fx.Node)
+                and added.factor == 1
+            ):
+                return self._extended(node, added.right, Linear(node, None))  # as in sum()
+            maps = {x for x in (added.left, added.right) if isinstance(x, fx.Node)}
+            if len(maps) == 2 and self.constants.isdisjoint(maps):
+                return sum_value(self, node, added)
         if node.target == "reshape_as":
             return self._flattened_norm(node)
         return self._function(node)
@@ -97,7 +103,9 @@ class Walk:
             node,
             operand,
             lambda argument: self.interpreter.constant(self.owner, argument),
-            lambda: identity_before(self.interpreter, operand, self.values, node),
+            lambda argument: self.interpreter.forms.constant(self.owner, argument),
+            lambda: self.form(operand),
+            lambda: self.interpreter.device,
         )
         try:
             if border := written_border(node, call.value):
@@ -112,6 +120,12 @@ class Walk:
         layer = Linear(operand, op.to(torch.float64), (), op.macs, layers, convs)
         return self._extended(node, operand, layer)
 
+    def form(self, node: fx.Node) -> Form:
+        """What is known of the map that a node gives."""
+        value = self.values.get(node)
+        known = Form() if value is None or value.operator is None else Form(value.operator.gives)
+        return known.narrowed(self.interpreter.forms.of(self.owner, node))
+
     def _flattened_norm(self, node: fx.Node) -> Linear | None:
         """norm(x.flatten(0, 1)).reshape_as(x): how BatchNorm1d follows a linear layer on tokens."""
         norm, tokens = node.args
@@ -125,12 +139,17 @@ class Walk:
         shown = flat.target == "flatten" and flat.args == (tokens, 0, 1) and not flat.kwargs
         alone = list(flat.users) == [norm] and list(norm.users) == [node]
         is_norm = is_batch_norm(capture.module(path)) and not capture.refusal(path)
-        if not (shown and alone and is_norm and before.operator and before.operator.rank == 0):
+        if not (shown and alone and is_norm and before.operator):
             return None
         layer = self.layer(path, flat)
-        if layer is None or layer.rest is not None:
+        if layer is None or layer.operator is None or layer.rest is not None:
             return None
-        one = joined(layer, before, node, at_any_cost=self.interpreter.at_any_cost)
+        try:
+            flat_norm = replace(layer, operator=layer.operator.with_rank(0))  # of (N, C)
+            one = joined(flat_norm, before, node, at_any_cost=self.interpreter.at_any_cost)
+        except NotLinear as error:
+            self.keep_apart(node, error.reason)
+            return None
         return replace(one, nodes=(*before.nodes, flat, norm, node))
 
     def layer(self, path: str, operand: fx.Node) -> Linear | None:
@@ -140,24 +159,31 @@ class Walk:
             return Linear(operand, None)
         if is_dropout(module):
             return None
+        if self._is_kept_training(path):
+            self.interpreter.reasons[path, ""] = (
+                f"{type(module).__name__} stays in train mode when the model is in eval mode, and "
+                "takes the statistics of the batch"
+            )
+            return None
         has_values = any(True for _ in (*module.parameters(), *module.buffers()))
+        maps = None if has_values else self.form(operand).maps
         try:
-            like = None
-            if not has_values:
-                like = identity_before(self.interpreter, operand, self.values, path)
-        except NotLinear:
-            like = None
-        try:
-            op, rest = linear_part(module, like.in_channels if like else None)
+            op, rest = linear_part(module, maps.channels if maps else None)
         except NotLinear as error:
             whole = self.interpreter.whole(path)
-            if whole and self._fits(module, whole, operand):
+            if whole and not (getattr(module, "inplace", False) and len(operand.users) > 1):
                 return replace(whole, layers=int(whole.operator is not None))  # one, from here
             self.interpreter.reasons[path, ""] = error.reason
             return None
-        op = op.to(torch.float64, (like or op).weight.device)
+        op = op.to(torch.float64, op.weight.device if has_values else self.interpreter.device)
         convs = int(holds_kernel(module))
         return Linear(operand, op, (), op.macs, 1, convs, rest)
+
+    def _is_kept_training(self, path: str) -> bool:
+        """Whether a norm takes the statistics of the batch in eval mode too."""
+        if not is_batch_norm(self.interpreter.capture.module(path)):
+            return False
+        return path in self.interpreter.kept_training
 
     def _module(self, path: str) -> nn.Module:
         """The module at a path, with its values where it is a layer: those inside are read later.
@@ -169,18 +195,6 @@ class Walk:
         is_composite = path in capture.graphs and not has_handler(form)
         return form if is_composite else self.interpreter.read(path)
 
-    def _fits(self, module: nn.Module, whole: Linear, operand: fx.Node) -> bool:
-        """Whether what a module computes may follow this operand.
-
-        A layer that writes over its input needs it for itself, and a scaling layer that was written
-        for maps of one rank means another axis on those of another.
-        """
-        if getattr(module, "inplace", False) and len(operand.users) > 1:
-            return False
-        found = (whole, self.values.get(operand))
-        ops = [value.operator for value in found if value and value.operator]
-        return whole.convs > 0 or len({op.rank for op in ops}) < 2
-
     def _extended(self, node: fx.Node, operand: fx.Node, layer: Linear) -> Linear:
         """The layer after what its operand is, or from its operand on where that is not exact."""
         nodes = with_constants([node], self.constants)
@@ -188,19 +202,23 @@ class Walk:
         before = absorbable(self.values, operand, nodes)
         if before is None or self.is_overwritten(before, node):
             return alone
-        if mean_other_axes(before.operator, layer.operator):
-            self.keep_apart(
-                node,
-                "a linear layer works on the last axis, a conv or a norm on the second; they may "
-                "be joined only behind flatten(0, 1)",
-            )
-            return alone
         try:
-            one = joined(layer, before, node, at_any_cost=self.interpreter.at_any_cost)
+            here = self._of_tokens(layer, before, operand)
+            one = joined(here, before, node, at_any_cost=self.interpreter.at_any_cost)
         except NotLinear as error:
             self.keep_apart(node, error.reason)
             return alone
         return replace(one, nodes=with_constants(one.nodes, self.constants))
+
+    def _of_tokens(self, layer: Linear, before: Linear, operand: fx.Node) -> Linear:
+        """A norm behind a linear layer, whose last axis is the second where maps have two."""
+        ops = layer.operator, before.operator
+        if ops[0] is None or ops[1] is None or ops[0].rank or ops[1].gives.axes != TOKENS:
+            return layer
+        is_norm = ops[0].reads.axes.place == SECOND
+        if not is_norm or self.form(operand).count != 2:
+            return layer
+        return replace(layer, operator=ops[0].with_rank(0))
 
     def is_in_place(self, node: fx.Node) -> bool:
         """Whether a node writes over its first operand."""

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.composition import sum_biases
-from orepa_compiler.algebra.layers import conv_operator
+from orepa_compiler.algebra.layers import conv_operator, stated_padding
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.branches import Geometry
 from orepa_compiler.errors import NotLinear, ReparamError
@@ -131,7 +131,7 @@ class LinearBlock(BranchSum):
     def __init__(self, conv: _ConvNd, block: Block, *, norm: nn.Module | None = None) -> None:
         super().__init__(self.read(conv), block)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.padding = conv.padding
+        self.padding = stated_padding(conv)
         self.norm = norm
         self.store = KernelStore()
         self.replaces_bias = conv.bias is not None

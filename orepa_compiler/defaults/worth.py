@@ -6,6 +6,7 @@ from math import prod
 
 from torch.nn.modules.conv import _ConvNd
 
+from orepa_compiler.algebra.layers import per_axis
 from orepa_compiler.capture import Capture
 from orepa_compiler.defaults.following import ACTIVATION, NORM, NOTHING, reads_pooled
 
@@ -15,7 +16,8 @@ def left_alone_reason(capture: Capture, path: str, conv: _ConvNd, follows: str) 
     ask = "; ask for it with where="
     if reads_pooled(capture, path):
         return "on maps pooled to one pixel its kernel costs more to make than to apply" + ask
-    if conv.kernel_size == conv.stride and prod(conv.kernel_size) > 1:
+    size = conv.kernel_size
+    if size == per_axis(conv.stride, len(size)) and prod(size) > 1:
         return "a patch embedding (kernel = stride)" + ask
     if follows in (NORM, ACTIVATION):
         return None

@@ -219,7 +219,7 @@ WORDS: dict[str, tuple[Callable[[], ConvOperator], str]] = {
         lambda: conv(3, channels=(8, 4)) @ conv(3),
         "a conv that reads 8 channels cannot follow one that gives 4",
     ),
-    "ranks": (lambda: conv(3, 3) + conv(3), "a 1-d kernel cannot meet a 2-d one"),
+    "ranks": (lambda: conv(3, 3) + conv(3), "a layer for 2-d maps cannot meet one for 1-d maps"),
     "border": (
         lambda: PADDED @ VALID,
         f"{BORDER} (kernel (3, 3)) gives beyond the border; put all the padding on the first conv",

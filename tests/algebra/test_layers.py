@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm.layers
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from orepa_compiler.algebra.layers import (
     conv_operator,
     conv_padding,
+    has_torch_forward,
     is_activation,
     is_batch_norm,
     is_conv_like,
@@ -203,6 +205,123 @@ def test_a_forward_set_on_the_instance_is_refused(name: str) -> None:
 def test_a_subclass_that_keeps_the_forward_is_plain() -> None:
     assert is_plain_conv(Renamed(4, 4, 3))
     assert conv_operator(Renamed(4, 4, 3)).kernel_size == (3, 3)
+
+
+class OwnCall(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class OwnCheck(nn.BatchNorm2d):
+    def _check_input_dim(self, input: Tensor) -> None:
+        input.mul_(2)
+
+
+class OwnStride(nn.Conv2d):
+    stride = property(lambda self: (2, 2), lambda self, value: None)  # type: ignore[assignment]
+
+
+class OwnEps(nn.BatchNorm2d):
+    eps = property(lambda self: 0.5, lambda self, value: None)  # type: ignore[assignment]
+
+
+class Looks(nn.Conv2d):
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return 2 * value if name == "weight" else value
+
+
+class Moded:
+    """A mixin."""
+
+    padding_mode = property(lambda self: "circular", lambda self, value: None)
+
+
+class Mixed(nn.Conv2d, Moded):
+    """Whose padding mode is that of the mixin, as it is found on the class."""
+
+
+class Harmless(nn.Conv2d):
+    """Other methods and attributes than those that a forward uses."""
+
+    kind = "harmless"
+
+    def extra_repr(self) -> str:
+        return "harmless"
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+
+
+OVERRIDING: list[tuple[Callable[[], nn.Module], str]] = [
+    (lambda: OwnCall(4, 4, 1), "OwnCall has a forward of its own"),
+    (lambda: OwnCheck(4), "OwnCheck has a _check_input_dim of its own, which the forward of"),
+    (lambda: OwnStride(4, 4, 1), "OwnStride has a stride of its own"),
+    (lambda: OwnEps(4), "OwnEps has a eps of its own, which the forward of its base class uses"),
+    (lambda: Looks(4, 4, 1), "Looks has a __getattr__ of its own"),
+    (lambda: Mixed(4, 4, 1), "Mixed has a padding_mode of its own"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), OVERRIDING)
+def test_a_subclass_that_changes_what_its_forward_uses_is_refused(
+    make: Callable[[], nn.Module], reason: str
+) -> None:
+    layer = make()
+    assert not has_torch_forward(layer)
+    with pytest.raises(NotLinear) as caught:
+        conv_operator(layer)
+    assert caught.value.reason.startswith(reason)
+
+
+def test_a_subclass_that_changes_nothing_that_its_forward_uses_is_read() -> None:
+    layer, x = Harmless(4, 4, 3).double(), random_tensor(2, 4, 6, 6)
+    assert has_torch_forward(layer)
+    with torch.no_grad():
+        assert_same(reference(conv_operator(layer), x), layer(x))
+
+
+def test_a_method_set_on_a_norm_is_refused() -> None:
+    norm = nn.BatchNorm2d(4)
+    norm._check_input_dim = lambda input: input.mul_(2)  # type: ignore[method-assign,assignment]
+    with pytest.raises(NotLinear, match="BatchNorm2d has a _check_input_dim of its own"):
+        conv_operator(norm)
+
+
+CHANGED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "a stride": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), {"stride": 1}),
+    "a padding": (lambda: nn.Conv2d(4, 6, 3), {"padding": 2}),
+    "a padding as a list": (lambda: nn.Conv2d(4, 6, 3), {"padding": [1, 2]}),
+    "one for all axes": (lambda: nn.Conv2d(4, 6, 3), {"padding": (2,), "stride": (2,)}),
+    "a dilation": (lambda: nn.Conv1d(4, 6, 3, padding="same"), {"dilation": 2}),
+    "the padding of a reflecting conv": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        {"padding": (2, 0)},
+    ),
+    "another mode": (lambda: nn.Conv2d(4, 6, 3, padding=1), {"padding_mode": "circular"}),
+    "another mode and padding": (
+        lambda: nn.Conv1d(4, 6, 4, padding="same", padding_mode="reflect"),
+        {"padding": 3, "padding_mode": "replicate"},
+    ),
+    "zeros again": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        {"padding": 2, "padding_mode": "zeros"},
+    ),
+    "the sizes that it tells": (lambda: nn.Conv2d(4, 6, 3), {"kernel_size": (1, 1)}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize(("make", "changes"), CHANGED.values(), ids=CHANGED)
+def test_attributes_that_were_changed_after_it_was_made(
+    make: Callable[[], nn.Module], changes: dict[str, Any]
+) -> None:
+    layer = make().double()
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    x = random_tensor(2, 4, *(9,) * (layer.weight.dim() - 2))  # type: ignore[operator]
+    with torch.no_grad():
+        assert_same(reference(conv_operator(layer), x), layer(x))
 
 
 class OwnNorm(nn.BatchNorm2d):

@@ -76,19 +76,6 @@ def test_the_identity_gives_its_input_back(rank: int) -> None:
     assert torch.equal(one(image(rank, 3)), image(rank, 3))
 
 
-@pytest.mark.parametrize("combine", [add, matmul])
-def test_pointwise_operators_of_two_ranks_meet(combine: Combine) -> None:
-    linear, norm, point, kernel = conv(seed=1), conv(1, seed=2), conv(1, 1, seed=3), conv(3, 3)
-    for left, right, rank in [(linear, norm, 0), (norm, point, 1)]:
-        for pair in [(left, right), (right, left)]:
-            assert combine(*pair).rank == rank
-            lower = combine(pair[0].with_rank(rank), pair[1].with_rank(rank))
-            assert_same(combine(*pair).weight, lower.weight)
-    assert (kernel @ linear).rank == (linear @ kernel).rank == (norm @ kernel).rank == 2
-    with pytest.raises(NotLinear, match="a 2-d kernel cannot meet a 1-d one"):
-        kernel.with_rank(1)
-
-
 def test_another_precision_and_another_bias() -> None:
     half = conv(3).to(torch.float16)
     assert half.bias is not None

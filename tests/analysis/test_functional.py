@@ -98,14 +98,19 @@ MAPS: dict[str, Run] = {
     "in place": lambda m, x: operator.iadd(m.point(x).mul_(m.gamma), 2),
     "cropped": lambda m, x: m.point(x)[:, :, 1:-2, :-1],
     "cropped from the back": lambda m, x: m.point(x)[..., 1:],
-    "cropped on one axis": lambda m, x: m.point(x)[:, :, 2:],
+    "cropped on one axis": lambda m, x: norm_of(m, F.conv2d(x, m.kernel))[:, :, 2:],
+    "plus twice a parameter": lambda m, x: torch.add(m.point(x), m.gamma, alpha=2),
+    "a parameter minus half": lambda m, x: torch.sub(m.gamma, m.point(x), alpha=0.5),
+    "plus twice itself, as once written": lambda m, x: torch.add(m.point(x), 2, m.gamma),
+    "by another name": lambda m, x: torch.true_divide(torch.multiply(m.point(x), 3), m.gamma),
+    "by keyword": lambda m, x: torch.mul(m.point(x), other=m.gamma),
     "the input cropped": lambda m, x: m.point(x[:, :, 1:-1, 1:-1]) + x[:, :, 1:-1, 1:-1],
     "the input, scaled": lambda m, x: x * 0.5 + m.point(x),
 }
 
 
-# torch says that it may copy the input to pad it unevenly
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
+# torch says that it may copy the input to pad it unevenly, and that add(x, 2, y) is of old
+@pytest.mark.filterwarnings("ignore:Using padding='same'", "ignore:This overload of add")
 @pytest.mark.parametrize("run", MAPS.values(), ids=MAPS)
 def test_a_function_of_maps(run: Run) -> None:
     net, interpreter = interpreted(run)
@@ -157,7 +162,7 @@ NOT_LINEAR: dict[str, tuple[Run, str]] = {
     ),
     "beyond the axes": (
         lambda m, x: m.point(F.pad(x, (0, 0, 0, 0, 1, 1))),
-        "padding of 3 axes reaches beyond the 2 of a map",
+        "the number of channels that it sees is not known",
     ),
     "pooled otherwise": (
         lambda m, x: m.point(F.avg_pool2d(x, 3, ceil_mode=True)),
@@ -169,7 +174,30 @@ NOT_LINEAR: dict[str, tuple[Run, str]] = {
     "one row": (lambda m, x: m.point(x)[:, :, 0], ""),
     "over the map": (lambda m, x: 1 / m.point(x), ""),
     "two maps": (lambda m, x: m.point(x) * x, ""),
-    "another axis": (lambda m, x: m.point(x) * m.matrix.sum(0), ""),
+    "another axis": (
+        lambda m, x: m.point(x) * m.matrix.sum(0),
+        "a constant of shape (4,) is not one number for each of the 4 channels",
+    ),
+    "rows": (
+        lambda m, x: m.point(x) * m.matrix.sum(0).reshape(4, 1),
+        "a constant of shape (4, 1) is not one number for each of the 4 channels",
+    ),
+    "a position": (
+        lambda m, x: m.point(x) + m.matrix.sum(0).reshape(1, 4, 1),
+        "a constant of shape (1, 4, 1) is not one number for each of the 4 channels",
+    ),
+    "a batch's axis, where there may be no batch": (
+        lambda m, x: m.point(x) * m.gamma.reshape(1, 4, 1, 1),
+        "a constant with 4 axes beside a map that may have 3, without a batch, would give it "
+        "another shape",
+    ),
+    "rows cut, where there may be no batch": (
+        lambda m, x: m.point(x)[:, :, 2:],
+        "an index that counts axes from the left cuts others of a map without a batch; write it as "
+        "[..., 1:-1]",
+    ),
+    "bytes": (lambda m, x: m.point(x / 255), "what it reads is not known to be of floating point"),
+    "rounded": (lambda m, x: torch.div(m.point(x), 2, rounding_mode="floor"), ""),
     "an integer power": (lambda m, x: m.point(x) ** 2, ""),
 }
 

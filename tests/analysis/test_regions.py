@@ -144,6 +144,11 @@ ONE_REGION: dict[str, tuple[Callable[[], nn.Module], list[str], bool]] = {
         ["conv", "add"],
         False,
     ),
+    "scaled sum": (
+        lambda: Inline(lambda m, x: torch.add(m.conv(x), x, alpha=2), conv=conv()),
+        ["conv", "add"],
+        False,
+    ),
     "the input, scaled": (
         lambda: Inline(lambda m, x: m.conv(x) + m.point(x * 2), conv=conv(), point=point()),
         ["conv", "mul", "point", "add"],
@@ -252,11 +257,6 @@ APART: dict[str, tuple[Callable[[], nn.Module], list[list[str]], str]] = {
         ),
         [],
         "as one conv it would cost 144 MACs for each output position, apart it costs 52; kept",
-    ),
-    "scaled sum": (
-        lambda: Inline(lambda m, x: torch.add(m.conv(x), x, alpha=2), conv=conv()),
-        [],
-        "",
     ),
     "sum written over the input": (
         lambda: Inline(lambda m, x: x.add_(m.conv(x)), conv=conv()),

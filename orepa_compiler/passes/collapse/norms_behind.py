@@ -18,6 +18,7 @@ from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.forwards import Read
+from orepa_compiler.errors import NotLinear
 from orepa_compiler.passes.collapse.absorption import absorbs_norm
 
 
@@ -37,8 +38,19 @@ def crossings(interpreter: Interpreter) -> Iterator[tuple[Region | str, str]]:
             if not is_batch_norm(interpreter.capture.module(path)):
                 continue
             end = _conv_end(interpreter, owner, value.source, norm)
-            if end is not None:
+            if end is not None and _fits(interpreter, end, path):
                 yield end, path
+
+
+def _fits(interpreter: Interpreter, end: Region | str, norm: str) -> bool:
+    """Whether the norm means the axis that the channels of the conv stand on."""
+    if isinstance(end, str):
+        return True
+    try:
+        with_norm(end.value, norm, interpreter.read)
+    except NotLinear:
+        return False
+    return True
 
 
 def with_norm(value: Linear, path: str, read: Read) -> Linear:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from orepa_compiler.algebra.layers import per_axis
+
 
 def describe(module: nn.Module) -> str:
     """A conv in a few words: Conv2d 64 -> 128 3x3 /2."""
     if not isinstance(module, _ConvNd):
         return type(module).__name__
-    stride, dilation = _per_axis(module.stride), _per_axis(module.dilation)
+    rank = len(module.kernel_size)
+    stride, dilation = per_axis(module.stride, rank), per_axis(module.dilation, rank)
     parts = [f"{type(module).__name__} {module.in_channels} -> {module.out_channels}"]
-    parts.append("x".join(map(str, _per_axis(module.kernel_size))))
+    parts.append("x".join(map(str, module.kernel_size)))
     if set(stride) != {1}:
         parts.append("/" + "x".join(map(str, dict.fromkeys(stride))))
     if module.groups > 1:
@@ -20,8 +23,3 @@ def describe(module: nn.Module) -> str:
     if set(dilation) != {1}:
         parts.append("dilation " + "x".join(map(str, dict.fromkeys(dilation))))
     return " ".join(parts)
-
-
-def _per_axis(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    """An attribute that was set to one number after the conv was built is meant for each axis."""
-    return (value,) if isinstance(value, int) else tuple(value)
