@@ -94,13 +94,10 @@ def leaf_error(right: Any, found: Any) -> float:
     return float((other - exact).abs().max()) / size_of(exact)
 
 
-def stale_modules(stock: Behaviour, made: Behaviour) -> Disagreement | None:
-    """The modules that ran less often than those in whose place they stand."""
-    stale = [
-        path
-        for path, count in stock.counts.items()
-        if path in made.counts and made.counts[path] < count
-    ]
+def stale_modules(stock: Behaviour, made: Behaviour, places: Iterable[str]) -> Disagreement | None:
+    """The places where what an edit put runs less often than what stood there before."""
+    both = [path for path in places if path in stock.counts and path in made.counts]
+    stale = [path for path in both if made.counts[path] < stock.counts[path]]
     if not stale:
         return None
     ran = "never ran" if not made.counts[stale[0]] else "did not run each time"

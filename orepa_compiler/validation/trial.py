@@ -27,7 +27,13 @@ from orepa_compiler.validation.agreement import (
     training_difference,
 )
 from orepa_compiler.validation.behaviour import Behaviour, Call, behaviour, evaluation_calls
-from orepa_compiler.validation.blame import Suspicion, module_outputs, suspects, touched_modules
+from orepa_compiler.validation.blame import (
+    Suspicion,
+    module_outputs,
+    place_of,
+    suspects,
+    touched_modules,
+)
 from orepa_compiler.validation.memory import fits_in_float64
 from orepa_compiler.validation.state import ModelState
 from orepa_compiler.verification.comparison import MAX_TOLERANCE, NOISE_FACTOR, UNMEASURED_NOISE
@@ -36,6 +42,9 @@ from orepa_compiler.verification.nesting import describe, map_tensors
 
 # What composing kernels in another order may change in float64, through a whole net.
 EXACT = 1e-9
+
+# What a module's own way to collapse may change: some cast to float32 themselves (passes/adopt).
+ADOPTED = 1e-5
 
 # How often a plan is made anew because the one before it did not agree, before all is taken back.
 ROUNDS = 8
@@ -135,7 +144,7 @@ class _Trial:
     def _attempt(self, kept: Kept, before: ModelState | None) -> _Attempt:
         made, plan = self._made(kept, before)
         after = RandomState()
-        found, shown_by = self._judged(made, kept)
+        found, shown_by = self._judged(made, plan, kept)
         after.put_back()
         return _Attempt(made, plan, found, shown_by)
 
@@ -149,44 +158,44 @@ class _Trial:
                 before.put_back()
             raise
 
-    def _judged(self, made: nn.Module, kept: Kept) -> tuple[Disagreement | None, nn.Module]:
+    def _judged(
+        self, made: nn.Module, plan: Plan, kept: Kept
+    ) -> tuple[Disagreement | None, nn.Module]:
         """Where it does not agree, and the model that shows it."""
-        record = self._record(made)
-        shown_by = made
-        found = None
+        places = tuple(dict.fromkeys(map(place_of, plan.edits)))
+        record, found, shown_by = self._record(made), None, made
+        before, after = self.stock.evaluated, record.evaluated
         if self.wanted.outputs:
-            found = output_difference(self.stock.evaluated, record.evaluated, tolerance=self.limit)
+            found = output_difference(before, after, tolerance=self.limit)
             if found is not None and self.is_exact:
-                found, shown_by = self._judged_exactly(found, made, kept)
-        found = found or stale_modules(self.stock.evaluated, record.evaluated)
+                found, shown_by = self._judged_exactly(found, made, plan, kept)
+        found = found or stale_modules(before, after, places)
         if found is None and self.stock.trained and record.trained:
-            found = stale_modules(self.stock.trained, record.trained) or training_difference(
-                self.stock.trained, record.trained, self.origin, made
+            before, after = self.stock.trained, record.trained
+            found = stale_modules(before, after, places) or training_difference(
+                before, after, self.origin, made
             )
         return found, shown_by
 
     def _judged_exactly(
-        self, found: Disagreement, made: nn.Module, kept: Kept
+        self, found: Disagreement, made: nn.Module, plan: Plan, kept: Kept
     ) -> tuple[Disagreement | None, nn.Module]:
         """The verdict on the rewrite made once more in float64, whose weights are not rounded."""
-        if found.error == float("inf") and (stale := self._stale_in_own_precision(made)):
-            return stale, made
+        stock = self.stock.evaluated
+        if found.error == float("inf"):  # what runs for a module that is gone is not cast with it
+            own = self._behaviour(value_copy(made), list(stock.calls), dtype=None)
+            if stale := stale_modules(stock, own, map(place_of, plan.edits)):
+                return stale, made
         self.random.put_back()
         exact, _ = self.make(value_copy(self.model).double(), kept, exactly(self.batches))
-        record = self._evaluated(exact)
-        again = output_difference(self.stock.evaluated, record, tolerance=EXACT)
+        is_adopted = any(edit.done_by == "adopt" for edit in plan.edits)
+        limit = ADOPTED if is_adopted else EXACT
+        again = output_difference(stock, self._evaluated(exact), tolerance=limit)
         if again is None and found.error != float("inf"):
             return None, exact
         if again is not None and again.error is not None and again.error <= self._noise():
             return None, exact  # the model computes in a lower precision inside
         return again or found, exact
-
-    def _stale_in_own_precision(self, made: nn.Module) -> Disagreement | None:
-        """Modules that do not run any more: what runs for them is not cast with the model."""
-        calls = list(self.stock.evaluated.calls)
-        return stale_modules(
-            self.stock.evaluated, self._behaviour(value_copy(made), calls, dtype=None)
-        )
 
     def _noise(self) -> float:
         """How far the model's own outputs move where its weights move by half an eps."""
@@ -243,10 +252,10 @@ class _Trial:
             self.is_exact = False
             record = self._record(self.model)
         if record.evaluated.raised:
-            batch = self.batches[record.evaluated.calls[len(record.evaluated.outputs) - 1].batch]
-            shapes = ", ".join(describe(argument) for argument in batch)
+            number = record.evaluated.calls[len(record.evaluated.outputs) - 1].batch
+            shapes = ", ".join(describe(argument) for argument in self.batches[number])
             raise ReparamError(
-                f"the model raised on the inputs {shapes}: {record.evaluated.raised}; "
+                f"the model raised at batch {number}, inputs {shapes}: {record.evaluated.raised}; "
                 "give inputs= that it takes"
             )
         return record
