@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,10 +69,10 @@ class Behaviour:
     def raised(self) -> str:
         """What the first call that failed raised; "" where none did, or none but with flags."""
         pairs = zip(self.calls, self.outputs, strict=False)
-        return next((found for call, found in pairs if is_failure(call, found)), "")
+        return next((found for call, found in pairs if is_failure(found, call)), "")
 
 
-def is_failure(call: Call, output: dict[str, Any] | str) -> TypeGuard[str]:
+def is_failure(output: dict[str, Any] | str, call: Call) -> TypeGuard[str]:
     """Whether a call raised that had no reason to."""
     return isinstance(output, str) and not call.flags
 
@@ -121,7 +122,7 @@ def behaviour(
             seed_all(_SEED + number)
             batch = _placed(batches[call.batch], dtype)
             outputs.append(_called(model, batch, call, reached if training else None))
-            if is_failure(call, outputs[-1]):
+            if is_failure(outputs[-1], call):
                 break
         is_stateful = before.is_changed()
         known = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
@@ -144,8 +145,10 @@ def _aside(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _plain_torch() -> Iterator[None]:
-    """Neither inference mode nor autocast, whatever stands around."""
+    """Neither inference mode nor autocast, whatever stands around; no call warns of anything."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         stack.enter_context(torch.inference_mode(False))
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             stack.enter_context(torch.autocast(device, enabled=False))

@@ -77,7 +77,7 @@ class ModelState:
         """Make the model again what it was."""
         for module, cls in self._classes:
             if type(module) is not cls:
-                module.__class__ = cls  # type: ignore[assignment]
+                module.__class__ = cls
         for mapping, before in self._mappings:
             if not _same(mapping, before):
                 mapping.clear()

@@ -183,9 +183,9 @@ class _Trial:
         """The verdict on the rewrite made once more in float64, whose weights are not rounded."""
         stock = self.stock.evaluated
         if found.error == float("inf"):  # what runs for a module that is gone is not cast with it
-            own = self._behaviour(value_copy(made), list(stock.calls), dtype=None)
-            if stale := stale_modules(stock, own, map(place_of, plan.edits)):
-                return stale, made
+            own = self._in_own_precision(made, plan)
+            if own is not None:
+                return own, made
         self.random.put_back()
         exact, _ = self.make(value_copy(self.model).double(), kept, exactly(self.batches))
         is_adopted = any(edit.done_by == "adopt" for edit in plan.edits)
@@ -196,6 +196,18 @@ class _Trial:
         if again is not None and again.error is not None and again.error <= self._noise():
             return None, exact  # the model computes in a lower precision inside
         return again or found, exact
+
+    def _in_own_precision(self, made: nn.Module, plan: Plan) -> Disagreement | None:
+        """Modules that no longer run, or tensors that are no parameters: they are not cast."""
+        stock, places = self.stock, [place_of(edit) for edit in plan.edits]
+        own = self._behaviour(value_copy(made), list(stock.evaluated.calls), dtype=None)
+        if stale := stale_modules(stock.evaluated, own, places):
+            return stale
+        if stock.trained is None:
+            return None
+        calls = list(stock.trained.calls)
+        own = self._behaviour(value_copy(made), calls, training=True, dtype=None)
+        return training_difference(stock.trained, own, self.origin, made)
 
     def _noise(self) -> float:
         """How far the model's own outputs move where its weights move by half an eps."""
