@@ -203,6 +203,11 @@ def collapse(
     return deploy
 
 
+def collapsed_by(model: nn.Module, plan: Plan, inputs: Inputs) -> nn.Module:
+    """The collapse of a copy by a plan that was applied before; nothing is checked."""
+    return _collapsed(COLLAPSE, _copy(model), plan=plan, inputs=inputs, kept={})[0]
+
+
 def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "auto") -> nn.Module:
     """The model after a plan that was recorded before, in place; weights are to be loaded next.
 

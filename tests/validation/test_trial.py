@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.capture import Capture
+from orepa_compiler.passes import Pipeline
 from orepa_compiler.planning import Plan, recorded_plans
 from tests.compiler_nets import assert_same, output, untouched
 from tests.norms import randomise_norms
-from tests.validation_nets import Above, Link, chain, images, with_wrong
+from tests.validation_nets import Above, Link, Swap, chain, images, with_wrong
 
 DISAGREES = "its rewrite did not agree with it on the inputs: "
 
@@ -111,15 +112,14 @@ class FromList(nn.Module):
 def test_what_never_runs_is_found(inplace: bool) -> None:
     net, x = randomise_norms(FromList()), images()
     expected = output(net, x)
-    expanded = orepa.expand(net, inputs=x, inplace=inplace)
-    assert isinstance(expanded.stem.conv, LinearBlock)
-    assert isinstance(expanded.out, nn.Conv2d)
-    assert reasons(expanded)["out"] == (
+    made = orepa.collapse(net, inputs=x, inplace=inplace, pipeline=Pipeline((Swap(()),)))
+    assert [edit.path for edit in recorded_plans(made)[-1].edits] == ["stem.conv"]
+    assert made.outs[0] is made.out
+    assert reasons(made)["out"] == (
         f"{DISAGREES}what was put in its place never ran: the forward reaches it by another way "
         "than its name"
     )
-    assert_same(output(expanded, x), expected)
-    assert_same(output(orepa.collapse(expanded, inputs=x), x), expected)
+    assert_same(output(made, x), expected)
 
 
 class Decoder(nn.Module):
@@ -143,17 +143,38 @@ class Tied(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def test_what_would_be_trained_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    sees_nothing = lambda self, path, reader=None: self.kept.get(path)  # noqa: E731
-    monkeypatch.setattr(Capture, "swap_refusal", sees_nothing)
+def test_what_would_be_trained_is_a_parameter() -> None:
     net, x = randomise_norms(Tied()), images()
     with pytest.warns(orepa.NothingExpandedWarning):
-        made = orepa.expand(net, inputs=x)
-    assert isinstance(made.encoder.conv, nn.Conv2d)
-    assert reasons(made)["encoder.conv"] == (
-        f"{DISAGREES}1 tensors would be trained that are no parameters of the model, as what was "
-        "encoder.conv.weight"
-    )
+        made = orepa.expand(net, inputs=x, pipeline=Pipeline((Swap(()),)))
+    assert reasons(made) == {
+        "encoder.conv": f"{DISAGREES}1 tensors would be trained that are no parameters of the "
+        "model, as what was encoder.conv.weight"
+    }
+
+
+class Detached(nn.Conv2d):
+    """Computes the same, and trains nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.detach(), self.bias, padding=1)
+
+
+def detached(conv: nn.Module) -> nn.Module:
+    made = copy.deepcopy(conv)
+    made.__class__ = Detached
+    return made
+
+
+def test_a_parameter_that_gets_no_gradient_any_more_is_found() -> None:
+    net, x = chain(), images()
+    pipeline = Pipeline((Swap(("1.conv",), by=detached),))
+    with pytest.warns(orepa.NothingExpandedWarning):
+        made = orepa.expand(net, inputs=x, pipeline=pipeline)
+    assert reasons(made) == {
+        "1.conv": f"{DISAGREES}1 parameters get no gradient any more, as 1.conv.weight"
+    }
+    assert len(recorded_plans(made)[-1].edits) == 2
 
 
 class Noisy(nn.Module):
