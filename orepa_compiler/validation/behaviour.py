@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -215,23 +215,29 @@ def _nothing_saved() -> Iterator[None]:
         yield
 
 
+class _Counter:
+    """A hook that counts; with slots, so that it is no state of the model that it hangs on."""
+
+    __slots__ = ("counts", "path")
+
+    def __init__(self, counts: dict[str, int], path: str) -> None:
+        self.counts, self.path = counts, path
+
+    def __call__(self, *_: Any) -> None:
+        self.counts[self.path] += 1
+
+
 @contextmanager
 def _counting(model: nn.Module, watched: Iterable[str], counts: dict[str, int]) -> Iterator[None]:
     """How often the modules at these paths run, into `counts`; paths that are not there are not."""
     modules = dict(model.named_modules(remove_duplicate=False))
     handles = []
 
-    def count(path: str) -> Callable[..., None]:
-        def ran(*_: Any) -> None:
-            counts[path] += 1
-
-        return ran
-
     for path in watched:
         module = modules.get(path)
         if module is not None and not isinstance(module, torch.jit.ScriptModule):
             counts[path] = 0
-            handles.append(module.register_forward_pre_hook(count(path)))
+            handles.append(module.register_forward_pre_hook(_Counter(counts, path)))
     try:
         yield
     finally:

@@ -273,21 +273,21 @@ class _Trial:
         return record
 
     def _record(self, model: nn.Module) -> _Record:
-        evaluated = self._evaluated(model)
+        runnable = self._runnable(model)
+        evaluated = self._evaluated(model, runnable)
         if not self.wanted.training:
             return _Record(evaluated, None)
         calls = [Call(number, True) for number, _ in enumerate(self.batches)]
-        runnable = self._runnable(model)
         trained = self._behaviour(runnable, calls, training=True, dtype=self.dtype)
         return _Record(evaluated, trained)
 
-    def _evaluated(self, model: nn.Module) -> Behaviour:
-        runnable = self._runnable(model)
+    def _evaluated(self, model: nn.Module, runnable: nn.Module | None = None) -> Behaviour:
+        runnable = runnable or self._runnable(model)
         calls = evaluation_calls(self.model, self.batches, rounds=self.rounds)
         found = self._behaviour(runnable, calls, dtype=self.dtype)
         if found.is_stateful and self.rounds == 1 and model is self.model:
             self.rounds = 2
-            return self._evaluated(model)
+            return self._evaluated(model, runnable)
         return found
 
     def _behaviour(

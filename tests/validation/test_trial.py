@@ -351,3 +351,17 @@ def test_a_rounded_weight_is_no_disagreement(dtype: torch.dtype) -> None:
     assert norms_in(made) == []
     wrong = orepa.collapse(net, inputs=x, pipeline=with_wrong("1.conv"))
     assert norms_in(wrong) == ["1.norm"]
+
+
+def test_a_model_without_state_is_called_once_in_each_way() -> None:
+    calls = []
+
+    class Watched(Link):
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.jit.is_tracing() and type(x) is Tensor and not x.is_meta:
+                calls.append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    net = randomise_norms(nn.Sequential(Watched(3, 4))).eval()
+    orepa.collapse(net, inputs=images())
+    assert calls == [True, False] * 2
