@@ -73,7 +73,7 @@ def plan(
 
     Every conv is either expanded or listed with the reason why it is left alone.
     inputs: a batch, to count each conv's MACs for one image and to record the forwards that cannot
-    be traced; the rest as in expand.
+    be traced; nothing is checked on it. The rest as in expand.
     Raises ReparamError as expand does.
     """
     check_model(model)
@@ -106,8 +106,10 @@ def expand(
     is the published from-scratch recipe and discards them. where: a glob on paths, several, or a
     predicate (path, module). post_norm: "auto" inserts a BatchNorm behind an expanded conv that no
     norm follows, "none" does not. plan: apply this plan, made with the same init. inputs: a batch,
-    to calibrate inserted norms and to record the forwards that cannot be traced. inplace: rewrite
-    the model itself.
+    or a list of them, to calibrate inserted norms, to record the forwards that cannot be traced,
+    and to check what was made: outputs in eval mode, and what a step trains. What does not agree is
+    left alone, with the error as the reason. inplace: rewrite the model itself. pipeline: which
+    passes run, with these options.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then. Warns
@@ -187,7 +189,8 @@ def collapse(
     fold_norm: False gives back the architecture that was passed to expand, norms kept. inputs: a
     batch, or a list with one of each size that will be used: where a module's forward cannot be
     traced, real calls on them are recorded, and a norm is folded where all show it behind its conv
-    alone.
+    alone. What was made is checked on them: what does not agree is left alone, with the error as
+    the reason. pipeline: which passes run, with these options.
     Raises ReparamError for a model without convs or without values. The model is then untouched.
     """
     check_model(model, also_functional=True)
