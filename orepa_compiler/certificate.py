@@ -4,6 +4,11 @@ Two statements for each block, and together they leave no room for a wrong weigh
 
     max |conv_64(x) - branches_64(x)| / max |branches_64(x)|  <=  LIMIT      in float64
     W_deploy == cast(W_64),  b_deploy == cast(b_64)                          bit by bit
+
+And two of the forward that runs, since a block may be right and stand where nothing calls it:
+
+    max |collapsed_64(x) - model_64(x)| / max |model_64(x)|   <=  WHOLE      in float64
+    each block of the deployed model runs as often as the layers that it replaces
 """
 
 from __future__ import annotations
@@ -18,10 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.capture.skeleton import value_copy
-from orepa_compiler.compiler import collapse
+from orepa_compiler.compiler import collapsed_by
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.collapse.folds import Fold, fold_of
 from orepa_compiler.planning import Edit, Plan, recorded_plans
+from orepa_compiler.validation.agreement import largest_error, stale_modules
+from orepa_compiler.validation.behaviour import Call, behaviour
+from orepa_compiler.validation.blame import place_of
 from orepa_compiler.verification.comparison import size_of
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors, named_leaves
@@ -29,6 +37,11 @@ from orepa_compiler.verification.nesting import map_tensors, named_leaves
 # The most that composing kernels in another order may change in float64: 4,500 eps. The blocks of
 # thirty models came to 6e-15 at most.
 LIMIT = 1e-12
+
+# The same for a whole net: roundings of all its layers, one behind the other. And the most by which
+# rounding the weights of a right collapse may move its outputs.
+WHOLE = 1e-9
+DEPLOYED = 0.1
 
 # The metadata key under which an ONNX file keeps it.
 CERTIFICATE_KEY = "orepa.certificate"
@@ -75,13 +88,46 @@ class BlockCertificate:
 
 
 @dataclass(frozen=True)
+class ForwardCertificate:
+    """The forward of a collapsed model as it runs, beside that of the model.
+
+    error: of the collapse in float64, relative to the largest value of an output. deployed: of the
+    deployed model, whose weights are rounded, run in float64. stale: the first block that ran less
+    often than the layers that it replaces; "" where there is none.
+    """
+
+    error: float
+    deployed: float
+    stale: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why the forward is not certified; "" where it is."""
+        if self.stale:
+            return (
+                f"{self.stale}: the deployed forward does not run it each time: it reaches what "
+                "stood there by another way than its name"
+            )
+        if not self.error <= WHOLE:  # NaN too
+            return f"the forward is {self.error:.1e} from the model's in float64, above {WHOLE:g}"
+        if not self.deployed <= DEPLOYED:
+            return f"the deployed forward is {self.deployed:.1e} from the model's in float64"
+        return ""
+
+
+@dataclass(frozen=True)
 class Certificate:
-    """All blocks of a collapse; truthy only when there is at least one and each is certified."""
+    """All blocks of a collapse; truthy only when there is at least one and each is certified.
+
+    forward: of the whole model; None in a file of an earlier version.
+    """
 
     blocks: tuple[BlockCertificate, ...]
+    forward: ForwardCertificate | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.blocks) and not any(block.reason for block in self.blocks)
+        is_right = self.forward is None or not self.forward.reason
+        return bool(self.blocks) and is_right and not any(block.reason for block in self.blocks)
 
     @property
     def verdict(self) -> str:
@@ -91,10 +137,14 @@ class Certificate:
         reasons = [block.reason for block in self.blocks if block.reason]
         if reasons:
             return f"NOT CERTIFIED: {len(reasons)} of {len(self.blocks)} blocks; {reasons[0]}"
+        if self.forward is not None and self.forward.reason:
+            return f"NOT CERTIFIED: {self.forward.reason}"
         worst = max(self.blocks, key=lambda block: block.error or 0.0)
+        whole = "" if self.forward is None else f"; the whole forward's is {self.forward.error:.1e}"
         return (
             f"certified: {len(self.blocks)} blocks; the worst float64 error is "
             f"{worst.error:.1e} ({worst.path}), and every weight is its float64 value, cast once"
+            f"{whole}"
         )
 
     def __str__(self) -> str:
@@ -103,18 +153,29 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that json.dumps takes."""
         blocks = [{**asdict(block), "reason": block.reason} for block in self.blocks]
-        return {"ok": bool(self), "verdict": self.verdict, "limit": LIMIT, "blocks": blocks}
+        forward = self.forward and {**asdict(self.forward), "reason": self.forward.reason}
+        return {
+            "ok": bool(self),
+            "verdict": self.verdict,
+            "limit": LIMIT,
+            "blocks": blocks,
+            "forward": forward,
+        }
 
     def to_json(self) -> str:
         """What an ONNX file keeps under orepa.certificate."""
-        return json.dumps([asdict(block) for block in self.blocks], separators=(",", ":"))
+        return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
         """The certificate that to_json wrote. Raises ReparamError for anything else."""
         try:
-            return cls(tuple(BlockCertificate(**block) for block in json.loads(text)))
-        except (TypeError, ValueError) as error:
+            data = json.loads(text)
+            data = {"blocks": data} if isinstance(data, list) else data  # of an earlier version
+            blocks = tuple(BlockCertificate(**block) for block in data["blocks"])
+            forward = data.get("forward")
+            return cls(blocks, forward and ForwardCertificate(**forward))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ReparamError(f"this is not a certificate: {error}") from error
 
 
@@ -122,7 +183,7 @@ def certify(model: nn.Module, deploy: nn.Module, inputs: Any) -> Certificate:
     """The certificate that `deploy` is the collapse of `model`.
 
     deploy: what collapse(model) returned, in any dtype. inputs: the blocks are compared on what
-    reaches them when the model runs on the first batch.
+    reaches them when the model runs on the first batch, and so are the whole forwards.
 
     Raises ReparamError where deploy is not recorded as a collapse of the model, and where the model
     does not run in float64.
@@ -135,13 +196,34 @@ def certify(model: nn.Module, deploy: nn.Module, inputs: Any) -> Certificate:
         return Certificate(())
     try:
         # Composed once more, and not cast: what the weights were rounded from.
-        precise = collapse(exact, plan=plan, inputs=_double(batch))
+        precise = collapsed_by(exact, plan, _double(batch))
     except (AttributeError, ReparamError) as error:
         raise ReparamError(f"the recorded collapse does not fit the model: {error}") from error
     measured = _Measured(precise, edits)
     with evaluation_mode(exact), measured.watching(exact):
         evaluate(Side("model in float64", exact), [_double(batch)])
-    return Certificate(tuple(_certified(edit, model, deploy, precise, measured) for edit in edits))
+    blocks = tuple(_certified(edit, model, deploy, precise, measured) for edit in edits)
+    return Certificate(blocks, _forward(exact, precise, deploy, edits, batch))
+
+
+def _forward(
+    exact: nn.Module, precise: nn.Module, deploy: nn.Module, edits: list[Edit], batch: Any
+) -> ForwardCertificate:
+    """The whole forwards, on one batch, and how often each block runs in them."""
+    places = [place_of(edit) for edit in edits]
+    models = (exact, precise, value_copy(deploy).double())
+    right, collapsed, deployed = (
+        behaviour(m, [batch], [Call(0, False)], dtype=torch.float64, watched=places) for m in models
+    )
+    errors = [
+        largest_error(right.outputs[0], found.outputs[0])[0]  # type: ignore[arg-type]
+        if not (right.raised or found.raised)
+        else float("inf")
+        for found in (collapsed, deployed)
+    ]
+    stale = [p for m in (collapsed, deployed) if (s := stale_modules(right, m, places))
+             for p in s.places]  # fmt: skip
+    return ForwardCertificate(errors[0], errors[1], next(iter(stale), ""))
 
 
 def _edits(model: nn.Module, deploy: nn.Module) -> list[Edit]:

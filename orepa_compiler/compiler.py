@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from orepa_compiler.capture.skeleton import check_copyable, meta_copy, value_cop
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import NothingExpandedWarning, ReparamError
 from orepa_compiler.passes import (
+    COLLAPSE,
+    EXPAND,
     Adopt,
     Collapse,
     Cut,
@@ -41,9 +43,20 @@ from orepa_compiler.preconditions import (
 )
 from orepa_compiler.selection import Where
 from orepa_compiler.training.calibration import calibrate
-from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
+from orepa_compiler.validation.state import random_state_kept, state_kept
+from orepa_compiler.validation.trial import Kept, Wanted, tried
+from orepa_compiler.verification.evaluation import (
+    Batch,
+    Side,
+    batches_of,
+    evaluate,
+    evaluation_mode,
+)
 
 Inputs = Any
+Made = tuple[nn.Module, Plan]
+
+NOT_CHECKED = "not checked: give inputs="
 
 
 def plan(
@@ -54,19 +67,21 @@ def plan(
     where: Where = None,
     post_norm: PostNorm = "auto",
     inputs: Inputs = None,
+    pipeline: Pipeline = EXPAND,
 ) -> Plan:
     """What expand would do, as a table: a dry run on a copy without values.
 
     Every conv is either expanded or listed with the reason why it is left alone.
     inputs: a batch, to count each conv's MACs for one image and to record the forwards that cannot
-    be traced; the rest as in expand.
+    be traced; nothing is checked on it. The rest as in expand.
     Raises ReparamError as expand does.
     """
     check_model(model)
     check_inputs(inputs)
-    pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
+    options = _expansion_options(block=block, init=init, where=where, post_norm=post_norm)
     recording = _recording(model, inputs)
-    made = pipeline.run(meta_copy(model), recording=recording)[1]
+    passes = _expansion(pipeline, options, None)
+    made = passes.run(meta_copy(model), recording=recording)[1]
     return made if inputs is None else made.with_macs(conv_macs(model, inputs))
 
 
@@ -80,6 +95,7 @@ def expand(
     plan: Plan | None = None,
     inputs: Inputs = None,
     inplace: bool = False,
+    pipeline: Pipeline = EXPAND,
 ) -> nn.Module:
     """The model in training form: every eligible conv becomes a block, squeezed into one conv.
 
@@ -90,8 +106,10 @@ def expand(
     is the published from-scratch recipe and discards them. where: a glob on paths, several, or a
     predicate (path, module). post_norm: "auto" inserts a BatchNorm behind an expanded conv that no
     norm follows, "none" does not. plan: apply this plan, made with the same init. inputs: a batch,
-    to calibrate inserted norms and to record the forwards that cannot be traced. inplace: rewrite
-    the model itself.
+    or a list of them, to calibrate inserted norms, to record the forwards that cannot be traced,
+    and to check what was made: outputs in eval mode, and what a step trains. What does not agree is
+    left alone, with the error as the reason. inplace: rewrite the model itself. pipeline: which
+    passes run, with these options.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then. Warns
@@ -101,17 +119,22 @@ def expand(
     check_inputs(inputs)
     if init == "preserve":
         check_values(model, "no kernel to preserve; load weights or use init='paper'")
-    pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
+    options = _expansion_options(block=block, init=init, where=where, post_norm=post_norm)
     if plan is not None:
         check_plan(plan, init=init, post_norm=post_norm)
-    if plan is not None and plan.of("linearize").edits:
-        pipeline = Pipeline((Linearize(), *(p for p in pipeline.passes if p.name != "linearize")))
-    expanded, applied = _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
+    passes = _expansion(pipeline, options, plan)
+
+    def make(target: nn.Module, kept: Kept, batches: list[Batch] | None) -> Made:
+        expanded, applied = _run(passes, target, plan=plan, inputs=batches, kept=kept)
+        if batches is not None:
+            calibrate(expanded, batches)
+        return expanded, applied
+
+    wanted = Wanted(outputs=init == "preserve", training=True)
+    expanded, applied = _made(make, model, inputs, wanted=wanted, inplace=inplace)
     record_plan(expanded, applied)
     if not any(isinstance(module, LinearBlock) for module in expanded.modules()):
         _warn_of_nothing(applied)
-    if inputs is not None:
-        calibrate(expanded, inputs)
     return expanded
 
 
@@ -138,8 +161,8 @@ def cut(
     names = (branches,) if isinstance(branches, str) else branches
     names = None if names is None else tuple(names)
     check_cut(model, where, names)
-    pipeline = Pipeline((Cut(where=where, branches=names),))
-    less, applied = _run(pipeline, model, plan=None, inputs=None, inplace=inplace)
+    target = model if inplace else _copy(model)
+    less, applied = _run(Pipeline((Cut(where=where, branches=names),)), target)
     if not applied.edits:
         raise ReparamError(applied.refusals[0].reason, path=applied.refusals[0].path)
     record_plan(less, applied)
@@ -153,6 +176,7 @@ def collapse(
     plan: Plan | None = None,
     inputs: Inputs = None,
     inplace: bool = False,
+    pipeline: Pipeline = COLLAPSE,
 ) -> nn.Module:
     """The model in deploy form: blocks, branches and BatchNorms folded into plain convs.
 
@@ -165,21 +189,26 @@ def collapse(
     fold_norm: False gives back the architecture that was passed to expand, norms kept. inputs: a
     batch, or a list with one of each size that will be used: where a module's forward cannot be
     traced, real calls on them are recorded, and a norm is folded where all show it behind its conv
-    alone.
+    alone. What was made is checked on them: what does not agree is left alone, with the error as
+    the reason. pipeline: which passes run, with these options.
     Raises ReparamError for a model without convs or without values. The model is then untouched.
     """
     check_model(model, also_functional=True)
     check_inputs(inputs)
     check_values(model, "there is nothing to fold; load the weights first")
-    adopted = Plan()
-    while fold_norm and plan is None and (paths := _unfinished(model, inputs, adopted)):
-        own = Pipeline((Adopt(paths=paths, inputs=inputs),))
-        model, more = _run(own, model, plan=None, inputs=inputs, inplace=inplace)
-        adopted, inplace = adopted + more, True
-    pipeline = Pipeline((Collapse(fold_norm=fold_norm),))
-    deploy, applied = _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
-    record_plan(deploy, adopted + applied)
+    passes = pipeline.configured(fold_norm=fold_norm)
+
+    def make(target: nn.Module, kept: Kept, batches: list[Batch] | None) -> Made:
+        return _collapsed(passes, target, plan=plan, inputs=batches, kept=kept)
+
+    deploy, applied = _made(make, model, inputs, wanted=Wanted(), inplace=inplace)
+    record_plan(deploy, applied)
     return deploy
+
+
+def collapsed_by(model: nn.Module, plan: Plan, inputs: Inputs) -> nn.Module:
+    """The collapse of a copy by a plan that was applied before; nothing is checked."""
+    return _collapsed(COLLAPSE, _copy(model), plan=plan, inputs=inputs, kept={})[0]
 
 
 def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "auto") -> nn.Module:
@@ -199,9 +228,10 @@ def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "au
     return model
 
 
-def _expansion(
+def _expansion_options(
     *, block: Block | Literal["auto"], init: Init, where: Where, post_norm: PostNorm
-) -> Pipeline:
+) -> dict[str, Any]:
+    """The options of expand, as the passes of its pipeline take them."""
     if init not in ("preserve", "paper"):
         raise ReparamError(f"init={init!r} is neither 'preserve' nor 'paper'")
     if post_norm not in ("auto", "none"):
@@ -210,10 +240,47 @@ def _expansion(
         raise ReparamError(f"block={block!r} is neither 'auto' nor a Block such as orepa.OREPA")
     if where is not None and not callable(where) and not isinstance(where, str):
         where = tuple(where) if isinstance(where, Iterable) else where  # each pass reads it
-    expansion = Expand(block=block, init=init, where=where, post_norm=post_norm)
-    if block == "auto" or block.scaling_layer == "norm":  # norms in branches stay as they are
-        return Pipeline((expansion, Squeeze()))
-    return Pipeline((Linearize(where=where), expansion, Squeeze()))
+    return {"block": block, "init": init, "where": where, "post_norm": post_norm}
+
+
+def _expansion(pipeline: Pipeline, options: dict[str, Any], plan: Plan | None) -> Pipeline:
+    """The pipeline with the options of expand.
+
+    Norms in branches stay as they are, unless a linear block is named, or a plan that says so.
+    """
+    passes, block = pipeline.configured(**options), options["block"]
+    stays = block == "auto" or block.scaling_layer == "norm"
+    is_planned = plan is not None and plan.of("linearize").edits
+    return passes.without("linearize") if stays and not is_planned else passes
+
+
+def _collapsed(
+    pipeline: Pipeline,
+    target: nn.Module,
+    *,
+    plan: Plan | None,
+    inputs: Inputs,
+    kept: Kept,
+) -> Made:
+    """The target after the passes; modules with a way of their own are adopted, one by one.
+
+    That is tried where the pass adopt stands, for as long as the passes behind it would leave work.
+    """
+    names = [step.name for step in pipeline.passes]
+    folds = all(getattr(step, "fold_norm", True) for step in pipeline.passes)
+    if "adopt" not in names or plan is not None or not folds:
+        return _run(pipeline, target, plan=plan, inputs=inputs, kept=kept)
+    at = names.index("adopt")
+    first, last = Pipeline(pipeline.passes[:at]), Pipeline(pipeline.passes[at + 1 :])
+    target, done = _run(first, target, inputs=inputs, kept=kept)
+    adopt = Pipeline(pipeline.passes[at : at + 1])
+    adopted = Plan()
+    while paths := _unfinished(last, target, inputs, adopted):
+        own = adopt.configured(paths=paths, inputs=inputs)
+        target, more = _run(own, target, inputs=inputs, kept=kept)
+        adopted += more
+    target, rest = _run(last, target, inputs=inputs, kept=kept)
+    return target, done + adopted + rest
 
 
 def _warn_of_nothing(applied: Plan) -> None:
@@ -226,24 +293,48 @@ def _warn_of_nothing(applied: Plan) -> None:
     )
 
 
+def _made(
+    make: Callable[[nn.Module, Kept, list[Batch] | None], Made],
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    wanted: Wanted,
+    inplace: bool,
+) -> Made:
+    """What is made of the model, tried on the inputs where there are some; its plan says so."""
+    if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
+        made, plan = make(model if inplace else _copy(model), {}, inputs)
+        return made, replace(plan, checked=NOT_CHECKED)
+    batches = batches_of(inputs)
+    return tried(model, make, _copy, batches, wanted=wanted, inplace=inplace)
+
+
 def _run(
-    pipeline: Pipeline, model: nn.Module, *, plan: Plan | None, inputs: Inputs, inplace: bool
-) -> tuple[nn.Module, Plan]:
-    recording = _recording(model, inputs)
-    target = model if inplace else _copy(model)
+    pipeline: Pipeline,
+    target: nn.Module,
+    *,
+    plan: Plan | None = None,
+    inputs: Inputs = None,
+    kept: Kept | None = None,
+) -> Made:
+    if not pipeline.passes:
+        return target, Plan()
+    recording = _recording(target, inputs)
     with torch.no_grad():
-        return pipeline.run(target, plan=plan, recording=recording)
+        return pipeline.run(target, plan=plan, recording=recording, kept=kept)
 
 
-def _unfinished(model: nn.Module, inputs: Inputs, done: Plan) -> tuple[str, ...]:
-    """The modules with a way of their own to collapse that the analysis would not finish.
+def _unfinished(
+    pipeline: Pipeline, model: nn.Module, inputs: Inputs, done: Plan
+) -> tuple[str, ...]:
+    """The modules with a way of their own to collapse that the passes would not finish.
 
-    The analysis is tried on a copy without values.
+    The passes are tried on a copy without values.
     """
     if not any(map(own_method, model.modules())):
         return ()
     recording = _recording(model, inputs)
-    left, _ = Pipeline((Collapse(),)).run(meta_copy(model), recording=recording)
+    left, _ = pipeline.run(meta_copy(model), recording=recording)
     return unfinished(left, done)
 
 
@@ -258,7 +349,7 @@ def _recording(model: nn.Module, inputs: Inputs) -> Recording:
     if not owners:
         return Recording(arguments=calls)
     side = Side("model", model, hint="; give inputs= that it takes")
-    with evaluation_mode(model):
+    with random_state_kept(), state_kept(model), evaluation_mode(model):
         seen = record(model, owners, lambda: evaluate(side, batches_of(inputs)))
     return replace(seen, arguments=calls)
 

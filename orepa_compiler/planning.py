@@ -61,19 +61,25 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Plan:
-    """The edits and refusals of one or several passes; prints as a table, saves as JSON."""
+    """The edits and refusals of one or several passes; prints as a table, saves as JSON.
+
+    checked: what was run to see that it is right, or why nothing was; "" for what was not applied.
+    """
 
     edits: tuple[Edit, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    checked: str = ""
 
     def __add__(self, other: Plan) -> Plan:
-        return Plan(self.edits + other.edits, self.refusals + other.refusals)
+        checked = self.checked or other.checked
+        return Plan(self.edits + other.edits, self.refusals + other.refusals, checked)
 
     def of(self, done_by: str) -> Plan:
         """The part of the plan that one pass made."""
         return Plan(
             tuple(edit for edit in self.edits if edit.done_by == done_by),
             tuple(refusal for refusal in self.refusals if refusal.done_by == done_by),
+            self.checked,
         )
 
     def with_macs(self, macs: Mapping[str, int]) -> Plan:
@@ -87,7 +93,7 @@ class Plan:
             else edit
             for edit in self.edits
         ]
-        return Plan(tuple(edits), self.refusals)
+        return Plan(tuple(edits), self.refusals, self.checked)
 
     def to_json(self) -> str:
         return json.dumps({"format": _FORMAT, **asdict(self)})
@@ -112,7 +118,8 @@ class Plan:
                 )
                 for edit in data["edits"]
             ]
-            return cls(tuple(edits), tuple(Refusal(**refusal) for refusal in data["refusals"]))
+            refusals = tuple(Refusal(**refusal) for refusal in data["refusals"])
+            return cls(tuple(edits), refusals, str(data.get("checked", "")))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"this is not a plan: {error!r}") from error
 
@@ -131,9 +138,10 @@ class Plan:
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     def summary(self) -> str:
-        """One line: how many edits of each pass, how many layers left alone."""
+        """One line: how many edits of each pass, how many layers left alone, what was checked."""
+        tail = f"; {self.checked}" if self.checked else ""
         if not self.edits and not self.refusals:
-            return "Nothing to do: no conv, no norm behind a conv, no block."
+            return f"Nothing to do: no conv, no norm behind a conv, no block{tail}."
         counts = Counter(edit.done_by for edit in self.edits)
         parts = [f"{name} {count}" for name, count in counts.items()]
         before, after = (
@@ -141,7 +149,7 @@ class Plan:
             for i in (0, 1)
         )
         parts.append(f"left alone {len(self.refusals)}")
-        return f"Plan: {', '.join(parts)}; their parameters {before:,} -> {after:,}"
+        return f"Plan: {', '.join(parts)}; their parameters {before:,} -> {after:,}{tail}"
 
 
 def record_plan(model: nn.Module, plan: Plan) -> None:

@@ -112,13 +112,13 @@ def test_a_wrong_composition_is_refused_with_border_and_interior(
 ) -> None:
     from orepa_compiler import certificate as certifying
 
-    def wrong(exact: nn.Module, **options: object) -> nn.Module:
+    def wrong(exact: nn.Module, *options: object) -> nn.Module:
         bad = orepa.collapse(exact)
         bad.get_submodule("stem.0").padding_mode = "circular"  # type: ignore[assignment]
         bad.get_submodule("stem.0")._reversed_padding_repeated_twice = [1, 1, 1, 1]  # type: ignore
         return bad
 
-    monkeypatch.setattr(certifying, "collapse", wrong)
+    monkeypatch.setattr(certifying, "collapsed_by", wrong)
     certificate = certify(model, orepa.collapse(model), X)
     text, block = str(certificate), certificate.blocks[0]
     assert text.startswith("NOT CERTIFIED: 1 of 2 blocks; stem.0: Conv2d 3 -> 8 3x3 is ")
@@ -145,6 +145,39 @@ def test_what_is_no_collapse_of_the_model_is_refused(model: nn.Module) -> None:
     other = orepa.expand(model, where="stem.*")
     with pytest.raises(ReparamError, match=message):
         certify(expanded, orepa.collapse(other), X)
+
+
+def test_a_block_that_the_forward_does_not_run_is_not_certified(model: nn.Module) -> None:
+    deploy = orepa.collapse(model)
+    certificate = certify(model, deploy, X)
+    assert certificate.forward is not None
+    assert certificate.forward.error < 1e-12
+    assert 0 < certificate.forward.deployed < 1e-5
+    deploy.forward = model.forward  # type: ignore[method-assign]
+    assert torch.equal(deploy(X), model(X))  # by the layers that were there before
+    assert certify(model, deploy, X).verdict == (
+        "NOT CERTIFIED: stem.0: the deployed forward does not run it each time: it reaches what "
+        "stood there by another way than its name"
+    )
+
+
+def test_a_forward_that_differs_is_not_certified(model: nn.Module) -> None:
+    deploy = orepa.collapse(model)
+    deploy.register_forward_hook(lambda module, args, y: y * 2)
+    certificate = certify(model, deploy, X)
+    assert certificate.verdict == (
+        "NOT CERTIFIED: the deployed forward is 1.0e+00 from the model's in float64"
+    )
+    assert json.loads(certificate.to_json())["forward"]["deployed"] == pytest.approx(1, abs=1e-5)
+    assert not Certificate.from_json(certificate.to_json())
+
+
+def test_a_certificate_of_an_earlier_version_is_read(model: nn.Module) -> None:
+    certificate = certify(model, orepa.collapse(model), X)
+    blocks = json.dumps(json.loads(certificate.to_json())["blocks"])
+    read = Certificate.from_json(blocks)
+    assert read == Certificate(certificate.blocks)
+    assert read
 
 
 def test_nothing_to_collapse_is_no_certificate() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -352,6 +353,51 @@ def test_a_real_net_trains_and_comes_back() -> None:
     assert_same(output(expanded, x), output(net, x))
     train_a_step(expanded, x)
     assert_same(output(orepa.collapse(expanded), x), output(expanded, x))
+
+
+@dataclass(frozen=True)
+class Told:
+    """A pass that changes nothing, and notes what it was told."""
+
+    told: list[Any] = field(default_factory=list)
+    where: Any = "not told"
+    block: Any = "not told"
+    fold_norm: Any = "not told"
+    name: str = "told"
+    training: bool | None = None
+    preserves: frozenset[str] = frozenset({"train", "eval"})
+
+    def plan(self, capture: Any) -> Plan:
+        self.told.append((self.where, self.block, self.fold_norm))
+        return Plan()
+
+    def apply(self, model: nn.Module, capture: Any, plan: Plan) -> tuple[nn.Module, Plan]:
+        return model, plan
+
+
+def test_the_verbs_run_the_pipeline_that_they_are_given() -> None:
+    net, told = stem_net(), Told()
+    mine = orepa.Pipeline((told, *orepa.EXPAND.passes))
+    expanded = orepa.expand(net, where="conv", block=orepa.OREPA, pipeline=mine)
+    assert told.told == [("conv", orepa.OREPA, "not told")]
+    assert [p for p, m in expanded.named_modules() if isinstance(m, LinearBlock)] == ["conv"]
+    assert orepa.plan(net, where="conv", pipeline=orepa.Pipeline((told,))) == Plan()
+    told.told.clear()
+    mine = orepa.Pipeline((told, *orepa.COLLAPSE.passes))
+    deploy = orepa.collapse(expanded, fold_norm=False, pipeline=mine)
+    assert told.told == [("not told", "not told", False)]
+    assert deploy.state_dict().keys() == net.state_dict().keys()
+    assert str(orepa.collapse(net, pipeline=orepa.Pipeline((Told(),)))) == str(net)
+
+
+def test_the_public_pipelines_are_what_the_verbs_run() -> None:
+    net = branch_net()
+    made = orepa.EXPAND.configured(block=orepa.OREPA).run(copy.deepcopy(net))[1]
+    (done,) = recorded_plans(orepa.expand(net, block=orepa.OREPA))
+    assert [e.options for e in made.edits] == [e.options for e in done.edits]
+    made = orepa.COLLAPSE.run(copy.deepcopy(net))[1]
+    (done,) = recorded_plans(orepa.collapse(net))
+    assert (made.edits, made.refusals) == (done.edits, done.refusals)
 
 
 def test_a_plan_beside_another_init_is_an_error() -> None:

@@ -22,7 +22,10 @@ FLOORS = (
     ("capture", "branches"),
     ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),
-    ("analysis", "defaults", "planning", "overlaps", "verification", "cost", "training"),
+    (
+        *("analysis", "defaults", "planning", "overlaps", "verification", "validation"),
+        *("cost", "training"),
+    ),
     ("passes",),
     (
         *("preconditions", "compiler", "checkpoints", "model_source", "reference", "export"),

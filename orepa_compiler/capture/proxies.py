@@ -96,9 +96,6 @@ class Proxy(fx.Proxy):
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
         return Attribute(self, name)
 
-    def __len__(self) -> int:  # so that no code takes it for a sequence before it asks
-        raise self.tracer.stopped("it asks for the length of a value")
-
 
 class Attribute(Proxy):
     """`x.name` before it is known whether it is read or called."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -26,7 +26,7 @@ from orepa_compiler.passes.expand import Expand
 from orepa_compiler.passes.linearize import Linearize
 from orepa_compiler.passes.retracing import Retracing
 from orepa_compiler.passes.squeeze import Squeeze
-from orepa_compiler.planning import Plan
+from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.restoring import restoring
 
 __all__ = [
@@ -73,6 +73,14 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
+    def configured(self, **options: Any) -> Pipeline:
+        """The pipeline with these options: each pass that is a dataclass takes those it has."""
+        return Pipeline(tuple(_with_options(step, options) for step in self.passes))
+
+    def without(self, *names: str) -> Pipeline:
+        """The pipeline without the passes of these names."""
+        return Pipeline(tuple(step for step in self.passes if step.name not in names))
+
     def run(
         self,
         model: nn.Module,
@@ -116,12 +124,55 @@ class Pipeline:
             else:
                 retracing = Retracing(is_leaf, recording or Recording())
                 captured, wanted = retracing.planned(step, model, captured)
+            wanted = _without_kept(step, captured, wanted)
             check_edits(captured, [(edit, touched_by(step, edit)) for edit in wanted.edits])
             holdings = holdings_of(model)
             model, done = step.apply(model, captured, wanted)
             hold_new(model, holdings)
             applied += done
-        return model, applied
+        return model, _telling(applied, model, kept, self.passes)
+
+
+def _telling(plan: Plan, model: nn.Module, kept: Mapping[str, str], passes: Any) -> Plan:
+    """The plan with a refusal for each reason to keep something that no pass gave."""
+    told = {refusal.reason for refusal in plan.refusals}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    untold = [
+        Refusal(passes[-1].name, path, type(modules.get(path)).__name__, reason)
+        for path, reason in kept.items()
+        if reason not in told
+    ]
+    return replace(plan, refusals=(*plan.refusals, *untold))
+
+
+def _with_options(step: Pass, options: Mapping[str, Any]) -> Pass:
+    if not is_dataclass(step) or isinstance(step, type):
+        return step
+    own = {field.name for field in fields(step) if field.init} - {"name", "training", "preserves"}
+    taken = {name: value for name, value in options.items() if name in own}
+    return replace(step, **taken)
+
+
+def _without_kept(step: Pass, captured: Capture, plan: Plan) -> Plan:
+    """The plan without the edits that touch what is kept, which are refusals instead.
+
+    A pass that asks the capture plans none; one that does not, and an earlier plan, are held to it.
+    """
+    if not captured.kept:
+        return plan
+    edits, refusals = [], list(plan.refusals)
+    for edit in plan.edits:
+        kept = [path for path in _touched(step, edit) if path in captured.kept]
+        if not kept:
+            edits.append(edit)
+        else:
+            reason = captured.kept[kept[0]]
+            refusals.append(Refusal(edit.done_by, edit.path, edit.before, reason))
+    return Plan(tuple(edits), tuple(refusals), plan.checked)
+
+
+def _touched(step: Pass, edit: Edit) -> tuple[str, ...]:
+    return touched_by(step, edit).modules or (edit.path,)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -131,5 +182,6 @@ def is_leaf(module: nn.Module) -> bool:
     return isinstance(module, LinearBlock) or is_norm(module) or (torch_layer and not container)
 
 
+# What the verbs expand and collapse run, with their options.
 EXPAND = Pipeline((Linearize(), Expand(), Squeeze()))
-COLLAPSE = Pipeline((Collapse(),))
+COLLAPSE = Pipeline((Adopt(), Collapse()))

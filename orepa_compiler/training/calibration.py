@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import branch_norms
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.validation.state import random_state_kept, state_kept
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors
 
@@ -56,7 +57,7 @@ def calibrate(model: nn.Module, inputs: Any) -> None:
     """
     norms = inserted_norms(model)
     moments = {path: _Moments() for path in norms}
-    with evaluation_mode(model), _watching(norms, moments):
+    with random_state_kept(), state_kept(model), evaluation_mode(model), _watching(norms, moments):
         for index, batch in enumerate(batches_of(inputs)):
             try:
                 model(*map_tensors(batch, Tensor.clone))  # it may write into what it is given

@@ -58,11 +58,9 @@ def test_a_question_is_answered_as_for_a_tensor(asks: Callable[[Tensor], bool]) 
 
 def test_what_a_tensor_does_not_have_is_an_attribute_error() -> None:
     def run(y: Tensor) -> Tensor:
-        try:
-            return y.tensors  # type: ignore[attr-defined, no-any-return]
-        except AttributeError as error:
-            assert "'Tensor' object has no attribute 'tensors'" in str(error)
-            return torch.relu(y)
+        with pytest.raises(AttributeError, match="'Tensor' object has no attribute 'tensors'"):
+            y.tensors  # type: ignore[attr-defined]  # noqa: B018
+        return torch.relu(y)
 
     assert "relu" in targets(run)
 
@@ -74,7 +72,7 @@ def test_what_a_tensor_does_not_have_is_an_attribute_error() -> None:
         (lambda y: float(y.max()), "value of a tensor (float)"),
         (lambda y: int(y.max()), "value of a tensor (int)"),
         (lambda y: range(y.argmax()), "value of a tensor (index)"),
-        (lambda y: len(y), "length of a value"),
+        (lambda y: len(y), "value of a tensor (len)"),
         (lambda y: list(y), "iterates over a value"),
         (lambda y: np.asarray(y), "value of a tensor (array)"),
         (lambda y: y.__dlpack__(), "value of a tensor (dlpack)"),

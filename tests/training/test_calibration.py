@@ -141,6 +141,6 @@ def test_half_precision_is_calibrated_in_float64() -> None:
 
 def test_inputs_that_the_model_does_not_take_are_named() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    message = "^the model does not run on batch 0 of the inputs to calibrate on"
+    message = r"^the model raised at batch 0, inputs \(1, 5, 8, 8\) float32: .*; give inputs= that"
     with pytest.raises(orepa.ReparamError, match=message):
         orepa.expand(net, inputs=torch.zeros(1, 5, 8, 8))
