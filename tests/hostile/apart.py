@@ -19,7 +19,7 @@ SECONDS = 60
 
 @functools.cache
 def faults_apart(module: str) -> dict[str, list[str]]:
-    """The faults of each form of a test module. One process is started; each form is a fork of it."""
+    """The faults of each form of a test module, each judged in a fork of one new process."""
     command = [sys.executable, "-m", "tests.hostile.apart", module]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -32,6 +32,7 @@ class Form:
     it is random on purpose and must stay so. before: puts back what the model keeps outside
     itself. norms: at most so many are left after collapse. blocks: at least so many convs are
     expanded. told: that holds where inputs are given only. double: it is run in float64.
+    trains: a step can be taken with it; some writes in place are for inference only.
     """
 
     make: Callable[[], nn.Module]
@@ -43,6 +44,7 @@ class Form:
     blocks: int | None = None
     told: bool = False
     double: bool = True
+    trains: bool = True
 
     def given(self) -> Any:
         """The inputs, a copy of their own for each reader."""

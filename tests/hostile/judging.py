@@ -1,4 +1,4 @@
-"""Puts a model through every verb and says what was wrong: nothing, for one that is exact or refused."""
+"""Puts a model through every verb and says what was wrong: nothing, if it is exact or refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,15 @@ THOROUGH = "OREPA_THOROUGH" in os.environ  # every verb, with and without inputs
 Options = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Before:
+    """The stock model: what it gives, which parameters a step misses, what else a step trains."""
+
+    outputs: list[Any]
+    idle: set[str]
+    outside: int
+
+
 def exact_or_refused(forms: dict[str, Form]) -> Callable[[str], None]:
     """A test of all the forms of a kind."""
 
@@ -46,12 +56,15 @@ def faults(form: Form, *, thorough: bool = THOROUGH) -> list[str]:
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = outputs(stock_of(form), form)
+        stock = stock_of(form)
+        before = Before(
+            outputs(stock, form), *(_gradients(stock, form) if form.trains else (set(), 0))
+        )
         for verb, options in _ways(form, thorough=thorough):
             told = "inputs" if "inputs" in options else ""
             block = "OREPA" if "block" in options else ""
             try:
-                problems = list(_tried(form, verb, options, expected))
+                problems = list(_tried(form, verb, options, before))
             except Exception as crash:  # whatever it is, it is a fault of the verb
                 problems = [f"CRASH {type(crash).__name__}: {str(crash)[:150]}"]
             label = " ".join(filter(None, (verb, told, block)))
@@ -85,7 +98,7 @@ def outputs(model: nn.Module, form: Form) -> list[Any]:
     return found
 
 
-def _tried(form: Form, verb: str, options: Options, expected: list[Any]) -> Iterator[str]:
+def _tried(form: Form, verb: str, options: Options, before: Before) -> Iterator[str]:
     given = stock_of(form)
     options = copy.deepcopy(options)
     state = copy.deepcopy(given.state_dict())
@@ -97,21 +110,21 @@ def _tried(form: Form, verb: str, options: Options, expected: list[Any]) -> Iter
             yield from () if form.told and "inputs" not in options else [f"REFUSED: {refusal}"]
     if error := difference(list(state.items()), list(given.state_dict().items())):
         yield f"changed the state of the given model by {error:.1e}"
-    yield from _differing(expected, outputs(given, form), "the given model is changed: ")
+    yield from _differing(before.outputs, outputs(given, form), "the given model is changed: ")
     if isinstance(made, nn.Module):
-        yield from _judged(form, given, made.eval(), verb, options, expected)
+        yield from _judged(form, given, made.eval(), verb, options, before)
 
 
 def _judged(
-    form: Form, stock: nn.Module, made: nn.Module, verb: str, options: Options, expected: list[Any]
+    form: Form, stock: nn.Module, made: nn.Module, verb: str, options: Options, before: Before
 ) -> Iterator[str]:
     after = outputs(made, form)
-    yield from _differing(expected, after)
-    if form.varies and _is_fixed(expected) != _is_fixed(after):
+    yield from _differing(before.outputs, after)
+    if form.varies and _is_fixed(before.outputs) != _is_fixed(after):
         yield "WRONG: what was random is fixed"
     yield from _not_reached(form, made, verb, options)
-    if verb == "expand":
-        yield from _training_faults(form, stock, made)
+    if verb == "expand" and form.trains:
+        yield from _training_faults(form, stock, made, before)
         yield from _faults_after_a_step(form, made, options)
 
 
@@ -126,14 +139,16 @@ def _not_reached(form: Form, made: nn.Module, verb: str, options: Options) -> It
         yield f"MISSED: {blocks} blocks, not {form.blocks}"
 
 
-def _training_faults(form: Form, stock: nn.Module, made: nn.Module) -> Iterator[str]:
+def _training_faults(
+    form: Form, stock: nn.Module, made: nn.Module, before: Before
+) -> Iterator[str]:
     """Parameters that stop training, and tensors that are trained by no optimizer."""
-    (before, outside), (after, others) = _gradients(stock, form), _gradients(made, form)
-    idle = {name.rpartition(".")[0] for name in before}
+    after, others = _gradients(made, form)
+    idle = {name.rpartition(".")[0] for name in before.idle}
     lost = [name for name in after if not any(_is_inside(name, path) for path in idle)]
     if lost:
         yield f"WRONG: {len(lost)} parameters get no gradient, as {lost[0]}"
-    if others > outside:
+    if others > before.outside:
         yield f"WRONG: {others} tensors that are trained are no parameters of the model"
     was = {name for name, parameter in stock.named_parameters() if parameter.requires_grad}
     frozen = [n for n, p in made.named_parameters() if n in was and not p.requires_grad]
@@ -180,7 +195,7 @@ def _faults_after_a_step(form: Form, expanded: nn.Module, options: Options) -> I
     optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=STEP)
     _loss(trained, form).backward()
     optimizer.step()
-    trained.eval()
+    _without_graphs(trained.eval())
     expected = outputs(trained, form)
     told = {"inputs": form.given()} if "inputs" in options else {}
     for fold_norm in (True, False):
@@ -193,6 +208,14 @@ def _faults_after_a_step(form: Form, expanded: nn.Module, options: Options) -> I
         yield from _differing(expected, outputs(deploy, form), label)
         if any(isinstance(module, LinearBlock) for module in deploy.modules()):
             yield f"{label}a block is left"
+
+
+def _without_graphs(model: nn.Module) -> None:
+    """Lets go of what a call left in attributes, so that the model can be copied."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                vars(module)[name] = value.detach()
 
 
 def _differing(expected: list[Any], found: list[Any], label: str = "") -> Iterator[str]:
@@ -208,7 +231,7 @@ def _is_fixed(found: list[Any]) -> bool:
 
 
 def difference(one: Any, two: Any) -> float:
-    """The largest difference above rounding, relative to its map; infinite for another structure."""
+    """The largest difference above rounding, relative to its map; infinite for other shapes."""
     first, second = leaves_of(one), leaves_of(two)
     if len(first) != len(second):
         return float("inf")

@@ -1,4 +1,4 @@
-"""Convs and norms that a forward reaches by another way than the attributes they are registered as."""
+"""Convs and norms that a forward reaches by another way than their registered names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of torch's classes that do something else: a method of theirs, or a property, is overridden."""
+"""Layers of torch's classes that override a method or a property, and do something else."""
 
 from __future__ import annotations
 

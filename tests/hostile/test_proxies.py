@@ -147,7 +147,7 @@ QUESTIONS = {
     "int in a try": tried(lambda y: int(y.mean()) > 50),
     "len in a try": tried(lambda y: len(y) > 50),
     "item in a try": tried(lambda y: y.mean().item() > 50),
-    "iter in a try": tried(lambda y: list(y)[0].mean() > 50),
+    "iter in a try": tried(lambda y: sum(y).mean() > 50),
     "in, in a try": tried(lambda y: 1e9 in y),
     "index in a try": tried(lambda y: [0, 0, 1][y.argmax() // 10**9]),
     "numpy in a try": tried(lambda y: np.asarray(y.detach()).max() > 50),

@@ -1,4 +1,4 @@
-"""Forwards that read or write more than their inputs: modes, counters, caches, attributes of others."""
+"""Forwards that read or write more than their inputs: modes, counters, caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.hostile.forms import SIZE, Form, Pair, conv, images
+from tests.hostile.forms import SIZE, Form, Pair, images
 from tests.hostile.judging import exact_or_refused
 
 
