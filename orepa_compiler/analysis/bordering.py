@@ -17,7 +17,7 @@ from orepa_compiler.analysis.functional import per_channel
 from orepa_compiler.analysis.linear import Linear, absorbable
 from orepa_compiler.capture.constants import as_tensor, with_constants
 from orepa_compiler.capture.forwards import tried
-from orepa_compiler.capture.tracing import write_
+from orepa_compiler.capture.proxies import write_
 from orepa_compiler.errors import NotLinear
 
 if TYPE_CHECKING:

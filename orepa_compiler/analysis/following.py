@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from orepa_compiler.algebra.layers import is_activation, is_conv_like, is_dropout, is_norm
 from orepa_compiler.capture import Call, Capture
-from orepa_compiler.capture.tracing import IN_PLACE_OPERATORS
+from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS
 
 NORM, ACTIVATION, NOTHING = "norm", "activation", "nothing reads its output"
 PASSED, GATE = "passed", "followed by the gate"

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.capture.arguments import Arguments
+from orepa_compiler.capture.beside import beside_graphs
 from orepa_compiler.capture.calls import Call as Call
 from orepa_compiler.capture.calls import Capture as Capture
 from orepa_compiler.capture.calls import ancestors as ancestors
 from orepa_compiler.capture.calls import join as join
 from orepa_compiler.capture.constants import reads_form
+from orepa_compiler.capture.effects import Surroundings, surroundings_of
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import check_wrapper, meta_copy, names_of, tied_modules
 from orepa_compiler.capture.tracing import has_forward
@@ -33,11 +36,13 @@ def capture(
     training: bool | None,
     is_leaf: Callable[[nn.Module], bool],
     recording: Recording | None = None,
+    flips: bool = False,
 ) -> Capture:
     """The capture of a model as it runs in train or in eval mode; None: as it is, no graph made.
 
     is_leaf: modules whose inside is of no interest, though they have children. recording: graphs
-    for the forwards that cannot be traced.
+    for the forwards that cannot be traced. flips: as it runs where gradients are off, in inference
+    mode and under autocast.
     Raises ReparamError for a model that is wrapped, scripted, or cannot be copied.
     """
     check_wrapper(model)
@@ -46,7 +51,7 @@ def capture(
         return _captured(skeleton, lambda module: True, Recording())
     skeleton.train(training)
     with torch.random.fork_rng(devices=[]):  # a forward may draw random numbers while traced
-        return _captured(skeleton, is_leaf, recording or Recording())
+        return _captured(skeleton, is_leaf, recording or Recording(), flips=flips)
 
 
 @torch.inference_mode(False)  # whose tensors do not tell when they are written over
@@ -71,10 +76,15 @@ def untraced_owners(
 
 
 def _captured(
-    skeleton: nn.Module, is_leaf: Callable[[nn.Module], bool], recording: Recording
+    skeleton: nn.Module,
+    is_leaf: Callable[[nn.Module], bool],
+    recording: Recording,
+    *,
+    flips: bool = False,
 ) -> Capture:
     aliases = names_of(skeleton)
-    graphs, untraced, recorded, arguments = _forwards(skeleton, aliases, is_leaf, recording)
+    around = replace(surroundings_of(skeleton), flips=flips)
+    graphs, untraced, recorded, arguments = _forwards(skeleton, aliases, is_leaf, recording, around)
     for path in _doubtful_owners(graphs, untraced, recorded, aliases):
         del graphs[path]
     reads: dict[str, list[str]] = defaultdict(list)
@@ -84,6 +94,7 @@ def _captured(
         path = aliases.get(join(owner, holder), (holder,))[0]
         reads[path].append(owner)
     doubtful = {path: why for path, why in recording.doubtful.items() if path in recorded}
+    beside = beside_graphs(skeleton, graphs, recorded, around)
     return Capture(
         skeleton,
         graphs,
@@ -93,8 +104,9 @@ def _captured(
         dict(reads),
         tied_modules(skeleton),
         frozenset(recorded & graphs.keys()),
-        doubtful,
+        {**beside.steered, **doubtful},
         arguments,
+        beside.kept,
     )
 
 
@@ -103,6 +115,7 @@ def _forwards(
     aliases: dict[str, tuple[str, ...]],
     is_leaf: Callable[[nn.Module], bool],
     recording: Recording,
+    around: Surroundings,
 ) -> tuple[dict[str, fx.Graph], dict[str, str], set[str], dict[str, Arguments]]:
     """The graphs of the forwards; why others have none; which were recorded; their arguments."""
     graphs: dict[str, fx.Graph] = {}
@@ -113,7 +126,7 @@ def _forwards(
     def has_graph(module: nn.Module) -> bool:
         return has_own_forward(module) and not is_leaf(module)
 
-    visits = Visits(modules, aliases, has_graph, is_leaf)
+    visits = Visits(modules, aliases, has_graph, is_leaf, around)
     leaves = {path for path, module in modules.items() if is_leaf(module)}
     owners = [
         path

@@ -129,6 +129,9 @@ class Capture:
             return f"it is called {len(calls)} times, so what follows it is not one thing"
         if reason := self.unknown_calls(path):
             return reason
+        for call in calls:
+            if steered := self.doubtful.get(call.owner):
+                return f"the forward of {call.owner or 'the model'} may go another way: {steered}"
         if path and not calls:  # the root is called by the user
             return "no forward calls it"
         return None

@@ -12,17 +12,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orepa_compiler.errors import NotLinear
 
 # Of a map, without a look at its values: known to be that of the constant beside it.
 _FACTS = {"shape", "dtype", "device"}
 _FORM = {"dtype", "device", "shape", "ndim", "size", "dim"}
 _CASTS = {"to", "type_as"}
 _VIEWS = {"view", "reshape", torch.reshape}
+_PURE = {"torch", "_operator", "builtins", "math"}
 _WRITES = {
     "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
     "__ipow__", "__iand__", "__ior__", "__ixor__",
 }  # fmt: skip
-_RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "poisson")
+
+
+class NoRandomNumbers(TorchDispatchMode):
+    """Refuses to compute what is another at each call: operators that draw random numbers."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            name = getattr(func, "overloadpacket", func).__name__
+            raise NotLinear(f"what it takes is drawn at random at each call ({name})")
+        return func(*args, **(kwargs or {}))
 
 
 def constants_of(graph: fx.Graph, written: Container[str] = ()) -> frozenset[fx.Node]:
@@ -86,13 +105,18 @@ def _is_constant(node: fx.Node, found: set[fx.Node]) -> bool:
         return False
     if _is_fact(node) or _is_width(node):
         return True
-    name = str(getattr(node.target, "__name__", node.target))
-    if writes(node) or any(word in name for word in _RANDOM):
+    if writes(node) or not _is_pure(node):
         return False
     operands = node.all_input_nodes
     if node.target in _CASTS:
         return node.args[0] in found
     return bool(operands) and found.issuperset(operands)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a call gives the same for the same: not so a function of the user's, as it may be."""
+    home = str(getattr(node.target, "__module__", None) or "torch")
+    return node.op == "call_method" or home.partition(".")[0] in _PURE
 
 
 def _is_fact(node: fx.Node) -> bool:

@@ -1,85 +1,322 @@
 """What a forward does beside computing, and a graph of it does not hold.
 
-It switches gradients or autocast for a part, sets attributes, or writes over its buffers, which a
-trace does once and does not write down. A forward that is written anew would do none of this; one
-whose children are swapped still does all of it.
+It switches gradients or autocast for a part, sets attributes, counts, draws random numbers, writes
+over its buffers: a trace does this once and does not write it down. A forward that is written anew
+would do none of this; and where what it changes is read again, the next call may go another way, so
+that the graph shows one way of several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import autocast
+from torch.overrides import TorchFunctionMode
 
-_KEY, _WRITTEN = "effects", "written"
-_OWN = ("_parameters", "_buffers", "_modules")
+from orepa_compiler.capture.state import (
+    Visible,
+    functions_of,
+    held_proxies,
+    names_read,
+    visible_to,
+)
+
+_KEY = "effects"
+_NOTHING = object()
+_FORM = {
+    "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_meta",
+    "requires_grad", "stride", "layout", "is_complex", "__len__", "_version", "is_inference",
+    "is_cuda", "is_cpu", "grad_fn", "is_leaf", "ndimension", "nelement", "get_device", "itemsize",
+    "element_size", "is_contiguous", "type", "is_sparse", "is_quantized", "names",
+}  # fmt: skip
+_WRITING = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "data",
+            "set_"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of one forward.
+
+    does: what it does beside computing, in words. steers: why another call may go another way.
+    written: its buffers that it writes over. reads: the paths of modules whose tensors it uses, and
+    the graph does not show it. sets: (path, attribute) of what it sets on modules. touched: the
+    objects that it changes, by identity. asked: the names that it looks for in its **kwargs, each
+    with what it takes where they are not given.
+    """
+
+    does: str = ""
+    steers: str = ""
+    written: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+    sets: frozenset[tuple[str, str]] = frozenset()
+    touched: frozenset[Hashable] = frozenset()
+    asked: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says the same of a module that is alike."""
+        return not (self.reads or self.sets or self.touched)
+
+
+@dataclass
+class Surroundings:
+    """The model around the forwards that are traced: its modules and tensors, by identity.
+
+    attributes_set: the names that some forward sets on a tensor. broken: what was seen of forwards
+    that have no graph, by the path of their module. flips: traces as where gradients are off, in
+    inference mode and under autocast.
+    """
+
+    modules: dict[int, str] = field(default_factory=dict)
+    tensors: dict[int, str] = field(default_factory=dict)
+    attributes_set: set[str] = field(default_factory=set)
+    broken: dict[str, Seen] = field(default_factory=dict)
+    flips: bool = False
+
+    def found_before_error(self, module: nn.Module, seen: Seen) -> None:
+        path = self.modules.get(id(module))
+        if path is not None and seen != Seen():
+            self.broken[path] = seen
+
+
+def surroundings_of(model: nn.Module) -> Surroundings:
+    """The modules and tensors of a model by identity, each by its first path."""
+    modules = {id(module): path for path, module in model.named_modules()}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return Surroundings(modules, {id(tensor): name for name, tensor in named})
 
 
 class Effects:
-    """Watches a forward while it is traced. found: what it does, in words. written: its buffers."""
+    """Watches a forward while it is traced.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    found: what it does, in words. kept: the stand-ins that it leaves somewhere.
+    """
+
+    def __init__(self, module: nn.Module, around: Surroundings, forward: str = "forward") -> None:
+        self.module, self.around = module, around
+        self.functions = functions_of(module, forward)
         self.found: dict[str, None] = {}
+        self.steers: dict[str, None] = {}
+        self.reads: set[str] = set()
         self.written: set[str] = set()
+        self.sets: list[tuple[nn.Module, str, Any]] = []
+        self.touched: set[Hashable] = set()
+        self.kept: list[fx.Proxy] = []
+        self.made: dict[int, Tensor] = {}
+        self.buffers = {id(buffer) for buffer in module.buffers()}
+        self.written_outside: set[str] = set()
+        self.asked: dict[str, Any] = {}
 
     def look(self) -> None:
         """To be called whenever something is computed."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not self.around.flips:
             self.found["switches gradients off"] = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """With gradients on; sees autocast, and what the module has that is another afterwards."""
-        attributes, versions = _attributes(self.module), _versions(self.module)
-        enter = autocast.__enter__
-
-        def entered(context: autocast) -> Any:
-            self.found["switches autocast"] = None
-            return enter(context)
-
-        autocast.__enter__ = entered  # type: ignore[method-assign]
+        """With gradients on; sees what the forward switches, sets, draws and writes over."""
+        before, versions = visible_to(self.module, self.functions), _versions(self.module)
+        drawn = _random_states()
         try:
-            with torch.enable_grad():
+            with (
+                _ambient(self.around.flips),
+                _autocast_seen(self),
+                _sets_seen(self),
+                _Tensors(self),
+            ):
                 yield
         finally:
-            autocast.__enter__ = enter  # type: ignore[method-assign]
-            self.written = _changed(versions, _versions(self.module))
-            changed = _changed(attributes, _attributes(self.module)) | self.written
-            self.found |= dict.fromkeys(f"changes its {name}" for name in sorted(changed))
+            self.written |= _changed(versions, _versions(self.module))
+            self.found |= dict.fromkeys(f"changes its {name}" for name in sorted(self.written))
+            self._compare(before, visible_to(self.module, self.functions))
+            self._give_back()
+            if _has_drawn(drawn, _random_states()):
+                self._steered("draws random numbers")
+                _put_back(drawn)
+
+    def _steered(self, what: str) -> None:
+        self.found[what] = None
+        self.steers[what] = None
+
+    def _compare(self, before: Visible, after: Visible) -> None:
+        read = self.names_read
+        for name, fact in after.facts.items():
+            if fact == before.facts.get(name):
+                continue
+            value, own = after.values[name], name.removeprefix("its ")
+            self.kept += held_proxies(value)
+            self.found[f"changes {name}"] = None
+            if own == name or own in read:  # what nobody reads steers nothing
+                self.steers[f"changes {name}"] = None
+            self.touched |= after.homes[name]
+
+    @property
+    def names_read(self) -> frozenset[str]:
+        return frozenset().union(*(names_read(f.__code__) for f in self.functions))
+
+    def _give_back(self) -> None:
+        """Attributes that hold a stand-in get what they held before."""
+        for module, name, old in reversed(self.sets):
+            if any(True for _ in held_proxies(vars(module).get(name))):
+                vars(module).pop(name)
+                if old is not _NOTHING:
+                    vars(module)[name] = old
+
+    def set_on(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute of a module is about to be set."""
+        old = vars(module).get(name, _NOTHING)
+        if old is value or (type(old) is type(value) and _equal(old, value)):
+            return
+        self.sets.append((module, name, old))
+        self.kept += held_proxies(value)
+        if module is not self.module:
+            path = self.around.modules.get(id(module), type(module).__name__)
+            self._steered(f"sets {name} of {path}")
+
+    def read(self, tensor: Tensor, *, writes: bool) -> None:
+        """A tensor, no stand-in, is used."""
+        name = self.around.tensors.get(id(tensor))
+        if name is not None:
+            self.reads.add(name.rpartition(".")[0])
+        if not writes or id(tensor) in self.made or id(tensor) in self.buffers:
+            return
+        if name is None:
+            self._steered("writes over a tensor that it keeps")
+        else:
+            self.found[f"writes over {name}"] = None
+            self.written_outside.add(name)
+
+    def seen(self) -> Seen:
+        paths = self.around.modules
+        sets = {(paths.get(id(module), ""), name) for module, name, _ in self.sets
+                if module is not self.module}  # fmt: skip
+        sets |= {name.rpartition(".")[::2] for name in self.written_outside}
+        own = {("", name) for module, name, _ in self.sets if module is self.module}
+        return Seen(
+            " and ".join(self.found),
+            " and ".join(self.steers),
+            frozenset(self.written),
+            frozenset(self.reads - {paths.get(id(self.module))}),
+            frozenset(sets | own),
+            frozenset(self.touched),
+            tuple(self.asked.items()),
+        )
 
     def note(self, graph: fx.Graph) -> None:
         """Writes what was found into the graph."""
-        if self.found:
-            _output(graph).meta |= {_KEY: " and ".join(self.found), _WRITTEN: self.written}
+        if (seen := self.seen()) != Seen():
+            output(graph).meta[_KEY] = seen
 
 
-def written_buffers(graph: fx.Graph | None) -> set[str]:
-    """The buffers that a forward wrote over while it was traced."""
-    return set() if graph is None else _output(graph).meta.get(_WRITTEN, set())
+class _Tensors(TorchFunctionMode):
+    """Shows a forward's use of tensors that are no stand-ins: weights reached in other ways."""
+
+    def __init__(self, effects: Effects) -> None:
+        super().__init__()
+        self.effects = effects
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property such as Tensor.shape
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        if name not in _FORM:
+            self._look(name, args, kwargs)
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor):
+            self.effects.made[id(made)] = made
+        return made
+
+    def _look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(True for _ in held_proxies((args, kwargs))):
+            return  # it is a node of the graph
+        writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+        for index, value in enumerate((*args, *kwargs.values())):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, Tensor):
+                    is_target = tensor is kwargs.get("out") or (writes and index == 0)
+                    self.effects.read(tensor, writes=is_target)
 
 
-def effects_of(graph: fx.Graph | None) -> str | None:
-    """What the forward of a graph does beside computing, or None."""
-    return None if graph is None else _output(graph).meta.get(_KEY)
+@contextmanager
+def _ambient(flips: bool) -> Iterator[None]:
+    """As a step of training runs, or as the very opposite of it."""
+    if not flips:
+        with torch.enable_grad():
+            yield
+        return
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    try:
+        for device in before:
+            torch.set_autocast_enabled(device, True)
+        with torch.inference_mode():
+            yield
+    finally:
+        for device, was in before.items():
+            torch.set_autocast_enabled(device, was)
 
 
-def _output(graph: fx.Graph) -> fx.Node:
-    return next(iter(reversed(graph.nodes)))
+@contextmanager
+def _autocast_seen(effects: Effects) -> Iterator[None]:
+    enter = autocast.__enter__
+
+    def entered(context: autocast) -> Any:
+        effects.found["switches autocast"] = None
+        return enter(context)
+
+    autocast.__enter__ = entered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes that are set on a module, by identity, with what containers hold."""
-    made_by_trace = "_tensor_constant"
-    return {
-        name: (id(value), _inside(value))
-        for name, value in vars(module).items()
-        if name not in _OWN and not name.startswith(made_by_trace)
-    }
+@contextmanager
+def _sets_seen(effects: Effects) -> Iterator[None]:
+    """Sees attributes that are set on any module, though they may be set back before the end."""
+    put: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
+
+    def setting(module: nn.Module, name: str, value: Any) -> None:
+        effects.set_on(module, name, value)
+        put(module, name, value)
+
+    nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = put  # type: ignore[method-assign]
+
+
+def _random_states() -> tuple[Any, Any, Any]:
+    """What random numbers come next, of Python, numpy and torch."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy and numpy.random.get_state(), torch.get_rng_state()
+
+
+def _has_drawn(one: tuple[Any, Any, Any], two: tuple[Any, Any, Any]) -> bool:
+    has_numpy = one[1] is not None and two[1] is not None
+    by_numpy = has_numpy and (one[1][2] != two[1][2] or bool((one[1][1] != two[1][1]).any()))
+    return one[0] != two[0] or by_numpy or not torch.equal(one[2], two[2])
+
+
+def _put_back(states: tuple[Any, Any, Any]) -> None:
+    random.setstate(states[0])
+    if states[1] is not None:
+        sys.modules["numpy"].random.set_state(states[1])
+    torch.set_rng_state(states[2])
 
 
 def _versions(module: nn.Module) -> dict[str, Any]:
@@ -94,7 +331,30 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {name for name in after if after[name] != before.get(name)}
 
 
-def _inside(value: Any) -> tuple[int, ...]:
-    if isinstance(value, dict):
-        return tuple(map(id, (*value.keys(), *value.values())))
-    return tuple(map(id, value)) if isinstance(value, (list, tuple, set)) else ()
+def _equal(one: Any, two: Any) -> bool:
+    plain = (bool, int, float, str, bytes, tuple, type(None))
+    return isinstance(one, plain) and bool(one == two)
+
+
+def keep_(value: Tensor) -> Tensor:
+    """A value that a forward leaves somewhere else than in what it returns."""
+    return value
+
+
+def seen_of(graph: fx.Graph | None) -> Seen:
+    """What was seen of the forward of a graph while it was traced."""
+    return Seen() if graph is None else output(graph).meta.get(_KEY, Seen())
+
+
+def written_buffers(graph: fx.Graph | None) -> frozenset[str]:
+    """The buffers that a forward wrote over while it was traced."""
+    return seen_of(graph).written
+
+
+def effects_of(graph: fx.Graph | None) -> str | None:
+    """What the forward of a graph does beside computing, or None."""
+    return seen_of(graph).does or None
+
+
+def output(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))

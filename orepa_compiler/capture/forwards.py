@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.layers import has_torch_forward
 from orepa_compiler.capture import Call, Capture, join
-from orepa_compiler.capture.constants import constants_of, evaluated
+from orepa_compiler.capture.constants import NoRandomNumbers, constants_of, evaluated
+from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.memory import Memory, is_in_place
 from orepa_compiler.capture.tracing import trace
 from orepa_compiler.errors import NotLinear
@@ -52,7 +53,7 @@ class Forwards:
         module = self.capture.module(owner)
         is_layer = not module._modules and not has_torch_forward(module)
         traced = trace(module) if is_layer else ""
-        return None if isinstance(traced, str) else traced
+        return None if isinstance(traced, str) or seen_of(traced).steers else traced
 
     def owner_of(self, node: fx.Node) -> str | None:
         """The module whose forward a node stands in, if its graph was asked for."""
@@ -77,7 +78,10 @@ class Forwards:
             return getattr(self.read(join(owner, holder)), name)
 
         try:
-            return fx.node.map_arg(argument, lambda node: evaluated(node, attribute))
+            with NoRandomNumbers():
+                return fx.node.map_arg(argument, lambda node: evaluated(node, attribute))
+        except NotLinear:
+            raise
         except Exception as error:  # the user's code, run here: anything may come out of it
             text = str(error).strip().split("\n")[0]
             raise NotLinear(

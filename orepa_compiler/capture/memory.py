@@ -19,7 +19,7 @@ from orepa_compiler.algebra.layers import has_torch_forward, is_idle, is_norm
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import writes
 from orepa_compiler.capture.effects import written_buffers
-from orepa_compiler.capture.tracing import IN_PLACE_OPERATORS
+from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS
 
 if TYPE_CHECKING:
     from orepa_compiler.capture.forwards import Forwards

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import operator
-import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +12,10 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.layers import is_activation, is_dropout, is_norm
 from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arguments
-from orepa_compiler.capture.effects import Effects
+from orepa_compiler.capture.effects import Effects, Surroundings, keep_, output
 from orepa_compiler.capture.kinds import kind_of
+from orepa_compiler.capture.proxies import Proxy, answering
+from orepa_compiler.capture.state import type_reason
 
 # Gives what a child returns, from its path as the caller sees it and the arguments of the call:
 # containers and constants with the nodes of the child's graph in them, or OPAQUE.
@@ -25,58 +25,44 @@ OPAQUE = object()
 _LONGEST = 120  # characters of an error that a forward raised
 _CHECKED = (type(None), bool, int, float, str)
 
-# What `x += y` and its kin call: they write over their first operand.
-IN_PLACE_OPERATORS = (
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.ifloordiv,
-    operator.imod,
-    operator.ipow,
-)
 
+class AskedFor(dict[str, Any]):
+    """What a model is given beside its named arguments; remembers which names are asked for.
 
-def write_(x: Tensor, index: Any, value: Any) -> Tensor:
-    """x, with x[index] = value done to it."""
-    x[index] = value
-    return x
-
-
-class Proxy(fx.Proxy):
-    """A proxy that records `x += y` and `x[i] = y` as what they are, and tells its value's type.
-
-    fx alone would write down x + y, refuse the other, and answer isinstance for the proxy.
+    asked: name -> the value that is taken where it is not given.
     """
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        written = self.tracer.create_proxy("call_function", write_, (self, index, value), {})
-        self.node = written.node  # what reads it from here on reads it as it is now
+    def __init__(self, given: dict[str, Any], asked: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.asked = asked
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # isinstance asks for it where the type itself is no answer
-        if _is_of_the_tracer(sys._getframe(1)):
-            return type(self)
-        if kind := kind_of(self.node):
-            return kind
-        raise fx.proxy.TraceError("it asks for the type of a value that a trace does not know")
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.setdefault(name, default)
+        return super().get(name, default)
 
+    def pop(self, name: str, *default: Any) -> Any:
+        self.asked.setdefault(name, default[0] if default else None)
+        return super().pop(name, *default)
 
-def _is_of_the_tracer(caller: FrameType) -> bool:
-    """Whether torch or this package asks, and not the forward that is traced."""
-    package = str(caller.f_globals.get("__name__", "")).split(".")[0]
-    return package in ("torch", "orepa_compiler") and caller.f_code.co_name != "is_tensor"
+    def __contains__(self, name: object) -> bool:
+        self.asked.setdefault(str(name), False)
+        return super().__contains__(name)
 
+    def __getitem__(self, name: str) -> Any:
+        self.asked.setdefault(name, None)
+        return super().__getitem__(name)
 
-def _in_place(function: Callable[..., object]) -> Callable[[fx.Proxy, object], fx.Proxy]:
-    def record(self: fx.Proxy, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+    def __len__(self) -> int:
+        self.asked.setdefault("*", None)
+        return super().__len__()
 
-    return record
+    def __iter__(self) -> Iterator[str]:
+        self.asked.setdefault("*", None)
+        return super().__iter__()
 
-
-for _function in IN_PLACE_OPERATORS:
-    setattr(Proxy, f"__{_function.__name__}__", _in_place(_function))
+    def items(self) -> Any:
+        self.asked.setdefault("*", None)
+        return super().items()
 
 
 class _ChildrenAreLeaves(fx.Tracer):
@@ -92,13 +78,44 @@ class _ChildrenAreLeaves(fx.Tracer):
         arguments: Arguments | None = None,
         returned: Returned | None = None,
         is_model: bool = False,
+        around: Surroundings | None = None,
     ) -> None:
         super().__init__()
         self.traced_func_name = forward
         self.proxy_buffer_attributes = buffers
         self.arguments, self.returned = arguments or Arguments(), returned
         self.is_model = is_model  # who calls it is not known
+        self.around = around or Surroundings()
+        self.attributes_set = self.around.attributes_set
         self.effects: Effects | None = None
+        self.stopped_by = ""
+
+    def stopped(self, why: str) -> fx.proxy.TraceError:
+        """The error that ends the trace; remembered, for the forward may catch it and go on."""
+        self.stopped_by = self.stopped_by or why
+        return fx.proxy.TraceError(why)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise self.stopped("symbolically traced variables cannot be used as inputs to control flow")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        raise self.stopped("it iterates over a value whose length a trace does not know")
+
+    def attribute_of(self, node: fx.Node) -> Any:
+        """What a get_attr node stands for; None for any other node."""
+        if node.op != "get_attr":
+            return None
+        holder, _, name = str(node.target).rpartition(".")
+        return getattr(self.root.get_submodule(holder), name)
+
+    def create_arg(self, a: Any) -> Any:
+        """As fx; but a weight of the model that is not inside of this module is a node too."""
+        name = self.around.tensors.get(id(a)) if isinstance(a, Tensor) else None
+        if name and self.effects and not any(a is own for own in _tensors_of(self.root)):
+            self.effects.read(a, writes=False)
+            self.effects.found[f"uses {name}, which is not inside of it"] = None
+            return self.create_node("call_function", outside, (name,), {})
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -122,8 +139,11 @@ class _ChildrenAreLeaves(fx.Tracer):
         name = str(proxy.node.target)
         if name in self.arguments.constants:
             value = self.arguments.constants[name]
-            if self.is_model and isinstance(value, _CHECKED):
+            if self.is_model and (isinstance(value, _CHECKED) or name.startswith("*")):
                 self._check(proxy, value)
+            if self.is_model and name.startswith("**"):
+                assert self.effects is not None
+                return AskedFor(value, self.effects.asked)
             return value
         proxy.node.meta["kind"] = self.arguments.kinds.get(name)
         return proxy
@@ -145,6 +165,10 @@ class _ChildrenAreLeaves(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if m not in self.submodule_paths and (path := self.around.modules.get(id(m))):
+            assert self.effects is not None
+            self.effects.reads.update([path, *_paths_inside(self.around, m)])
+            raise self.stopped(f"it calls {path}, which is not registered inside of it")
         proxy = super().call_module(m, forward, args, kwargs)
         value = OPAQUE if self.returned is None else self.returned(proxy.node.target, args, kwargs)
         if value is OPAQUE:
@@ -170,6 +194,20 @@ class _ChildrenAreLeaves(fx.Tracer):
 
     def _item(self, proxy: Proxy, key: Any) -> Any:
         return self.create_proxy("call_function", operator.getitem, (proxy, key), {})
+
+
+def outside(name: str) -> Tensor:
+    """Stands in a graph for a weight of the model that is not inside of the graph's module."""
+    raise RuntimeError(f"the graph reads {name} from outside, and cannot be run")
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _paths_inside(around: Surroundings, module: nn.Module) -> Iterator[str]:
+    return (around.modules[id(part)] for part in module.modules() if id(part) in around.modules)
 
 
 def _named_tuple(value: Any) -> Any:
@@ -198,12 +236,13 @@ def trace(
     returned: Returned | None = None,
     *,
     is_model: bool = False,
+    around: Surroundings | None = None,
 ) -> fx.Graph | str:
     """The graph of the module's own forward, or why there is none.
 
     arguments: those of its calls; those of the usual call where nothing is known.
     returned: tells what a call of a child gives; without it, one value of an unknown type.
-    is_model: whether it is the user who calls it.
+    is_model: whether it is the user who calls it. around: the model that it is a part of.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript"
@@ -223,18 +262,17 @@ def trace(
             arguments=arguments,
             returned=returned,
             is_model=is_model,
+            around=around,
         )
         return _traced(tracer, module)
 
     graph = traced(buffers=False)
     if isinstance(graph, str) or not (made := made_up(graph)):
         return graph
-    again = traced(buffers=True)  # a tensor made of buffers is no attribute
     for name in made:
         vars(module).pop(name, None)
-    if isinstance(again, str):
-        return traced(buffers=False)
-    return again
+    again = traced(buffers=True)  # a tensor made of buffers is no attribute
+    return traced(buffers=False) if isinstance(again, str) else again
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -257,20 +295,35 @@ def _forward_name(module: nn.Module) -> str | None:
 
 
 def _traced(tracer: _ChildrenAreLeaves, module: nn.Module) -> fx.Graph | str:
-    tracer.effects = Effects(module)
+    tracer.effects = effects = Effects(module, tracer.around, tracer.traced_func_name)
+    if reason := type_reason(effects.functions):
+        return reason
     try:
-        with tracer.effects.watching():
+        with answering(), effects.watching():
             graph = tracer.trace(module)
     except Exception as error:  # a forward is the user's code: anything may come out of it
+        tracer.around.found_before_error(module, effects.seen())
         message = str(error).strip().split("\n")[0]
         return f"{type(error).__name__}: {textwrap.shorten(message, _LONGEST, placeholder=' ...')}"
-    tracer.effects.note(graph)
+    if tracer.stopped_by:
+        tracer.around.found_before_error(module, effects.seen())
+        return f"TraceError: {tracer.stopped_by}, and goes on where that fails"
+    _keep(graph, [proxy.node for proxy in effects.kept])
+    effects.note(graph)
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:  # a part that nobody takes
             graph.erase_node(node)
         elif "is_wrapped" in node.meta:
             node.target = _unwrapped(node.target)
     return graph
+
+
+def _keep(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Readers for the values that the forward leaves somewhere, so that they stay what they are."""
+    with graph.inserting_before(output(graph)):
+        for node in dict.fromkeys(nodes):
+            if node.graph is graph:
+                graph.call_function(keep_, (node,))
 
 
 def _unwrapped(function: Any) -> Any:

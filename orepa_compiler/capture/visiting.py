@@ -16,6 +16,7 @@ from orepa_compiler.capture.arguments import (
     usual_arguments,
 )
 from orepa_compiler.capture.calls import join
+from orepa_compiler.capture.effects import Surroundings, seen_of
 from orepa_compiler.capture.likeness import Likeness, is_plain
 from orepa_compiler.capture.tracing import OPAQUE, has_forward, made_up, trace
 
@@ -34,8 +35,11 @@ class _Trace:
     def is_plain(self) -> bool:
         """Whether it tells of an alike module too: no tensor or module of this one is in it."""
         given = [a for a in (self.arguments, *(call[1] for call in self.calls)) if a is not None]
-        is_of_graph = isinstance(self.graph, fx.Graph) and made_up(self.graph)
-        return not is_of_graph and all(is_plain(dict(a.constants)) for a in given)
+        if isinstance(self.graph, fx.Graph) and (
+            made_up(self.graph) or not seen_of(self.graph).is_plain
+        ):
+            return False
+        return all(is_plain(dict(a.constants)) for a in given)
 
     def copy(self) -> _Trace:
         graph = self.graph if isinstance(self.graph, str) else copy.deepcopy(self.graph)
@@ -50,13 +54,14 @@ class Visits:
 
     modules: by path. aliases: path -> all paths of the module. has_graph: whether the forward of a
     module is of interest. is_leaf: whether what a module returns is known without its forward.
-    graphs: path -> the graph, or why there is none.
+    around: the model. graphs: path -> the graph, or why there is none.
     """
 
     modules: Mapping[str, nn.Module]
     aliases: Mapping[str, tuple[str, ...]]
     has_graph: Callable[[nn.Module], bool]
     is_leaf: Callable[[nn.Module], bool]
+    around: Surroundings
     graphs: dict[str, fx.Graph | str] = field(default_factory=dict, init=False)
     _traces: dict[str, list[_Trace]] = field(default_factory=dict, init=False)
     _changes: list[tuple[str, fx.Graph | str | None]] = field(default_factory=list, init=False)
@@ -138,10 +143,11 @@ class Visits:
 
         module = self.modules[path]
         number = self._likeness.number(module) if path else None  # before a trace leaves tensors
-        made.graph = trace(module, arguments, called, is_model=not path)
+        made.graph = trace(module, arguments, called, is_model=not path, around=self.around)
         if isinstance(made.graph, str):
             self._undo(mark)  # how it calls its children is not known to the end
-        if number is not None and made.is_plain:
+        broken = self.around.broken.get(path)  # what it reads is told by its own paths
+        if number is not None and made.is_plain and (broken is None or broken.is_plain):
             self._first.setdefault(number, []).append(made)
         return made
 
@@ -158,7 +164,7 @@ class Visits:
         is_empty = not module._modules and not module._parameters
         if self.is_leaf(module) or not is_empty or not has_forward(module):
             return OPAQUE
-        graph = trace(module, arguments)
+        graph = trace(module, arguments, around=self.around)
         return OPAQUE if isinstance(graph, str) else _output(graph)
 
     def _set(self, path: str, graph: fx.Graph | str) -> None:

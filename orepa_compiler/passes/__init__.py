@@ -17,11 +17,13 @@ from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.holding import hold_new, holdings_of
 from orepa_compiler.passes.adopt import Adopt
 from orepa_compiler.passes.collapse import Collapse
 from orepa_compiler.passes.cut import Cut
 from orepa_compiler.passes.expand import Expand
 from orepa_compiler.passes.linearize import Linearize
+from orepa_compiler.passes.retracing import Retracing
 from orepa_compiler.passes.squeeze import Squeeze
 from orepa_compiler.planning import Plan
 
@@ -85,10 +87,18 @@ class Pipeline:
         for step in self.passes:
             progress(step.name)
             captured = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
-            captured = replace(captured, kept=kept or {})
-            wanted = step.plan(captured) if plan is None else plan.of(step.name)
+            captured = replace(captured, kept={**captured.kept, **(kept or {})})
+            if plan is not None:
+                wanted = plan.of(step.name)
+            elif isinstance(step, Adopt):  # which compares what it makes
+                wanted = step.plan(captured)
+            else:
+                retracing = Retracing(is_leaf, recording or Recording())
+                captured, wanted = retracing.planned(step, model, captured)
             _check_fit(captured, wanted)
+            holdings = holdings_of(model)
             model, done = step.apply(model, captured, wanted)
+            hold_new(model, holdings)
             applied += done
         return model, applied
 

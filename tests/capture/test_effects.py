@@ -89,7 +89,13 @@ def test_such_a_forward_is_not_written_anew_and_its_layers_are_still_folded(
 ) -> None:
     net = randomise_norms(Branches(run)).double().eval()
     deploy, x = orepa.collapse(net), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    assert not any(map(is_batch_norm, deploy.modules()))
+    if run is keeping:  # its next call may look at the list, and go another way
+        (plan,) = orepa.recorded_plans(deploy)
+        assert {r.reason for r in plan.refusals} == {
+            "the forward of the model may go another way: it changes its kept"
+        }
+    else:
+        assert not any(map(is_batch_norm, deploy.modules()))
     convs = sum(isinstance(module, nn.Conv2d) for module in deploy.modules())
     assert convs == (2 if effect is None else 3)
     for _ in range(3):

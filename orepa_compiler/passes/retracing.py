@@ -1,0 +1,218 @@
+"""Each rewrite is tried first on a copy without values, whose forwards are traced again.
+
+A trace follows what the forward asks for now. Whether it asks for the very layer that is replaced
+(and does not run the old one out of a closure), whether it looks at the layer's type, whether it
+goes another way without gradients or with another argument: a second trace shows it. Whatever is
+not the same keeps its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor, fx, nn
+
+from orepa_compiler.capture import Capture, ancestors, capture
+from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arguments
+from orepa_compiler.capture.constants import constants_of
+from orepa_compiler.capture.effects import seen_of
+from orepa_compiler.capture.recording import Recording
+from orepa_compiler.capture.skeleton import meta_copy
+from orepa_compiler.holding import hold_new, holdings_of
+from orepa_compiler.planning import Plan
+
+_MOST_ROUNDS = 8
+
+
+class Step(Protocol):
+    """A pass, as far as it is tried here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def training(self) -> bool | None: ...
+    def plan(self, capture: Capture) -> Plan: ...
+    def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """kept: module path -> why it must stay. steered: owner -> why its graph is one of several."""
+
+    kept: Mapping[str, str]
+    steered: Mapping[str, str]
+
+    def __bool__(self) -> bool:
+        return bool(self.kept or self.steered)
+
+
+@dataclass(frozen=True)
+class Retracing:
+    """Plans a pass on what holds in every way that a trace can see.
+
+    is_leaf, recording: as for the capture.
+    """
+
+    is_leaf: Callable[[nn.Module], bool]
+    recording: Recording
+
+    def planned(self, step: Step, model: nn.Module, captured: Capture) -> tuple[Capture, Plan]:
+        """The capture with what has to stay, and the plan of a pass on it."""
+        wanted = step.plan(captured)
+        if not wanted.edits or step.training is None:
+            return captured, wanted
+        for look in (self._other_ways, self._looks_again):
+            for _ in range(_MOST_ROUNDS):
+                found = look(step, model, captured, wanted)
+                if not found:
+                    break
+                captured = replace(
+                    captured,
+                    kept={**captured.kept, **found.kept},
+                    doubtful={**captured.doubtful, **found.steered},
+                )
+                wanted = step.plan(captured)
+            else:
+                wanted = Plan((), wanted.refusals)
+        return captured, wanted
+
+    def _captured(self, step: Step, model: nn.Module, **ways: Any) -> Capture:
+        recording = ways.pop("recording", self.recording)
+        return capture(
+            model, training=step.training, is_leaf=self.is_leaf, recording=recording, **ways
+        )
+
+    def _other_ways(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
+        """What does not hold where the model is called with other arguments."""
+        kept: dict[str, str] = {}
+        for what, arguments in other_calls(captured):
+            recording = replace(self.recording, arguments=(arguments,))
+            other = self._captured(step, model, recording=recording)
+            if "" in other.untraced or "" in other.doubtful:
+                if "" in captured.graphs and "" not in captured.doubtful:
+                    return Found({}, {"": f"it cannot be told what it does with {what}"})
+                continue
+            other = replace(other, kept={**captured.kept, **other.kept})
+            there = {_key(edit): edit for edit in step.plan(other).edits}
+            for edit in wanted.edits:
+                modules = _modules(edit)
+                if _key(edit) not in there and any(map(other.calls.get, modules)):
+                    reason = f"with {what} the forward goes another way"
+                    kept |= dict.fromkeys(modules, reason)
+        return Found(kept, {})
+
+    def _looks_again(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
+        """What is not the same once the rewrite is in place and gradients are off."""
+        product = self._tried(step, model, captured, wanted)
+        after = self._captured(step, product, flips=True)
+        parted = list(_parted(captured, after))
+        if not parted:
+            return Found({}, {})
+        calmly = self._captured(step, product)
+        truly = set(_parted(captured, calmly))
+        steered = {
+            owner: "it asks whether gradients, inference mode or autocast are on"
+            for owner in parted
+            if owner not in truly
+        }
+        kept: dict[str, str] = {}
+        for owner in truly:
+            reason = f"the forward of {owner or 'the model'} goes another way with it rewritten"
+            if owner in calmly.untraced and owner not in captured.untraced:
+                reason += f" ({calmly.untraced[owner].partition('; give inputs')[0]})"
+            kept |= dict.fromkeys(_blamed(captured, owner, wanted), reason)
+        return Found(kept, steered)
+
+    def _tried(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> nn.Module:
+        product = meta_copy(model)
+        holdings = holdings_of(product)
+        product, _ = step.apply(product, captured, wanted)
+        hold_new(product, holdings)
+        return product
+
+
+def other_calls(captured: Capture) -> Iterator[tuple[str, Arguments]]:
+    """The ways in which the model may be called beside the one that was traced, one by one."""
+    model = captured.skeleton
+    usual = captured.arguments.get("") or usual_arguments(bound_forward(model))
+    if usual is None:
+        return
+    for name, value in usual.constants.items():
+        if isinstance(value, bool):
+            yield f"{name}={not value}", _with(usual, name, not value)
+        elif value is None:
+            yield f"{name}= something", _with(usual, name, Tensor)
+        elif isinstance(value, (int, float, str)):
+            yield f"another {name} than {value!r}", _with(usual, name, type(value))
+        elif name.startswith("*") and not name.startswith("**"):
+            yield "more arguments", _with(usual, name, tuple)
+    for name, default in seen_of(captured.graphs.get("")).asked:
+        star = next(name for name in usual.constants if name.startswith("**"))
+        if name == "*":
+            yield "more arguments", _with(usual, star, dict)
+        elif isinstance(default, bool):
+            yield f"{name}={not default}", _with(usual, star, {name: not default})
+        else:
+            yield f"{name}= something", _with(usual, star, dict)
+
+
+def _with(usual: Arguments, name: str, value: Any) -> Arguments:
+    constants = {key: other for key, other in usual.constants.items() if key != name}
+    if isinstance(value, type):
+        return Arguments(constants, {**usual.kinds, name: value})
+    return Arguments({**constants, name: value}, usual.kinds)
+
+
+def _parted(before: Capture, after: Capture) -> Iterator[str]:
+    """The owners whose forward is the user's own in both, and whose graphs are not the same."""
+    for owner, graph in before.graphs.items():
+        if owner in before.recorded or owner in before.doubtful:
+            continue
+        try:
+            now = after.module(owner)
+        except AttributeError:  # it went with what it is in
+            continue
+        if type(now) is not type(before.module(owner)):
+            continue
+        other = after.graphs.get(owner)
+        if other is None or dataflow(graph) != dataflow(other):
+            yield owner
+
+
+def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """What runs on what; without the constants, which a block may have others of."""
+    constants = constants_of(graph)
+    number: dict[fx.Node, int] = {}
+    flow: list[tuple[Any, ...]] = []
+    for node in graph.nodes:
+        if node in constants or node.op == "get_attr":
+            continue
+        number[node] = len(number)
+
+        def known(argument: fx.Node) -> Any:
+            return ("value", number[argument]) if argument in number else "constant"
+
+        arguments = fx.node.map_arg((node.args, node.kwargs), known)
+        flow.append((node.op, str(node.target), str(arguments)))
+    return flow
+
+
+def _blamed(captured: Capture, owner: str, wanted: Plan) -> set[str]:
+    """The modules of the edits that may have changed what a forward does: those that it calls."""
+    edited = {path: _modules(edit) for edit in wanted.edits for path in _modules(edit)}
+    called = {captured.path_of(call) for calls in captured.calls.values() for call in calls
+              if call.owner == owner}  # fmt: skip
+    for near in (called, {path for path in edited if not owner or owner in ancestors(path)}):
+        if found := near & edited.keys():
+            return {module for path in found for module in edited[path]}
+    return set(edited)
+
+
+def _modules(edit: Any) -> list[str]:
+    return list(edit.options.get("modules", [edit.path]))
+
+
+def _key(edit: Any) -> tuple[Any, ...]:
+    return edit.path, edit.before, edit.after, tuple(_modules(edit))
