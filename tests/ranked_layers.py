@@ -1,4 +1,4 @@
-"""Layers of other ranks and over other axes, each called with a map of C channels, rows and columns.
+"""Layers of other ranks and over other axes, each called with a map of C channels, rows, columns.
 
 An axis that is taken for another fits as well: only the values tell.
 """
