@@ -1,4 +1,4 @@
-"""What fails, by kind:  python -m tests.hostile [words in the names of kinds]"""
+"""What fails, by kind:  python -m tests.hostile [--thorough] [words in the names of kinds]"""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from tests.hostile.apart import faults_apart
 
 
 def main(words: list[str]) -> int:
-    failing = 0
+    failing, thorough = 0, "--thorough" in words
+    words = [word for word in words if word != "--thorough"]
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         if words and not any(word in path.stem for word in words):
             continue
         start = time.monotonic()
-        judged = faults_apart(f"tests.hostile.{path.stem}")
+        judged = faults_apart(f"tests.hostile.{path.stem}", thorough=thorough)
         wrong = {name: found for name, found in judged.items() if found}
         failing += len(wrong)
         seconds = time.monotonic() - start

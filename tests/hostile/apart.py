@@ -18,21 +18,21 @@ SECONDS = 60
 
 
 @functools.cache
-def faults_apart(module: str) -> dict[str, list[str]]:
+def faults_apart(module: str, *, thorough: bool = False) -> dict[str, list[str]]:
     """The faults of each form of a test module, each judged in a fork of one new process."""
-    command = [sys.executable, "-m", "tests.hostile.apart", module]
+    command = [sys.executable, "-m", "tests.hostile.apart", module, *["thorough"] * thorough]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _in_a_fork(module: str, name: str) -> list[str]:
+def _in_a_fork(module: str, name: str, number: int | None) -> list[str]:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            found = faults(importlib.import_module(module).FORMS[name])
+            found = faults(importlib.import_module(module).FORMS[name], number=number)
         except Exception as crash:  # the parent tells it
             found = [f"CRASH before any verb: {crash!r}"]
         os.write(writer, json.dumps(found).encode())
@@ -60,5 +60,8 @@ def _read(reader: int, child: int) -> str:
 
 if __name__ == "__main__":
     faults(Form(Pair))  # what is imported late is imported once
-    names = list(importlib.import_module(sys.argv[1]).FORMS)
-    print(json.dumps({name: _in_a_fork(sys.argv[1], name) for name in names}))
+    path, is_thorough = sys.argv[1], bool(sys.argv[2:])
+    names = list(importlib.import_module(path).FORMS)
+    numbers = [None if is_thorough else number for number in range(len(names))]
+    judged = {n: _in_a_fork(path, n, at) for n, at in zip(names, numbers, strict=True)}
+    print(json.dumps(judged))

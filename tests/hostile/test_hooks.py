@@ -113,7 +113,7 @@ FORMS = {
         f"{hook} on the {place}": Form(hooked(place, hook))
         for place in PLACES
         for hook in HOOKS
-        if (place, hook) not in {("model", "hook that writes"), ("model", "pre-hook with kwargs")}
+        if place in ("norm", "container") or hook in ("pre-hook", "hook")
     },
     "parametrized conv": Form(parametrized("conv", half_of_weight)),
     "parametrized norm": Form(parametrized("norm", half_of_weight)),

@@ -5,7 +5,6 @@ Some of them end the process, so each form is judged in one of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -138,49 +137,30 @@ QUESTIONS = {
     "isinstance": lambda y: not isinstance(y, Tensor),
     "type is": lambda y: type(y) is not Tensor,
     "__class__": lambda y: y.__class__.__name__ != "Tensor",
-    "torch.is_tensor": lambda y: not torch.is_tensor(y),
     "match": named,
     "callable": callable,
-    "Sized": lambda y: not isinstance(y, Sized),
     "bool in a try": tried(lambda y: y.abs().max() > 50),
     "float in a try": tried(lambda y: float(y.mean()) > 50),
-    "int in a try": tried(lambda y: int(y.mean()) > 50),
     "len in a try": tried(lambda y: len(y) > 50),
-    "item in a try": tried(lambda y: y.mean().item() > 50),
     "iter in a try": tried(lambda y: sum(y).mean() > 50),
     "in, in a try": tried(lambda y: 1e9 in y),
-    "index in a try": tried(lambda y: [0, 0, 1][y.argmax() // 10**9]),
     "numpy in a try": tried(lambda y: np.asarray(y.detach()).max() > 50),
-    "tolist in a try": tried(lambda y: y.detach().tolist()[0] == 50),
-    "allclose in a try": tried(lambda y: torch.allclose(y, y + 1)),
     "requires_grad": lambda y: not isinstance(y.requires_grad, bool),
-    "dtype": lambda y: y.dtype == torch.float16,
-    "device": lambda y: y.device.type == "cuda",
-    "is_cuda": lambda y: y.is_cuda,
     "grad_fn": lambda y: y.grad_fn is None,
     "data_ptr": tried(lambda y: y.data_ptr() == 0),
-    "is_contiguous": lambda y: not y.is_contiguous(),
 }
 FACTORS = {
     "as_tensor": lambda x: torch.as_tensor(x).mean(),
     "tensor": lambda x: torch.tensor(x).mean(),
     "Tensor": lambda x: torch.Tensor(x).mean(),
     "arange of its type": lambda x: torch.arange(SIZE, dtype=x.dtype),
-    "ones of its type": lambda x: torch.ones(SIZE, 1, 1, dtype=x.dtype, device=x.device),
     "full of its largest": lambda x: torch.full((SIZE, 1, 1), x.max()),
     "full of an item": lambda x: torch.full((SIZE, 1, 1), float(x.max()), dtype=torch.float64),
-    "asarray": lambda x: torch.asarray(x).mean(),
     "numpy": lambda x: float(np.asarray(x).mean()),
     "from numpy": lambda x: torch.from_numpy(x.numpy()).mean(),
-    "linspace": lambda x: torch.linspace(0, x.shape[-1], SIZE, dtype=x.dtype),
-    "new_tensor": lambda x: x.new_tensor([2.0]),
     "new_full": lambda x: x.new_full((SIZE, 1, 1), 2.0),
-    "tensor of sizes": lambda x: torch.tensor(x.shape[-2:]).sum(),
     "tensor of an item": lambda x: torch.tensor([x.mean(), x.std()]).sum(),
-    "zeros_like": lambda x: 1 + torch.zeros_like(x),
-    "stack of a list": lambda x: torch.stack([x.mean(), x.std()]).sum(),
     "Parameter": lambda x: nn.Parameter(x.detach()).mean(),
-    "round": lambda x: round(float(x.mean()), 3),
 }
 FORMS = {
     **{name: Form(asks(question)) for name, question in QUESTIONS.items()},

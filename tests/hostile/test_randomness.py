@@ -115,28 +115,16 @@ def varying(make: Any) -> Form:
 FORMS = {
     "gumbel softmax": varying(weighed(lambda m, x: F.gumbel_softmax(m.logits))),
     "rand": varying(weighed(lambda m, x: torch.rand(2, dtype=torch.float64))),
-    "rand_like": varying(weighed(lambda m, x: torch.rand_like(m.logits))),
     "random.random": varying(weighed(lambda m, x: (random.random(), random.random()))),
     "numpy": varying(weighed(lambda m, x: np.random.rand(2))),
     "dropout of weights": varying(weighed(lambda m, x: F.dropout(m.logits, 0.5, training=True))),
-    "randperm": varying(weighed(lambda m, x: torch.randperm(2) + 0.5)),
     "multinomial": varying(weighed(chosen)),
     "uniform_": varying(weighed(lambda m, x: torch.empty(2, dtype=torch.float64).uniform_())),
-    "normal_": varying(weighed(lambda m, x: x.new_empty(2).normal_())),
     "random.choice": varying(weighed(lambda m, x: random.choice([(0.3, 0.7), (0.9, 0.1)]))),
-    "exponential": varying(
-        weighed(lambda m, x: torch.zeros(2, dtype=torch.float64).exponential_())
-    ),
-    "distribution": varying(
-        weighed(lambda m, x: torch.distributions.Normal(m.logits, 1.0).rsample())
-    ),
     "dropout always": varying(between(lambda y: F.dropout(y, 0.5, training=True))),
     "dropout by default": varying(between(lambda y: F.dropout2d(y, 0.5))),
-    "torch.dropout": varying(between(lambda y: torch.dropout(y, 0.5, True))),
-    "alpha dropout": varying(between(lambda y: F.alpha_dropout(y, 0.5, training=True))),
     "rrelu": varying(between(lambda y: F.rrelu(y, training=True))),
     "scalar drawn": varying(between(drawn(lambda: torch.randn((), dtype=torch.float64)))),
-    "channels drawn": varying(between(drawn(lambda: torch.rand(SIZE, 1, 1, dtype=torch.float64)))),
     "shift drawn": varying(between(lambda y: y + torch.randn(1, SIZE, 1, 1, dtype=torch.float64))),
     "channels shuffled": varying(between(lambda y: y[:, torch.randperm(SIZE)])),
     "noisy weight": varying(NoisyWeight),

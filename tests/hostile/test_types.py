@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.hostile.forms import SIZE, Branches, Form, Pair, conv, images
@@ -90,7 +89,6 @@ class Within(Pair):
 
 FORMS = {
     "bytes / 255": single(before(lambda x: x / 255), BYTES, norms=0, told=True),
-    "bytes / 255.0": single(before(lambda x: x / 255.0), BYTES, norms=0, told=True),
     "bytes.float() / 255": single(before(lambda x: x.float() / 255), BYTES, norms=0, told=True),
     "bytes / 255, two branches": single(
         before(lambda x: x / 255, branches=True), BYTES, norms=0, told=True
@@ -99,27 +97,20 @@ FORMS = {
     "bytes * 2, which wrap": single(
         before(lambda x: (x * 2).float()), whole(SIZE, 3, SIZE, SIZE) + 30
     ),
-    "bytes + bytes": single(before(lambda x: (x + x + x).float() / 99), BYTES),
     "bytes // 2": single(before(lambda x: (x // 2).float()), BYTES),
     "negative bytes": single(before(lambda x: (-x).float() / 99), BYTES),
     "int / 3, cut off": single(
         before(lambda x: torch.div(x, 3, rounding_mode="floor").float()),
         whole(SIZE, 3, SIZE, SIZE, dtype=torch.int64),
     ),
-    "float // 0.3": single(before(lambda x: x // 0.3), COLOUR),
-    "remainder": single(before(lambda x: x % 0.3), COLOUR),
     "mask": single(before(lambda x: x * (x > 0)), COLOUR),
     "grey minus a mean of three": single(before(lambda x: x - MEAN), GREY),
-    "grey over a std of three": single(before(lambda x: x / STD), GREY),
     "grey, two branches": single(before(lambda x: (x - MEAN) / STD, branches=True), GREY),
     "colour, mean and std": single(before(lambda x: (x - MEAN) / STD), COLOUR, norms=0, blocks=1),
     "colour, two branches": single(
         before(lambda x: (x - MEAN) / STD, branches=True), COLOUR, norms=0
     ),
     "two colours of one": single(before(lambda x: x[:, :1] * MEAN), COLOUR),
-    "half map, single factor": single(
-        half_of(before(lambda x: x)), HALF, calls=(lambda m: m(HALF),)
-    ),
     "half conv, then single": single(
         half_of(between(lambda m, y: (y * MEAN.new_full((SIZE, 1, 1), 1.1)).half())),
         images().half(),
@@ -135,16 +126,12 @@ FORMS = {
         images().float(),
     ),
     "through half": single(between(lambda m, y: y.half().float()), images().float()),
-    "through int": single(between(lambda m, y: (y * 10).int().float()), images().float()),
     "type_as": single(between(lambda m, y: y.type_as(m.conv.weight)), images().float()),
     "conv in half, norm in single": single(
         lambda: nn.Sequential(conv().half(), ToSingle(), nn.BatchNorm2d(SIZE)), images().half()
     ),
     "conv in double, norm in single": single(
         lambda: nn.Sequential(conv().double(), ToSingle(), nn.BatchNorm2d(SIZE)), images()
-    ),
-    "norm in double": single(
-        lambda: nn.Sequential(conv(), ToDouble(), nn.BatchNorm2d(SIZE).double()), images().float()
     ),
     "complex": single(
         between(lambda m, y: (torch.view_as_complex(torch.stack([y, y], -1)) * 1j).real * -1),
@@ -155,7 +142,6 @@ FORMS = {
         images().float(),
     ),
     "autocast within": single(Within, images().float()),
-    "bool": single(before(lambda x: F.pad((x > 0).float(), [0] * 4)), COLOUR),
 }
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from tests.hostile.forms import SIZE, Branches, Form
 from tests.hostile.judging import exact_or_refused
@@ -105,32 +104,23 @@ def halves(m: Any, x: Any) -> Any:
 FORMS = {
     "relu_ of the input": writes(lambda x, y: x.relu_()),
     "F.relu in place": writes(lambda x, y: F.relu(x, inplace=True)),
-    "nn.ReLU(inplace)": writes(lambda x, y: nn.ReLU(inplace=True)(x)),
     "relu_ of a view": writes(lambda x, y: x.view(SIZE, -1).relu_()),
     "relu_ of a permuted view": writes(lambda x, y: x.permute(0, 2, 3, 1)[..., :4].relu_()),
     "add_ between": writes(lambda x, y: x.add_(y.detach())),
-    "+= between": writes(lambda x, y: x.__iadd__(1.0)),
     "an index set": writes(lambda x, y: x.__setitem__((slice(None), 0), 0.0)),
-    "copy_": writes(lambda x, y: x.copy_(y.detach())),
-    "out=": writes(lambda x, y: torch.add(y.detach(), 1, out=x)),
     "out= by name": writes(lambda x, y: torch.clamp(x, max=0.1, out=x)),
-    "masked_fill_": writes(lambda x, y: x.masked_fill_(x > 0, 0.1)),
     "index_add_": writes(lambda x, y: x.index_add_(1, torch.tensor([0]), x[:, :1].clone())),
     ".data of the input": writes(lambda x, y: x.data.mul_(2), trains=True),
     "set .data of the input": writes(lambda x, y: data_set(x), trains=True),
     "detach of the input": writes(lambda x, y: x.detach().mul_(2)),
     "untyped storage": writes(lambda x, y: x.untyped_storage().fill_(0), trains=True),
-    "foreach": writes(lambda x, y: torch._foreach_mul_([x], 2.0)),
     "numpy memory": writes(lambda x, y: x.detach().numpy().fill(0.5), trains=True),
     "set .data of the map": behind(data_set),
     "detached map": behind(detached),
     "clamp_ of the map": behind(lambda y: y.clamp_(max=0.5)),
     "relu_ of a view of the map": behind(lambda y: y.view(-1).relu_()),
-    "half of the map": behind(lambda y: y[:, ::2].mul_(0.5)),
-    "zero_ of the border": behind(lambda y: y[..., 0].zero_()),
     "sort_ of channels": behind(lambda y: y.copy_(y.detach().clone().flip(1))),
     "set_": behind(by_set, trains=False),
-    "transpose_": behind(lambda y: y.transpose_(2, 3)),
     "transpose_ of channels": behind(lambda y: y.transpose_(1, 2)),
     "after the norm": form(later),
     "a view that is returned": form(returned_view, trains=True),
