@@ -1,11 +1,13 @@
 """Nets of random steps: layers, arithmetic, writes in place, views, children with several ways in.
 
-All maps have CHANNELS channels and keep their size, so any step may read any value.
+All maps have CHANNELS channels and keep their size, so any step may read any value. They have as
+many rows, columns and images: an axis that is taken for another fits too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
@@ -13,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHANNELS = 4
+from tests.ranked_layers import RANKED
+
+CHANNELS = 8
 C = CHANNELS
 
 
@@ -79,11 +83,11 @@ LAYERS: dict[str, Callable[[Random], nn.Module]] = {
     "average": lambda random: nn.AvgPool2d(3, 1, 1, count_include_pad=random.random() < 0.5),
     "largest": lambda random: nn.MaxPool2d(3, 1, 1),
     "dropout": lambda random: nn.Dropout2d(0.3, inplace=random.random() < 0.5),
-    "transposed": lambda random: nn.ConvTranspose2d(C, C, 3, padding=1, groups=2),
     "pair": pair,
     "residual": lambda random: Residual(*pair(random)),
     "shuffled": shuffled,
     "padded": padded,
+    **{name: partial(make, size=C) for name, make in RANKED.items()},
 }  # called with one map
 OTHER_LAYERS: dict[str, Callable[[Random], nn.Module]] = {
     "by keyword": conv,

@@ -29,7 +29,7 @@ NETS = steps(KINDS, steps(KINDS, steps(FLAT, st.just(()))))
 
 def images() -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, CHANNELS, 8, 8, generator=generator, dtype=torch.float64)
+    return torch.randn([CHANNELS] * 4, generator=generator, dtype=torch.float64)
 
 
 def outputs(net: nn.Module) -> Tensor:
