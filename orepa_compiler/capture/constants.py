@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from orepa_compiler.capture.kinds import READ
 from orepa_compiler.errors import NotLinear
 
 # Of a map, without a look at its values: known to be that of the constant beside it.
@@ -21,6 +22,7 @@ _FACTS = {"shape", "dtype", "device"}
 _FORM = {"dtype", "device", "shape", "ndim", "size", "dim"}
 _CASTS = {"to", "type_as"}
 _VIEWS = {"view", "reshape", torch.reshape}
+_RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "poisson")
 _PURE = {"torch", "_operator", "builtins", "math"}
 _WRITES = {
     "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
@@ -89,7 +91,7 @@ def reads_form(node: fx.Node) -> bool:
     """Whether a node asks for the form of a map or a weight, and for none of its values."""
     if node.op == "call_method":
         return node.target in _FORM
-    return node.target is getattr and node.args[1] in _FORM
+    return node.target is READ and node.args[1] in _FORM
 
 
 def writes(node: fx.Node) -> bool:
@@ -105,7 +107,8 @@ def _is_constant(node: fx.Node, found: set[fx.Node]) -> bool:
         return False
     if _is_fact(node) or _is_width(node):
         return True
-    if writes(node) or not _is_pure(node):
+    name = str(getattr(node.target, "__name__", node.target))
+    if writes(node) or not _is_pure(node) or any(word in name for word in _RANDOM):
         return False
     operands = node.all_input_nodes
     if node.target in _CASTS:
@@ -121,7 +124,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 def _is_fact(node: fx.Node) -> bool:
     """x.dtype, x.device, x.shape: for a cast, or for the width of a view."""
-    if node.target is not getattr or node.args[1] not in _FACTS:
+    if node.target is not READ or node.args[1] not in _FACTS:
         return False
     return node.args[1] != "shape" or all(map(_is_width, node.users))
 
@@ -131,7 +134,7 @@ def _is_width(node: fx.Node) -> bool:
     if node.args[1:] != (1,) or not isinstance(source := node.args[0], fx.Node):
         return False
     asked = node.target == "size"
-    if node.target is operator.getitem and source.target is getattr:
+    if node.target is operator.getitem and source.target is READ:
         asked, source = source.args[1] == "shape", source.args[0]
     return (
         asked

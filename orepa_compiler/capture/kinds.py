@@ -26,6 +26,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("T", "mT", "H", "mH", "data", "real", "imag"), Tensor),
 }
 _NUMBERS = (bool, int, float)
+READ = getattr  # while a forward is traced, the name means another function
 
 
 def kind_of(node: fx.Node) -> type | None:
@@ -55,7 +56,7 @@ def _of_method(name: str, node: fx.Node) -> type | None:
 
 def _of_function(node: fx.Node) -> type | None:
     function: Any = node.target
-    if function is getattr:
+    if function is READ:
         return _ATTRIBUTES.get(str(node.args[1]))
     if function is operator.getitem:
         return _of_item(node)

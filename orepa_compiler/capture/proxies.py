@@ -194,7 +194,7 @@ def _check_known(value: Proxy, name: str) -> None:
 def _is_callable(value: Any) -> bool:
     if type(value) in (Proxy, Attribute) and _asked_of_a_value(value, sys._getframe(1)):
         kind = kind_of(value.node)
-        return _callable(value) if kind is None else hasattr(kind, "__call__")  # noqa: B004
+        return kind is None or any("__call__" in vars(cls) for cls in kind.__mro__)
     return _callable(value)
 
 

@@ -90,6 +90,8 @@ class Retracing:
     def _other_ways(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
         """What does not hold where the model is called with other arguments."""
         kept: dict[str, str] = {}
+        if any(_writes_anew(step, edit) for edit in wanted.edits):
+            return Found({}, {})  # a forward written anew refuses other calls itself
         for what, arguments in other_calls(captured):
             recording = replace(self.recording, arguments=(arguments,))
             other = self._captured(step, model, recording=recording)
@@ -213,7 +215,7 @@ def _parted(before: Capture, after: Capture) -> Iterator[str]:
 
 
 def _form(graph: fx.Graph) -> tuple[Any, ...]:
-    return dataflow(graph), seen_of(graph).reads, seen_of(graph).does
+    return dataflow(graph), seen_of(graph).reads
 
 
 def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
@@ -232,6 +234,13 @@ def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
         arguments = fx.node.map_arg((node.args, node.kwargs), known)
         flow.append((node.op, str(node.target), str(arguments)))
     return flow
+
+
+def _writes_anew(step: Step, edit: Edit) -> bool:
+    """Whether an edit writes the forward of the model itself anew, from its graph."""
+    touched = touched_by(step, edit)
+    is_graph = not touched.modules or edit.options.get("kind") == "graph"
+    return touched.owner == "" and is_graph
 
 
 def _blamed(step: Step, captured: Capture, owner: str, wanted: Plan) -> set[str]:

@@ -135,7 +135,7 @@ def test_a_conv_that_is_run_out_of_a_closure_is_not_expanded() -> None:
     plan = orepa.plan(net)
     assert not plan.edits
     (refusal,) = plan.refusals
-    assert "which is not registered inside of it" in refusal.reason
+    assert "is not installed as a submodule" in refusal.reason
 
 
 def test_convs_that_are_run_from_lists_and_dicts_are_expanded_and_train() -> None:
