@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -299,11 +300,8 @@ def _sets_seen(effects: Effects) -> Iterator[None]:
         effects.set_on(module, name, value)
         put(module, name, value)
 
-    nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
-    try:
+    with mock.patch.object(nn.Module, "__setattr__", setting):
         yield
-    finally:
-        nn.Module.__setattr__ = put  # type: ignore[method-assign]
 
 
 def _random_states() -> tuple[Any, Any, Any]:

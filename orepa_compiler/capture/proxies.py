@@ -65,7 +65,10 @@ class Proxy(fx.Proxy):
     """A stand-in that records `x += y`, `x[i] = y` and `x.a = y` as what they are.
 
     fx alone would write down x + y, refuse the second, and forget the third.
+    tracer: has `stopped`, `attributes_set` and `attribute_of` beside what fx asks of one.
     """
+
+    tracer: Any
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._is_now(write_, index, value)
@@ -106,7 +109,7 @@ class Attribute(Proxy):
         self._node: fx.Node | None = None
 
     @property
-    def node(self) -> fx.Node:  # type: ignore[override]
+    def node(self) -> fx.Node:
         if self._node is None:
             read = self.tracer.create_proxy("call_function", _getattr, (self.root, self.attr), {})
             self._node = read.node

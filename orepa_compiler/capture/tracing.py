@@ -174,7 +174,7 @@ class _ChildrenAreLeaves(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if m not in self.submodule_paths and (path := self.around.modules.get(id(m))):
+        if m not in (self.submodule_paths or {}) and (path := self.around.modules.get(id(m))):
             assert self.effects is not None
             self.effects.reads.update([path, *_paths_inside(self.around, m)])
             raise self.stopped(f"it calls {path}, which is not registered inside of it")
