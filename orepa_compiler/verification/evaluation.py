@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -24,6 +24,7 @@ from orepa_compiler.verification.nesting import (
     others_in,
     tensors_in,
 )
+from orepa_compiler.verification.undoing import Snapshot
 
 Batch = tuple[Any, ...]  # the positional arguments of one call
 
@@ -119,19 +120,44 @@ def refuse_unusable(role: str, function: Any, batches: list[Batch]) -> None:
 
 @contextmanager
 def evaluation_mode(*functions: Any) -> Iterator[None]:
-    """Every submodule in eval mode inside, and in the mode it had before after it.
+    """Every module as its own eval() leaves it inside, and as it was before after it.
 
-    Only the flags are set: a model's own train() may do more, such as merging weights.
+    A model's own train() may keep a norm as in training, or merge weights: what its eval() changed,
+    in flags, attributes, registrations and values, is put back bit by bit.
     """
-    children = [child for f in functions if isinstance(f, nn.Module) for child in f.modules()]
-    before = [child.training for child in children]
+    roots = [f for f in functions if isinstance(f, nn.Module)]
+    with ExitStack() as stack:
+        for root in roots:
+            stack.enter_context(_evaluating(root))
+        yield
+
+
+@contextmanager
+def _evaluating(root: nn.Module) -> Iterator[None]:
+    before = [(child, child.training) for child in root.modules()]
+    # The base class sets flags and nothing else: no copy of the weights is needed then.
+    switching = [m for child, _ in before if _switches(child) for m in child.modules()]
+    snapshot = Snapshot.of(list(dict.fromkeys(switching)))
+    undo: list[Callable[[], None]] = []
     try:
-        for child in children:
-            child.training = False
+        try:
+            root.eval()
+        finally:
+            undo += snapshot.changes()
+            del snapshot  # the copies of what did not change are free again
         yield
     finally:
-        for child, flag in zip(children, before, strict=True):
+        for put_back in undo:
+            put_back()
+        for child, flag in before:
             child.training = flag
+
+
+def _switches(module: nn.Module) -> bool:
+    """Whether a module does more than set flags when its mode changes."""
+    kind = type(module)
+    own = kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+    return own or not {"train", "eval"}.isdisjoint(vars(module))
 
 
 @torch.no_grad()
