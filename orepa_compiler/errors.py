@@ -27,6 +27,10 @@ class CheckpointError(ReparamError):
     """A checkpoint that cannot be read, or that belongs to another model."""
 
 
+class NoVerdict(ReparamError):
+    """A comparison that cannot be judged, as with a reference that is random: not a pass."""
+
+
 class ExportError(ReparamError):
     """An artifact that could not be written, or that would not be what was asked for."""
 

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "dependencies", "atomic", "algebra"),
+    ("errors", "dependencies", "atomic", "schemas", "algebra"),
     ("capture", "branches"),
     ("generation", "rewrite", "selection"),
     ("blocks",),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.verification.evaluation import evaluation_mode
+from orepa_compiler.verification.modes import evaluation_mode
 
 
 class KeepsItsNorm(nn.Sequential):
