@@ -21,6 +21,7 @@ from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan, recorded_plans
+from orepa_compiler.schemas import read_json
 from orepa_compiler.verification.comparison import size_of
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors, named_leaves
@@ -111,10 +112,7 @@ class Certificate:
     @classmethod
     def from_json(cls, text: str) -> Certificate:
         """The certificate that to_json wrote. Raises ReparamError for anything else."""
-        try:
-            return cls(tuple(BlockCertificate(**block) for block in json.loads(text)))
-        except (TypeError, ValueError) as error:
-            raise ReparamError(f"this is not a certificate: {error}") from error
+        return cls(tuple(read_json(text, list[BlockCertificate], what="this is not a certificate")))
 
 
 def certify(model: nn.Module, deploy: nn.Module, inputs: Any) -> Certificate:

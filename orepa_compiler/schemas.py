@@ -30,7 +30,7 @@ def read_json(
     Keys that the dataclass does not know are left out: a later version may write more.
     Raises `error` for everything else, with the place in the text.
     """
-    parsed(text, what=what, error=error)
+    parsed(text, what=what, error=error, kind=_kind(schema))
     try:
         return _adapter(schema).validate_json(text, strict=True)  # type: ignore[arg-type]
     except ValidationError as found:
@@ -40,18 +40,29 @@ def read_json(
 
 
 def parsed(
-    text: str | bytes, *, what: str, error: type[ReparamError] = ReparamError
-) -> dict[str, Any]:
-    """The JSON object that `text` is. Raises `error` for all else: too long, too deep, another."""
+    text: str | bytes,
+    *,
+    what: str,
+    error: type[ReparamError] = ReparamError,
+    kind: type = dict,
+) -> Any:
+    """The JSON object, or list, that `text` is. Raises `error` for all else, too long or deep."""
     if len(text) > MOST_CHARACTERS:
         raise error(f"{what}: has {len(text):,} characters, more than {MOST_CHARACTERS:,}")
     try:
         data = from_json(text, allow_inf_nan=False)
     except (ValueError, TypeError) as reason:  # a lone surrogate is no text either
         raise error(f"{what}: is not whole JSON ({reason})") from reason
-    if not isinstance(data, dict):
-        raise error(f"{what}: is JSON, but a {type(data).__name__} and no object")
+    if not isinstance(data, kind):
+        raise error(f"{what}: is JSON, but a {type(data).__name__} and no {_NAMES[kind]}")
     return data
+
+
+_NAMES = {dict: "object", list: "list"}
+
+
+def _kind(schema: Any) -> type:
+    return list if getattr(schema, "__origin__", None) is list else dict
 
 
 def _said(problem: Any) -> str:

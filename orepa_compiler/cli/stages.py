@@ -224,7 +224,9 @@ class _Export:
     def write_manifest(self, steps: list[Step]) -> Step:
         request, path = self.request, manifest_path(self.request.onnx)
         files: list[tuple[Role, Path]] = [("onnx", request.onnx)]
-        files += [("weights", request.onnx.with_name(n)) for n in _weights_files(request.onnx)]
+        files += [
+            ("weights", request.onnx.resolve().parent / n) for n in _weights_files(request.onnx)
+        ]
         if request.checkpoint:
             files.append(("checkpoint", request.checkpoint))
         if any(step.name == "build engine" and step.verdict == "done" for step in steps):

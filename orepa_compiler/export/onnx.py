@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from orepa_compiler.atomic import staged
+from orepa_compiler.atomic import real_target, staged
 from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
@@ -83,6 +83,7 @@ def export_onnx(
     without onnx and onnxscript, or with simplify without onnxsim and onnxruntime.
     """
     target, opset = Path(path), _checked_opset(opset, precision)
+    real = real_target(target)
     check_ready(model)
     batch, dtype, kept = first_batch(inputs), PRECISIONS[precision], kept_modules(model, keep_fp32)
     batches = calibration_batches(calibration, batch) if precision == "int8" else []
@@ -117,7 +118,7 @@ def export_onnx(
         step("checking the file")
         record_weights(draft)
         check_artifact(draft, expected)
-    remove_stale(target)
+    remove_stale(real)
     return target
 
 
