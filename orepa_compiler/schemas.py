@@ -58,7 +58,7 @@ def parsed(
     return data
 
 
-_NAMES = {dict: "object", list: "list"}
+_NAMES: dict[type, str] = {dict: "object", list: "list"}
 
 
 def _kind(schema: Any) -> type:

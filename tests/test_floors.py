@@ -26,7 +26,7 @@ FLOORS = (
     ("passes",),
     (
         *("preconditions", "compiler", "checkpoints", "model_source", "reference", "export"),
-        *("certificate", "locating", "report", "testing"),
+        *("certificate", "locating", "report", "sides", "testing"),
     ),
     ("__init__", "cli"),
 )
