@@ -14,7 +14,7 @@ from orepa_compiler.cli.arguments import ExitCode, NotVerified, random_inputs
 from orepa_compiler.cli.inputs import load_inputs
 from orepa_compiler.cli.junit import write_junit
 from orepa_compiler.cli.pages import page_of_comparison
-from orepa_compiler.cli.sides import inputs_of_files, load_side
+from orepa_compiler.cli.sides import check_checkpoint, inputs_of_files, load_side
 from orepa_compiler.cli.summary import (
     cases_of_report,
     divergence_data,
@@ -56,6 +56,8 @@ def compare_sides(
     reference, candidate: what each is, and its checkpoint. Raises ReparamError for a mistake, and
     NotVerified where the comparison cannot be made.
     """
+    for side in (reference, candidate):
+        check_checkpoint(*side)
     inputs = _inputs((reference[0], candidate[0]), data, shapes, batch)
     left = load_side(*reference, inputs=inputs[0], allow_pickle=allow_pickle)
     right = load_side(*candidate, inputs=inputs[0], allow_pickle=allow_pickle)

@@ -39,8 +39,7 @@ def load_side(
             return model
         with announced(f"collapsing {name}"):
             return collapse(model, inputs=inputs)
-    if checkpoint is not None:
-        raise ReparamError(f"{source}: an exported file holds its weights; leave out {checkpoint}")
+    check_checkpoint(source, checkpoint)
     try:
         if name.endswith(ENGINES):
             _refuse(source, form)
@@ -51,6 +50,13 @@ def load_side(
     except (MissingPackage, NotRun) as error:
         reason = str(error)
         raise NotVerified(reason if name in reason else f"{source}: {reason}") from error
+
+
+def check_checkpoint(source: str, checkpoint: Path | None) -> None:
+    """Raises ReparamError for a checkpoint of an exported file."""
+    name, _ = _split(source)
+    if checkpoint is not None and (name.endswith(".onnx") or name.endswith(ENGINES)):
+        raise ReparamError(f"{source}: an exported file holds its weights; leave out {checkpoint}")
 
 
 def side_file(source: str) -> Path:
