@@ -43,5 +43,9 @@ class NothingExpandedWarning(UserWarning):
     """expand gave back a model without a block: it trains as it was; the message says why."""
 
 
+class Int8RangeWarning(UserWarning):
+    """An int8 file that loses most channels of a layer; the message says which, and what helps."""
+
+
 class NotRun(ExportError):
     """What is needed to run an artifact is not here (a GPU, a provider): no verdict on it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from os import PathLike
@@ -15,12 +16,13 @@ from torch.export import ExportedProgram
 from orepa_compiler.atomic import real_target, staged
 from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.dependencies import import_extra
-from orepa_compiler.errors import ExportError
+from orepa_compiler.errors import ExportError, Int8RangeWarning
 from orepa_compiler.export.annotation import annotate, name_values
 from orepa_compiler.export.artifact import Expected, check_artifact
 from orepa_compiler.export.counting import Counts
 from orepa_compiler.export.external_data import name_by_content, remove_stale
 from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.int8_ranges import advice, lost_channels
 from orepa_compiler.export.precision import (
     ELEMENT_TYPES,
     PRECISIONS,
@@ -119,6 +121,8 @@ def export_onnx(
         record_weights(draft)
         check_artifact(draft, expected)
     remove_stale(real)
+    if said := advice(lost_channels(typed, batches, keep=kept)):
+        warnings.warn(f"{target}: {said}", Int8RangeWarning, stacklevel=2)
     return target
 
 
