@@ -163,6 +163,7 @@ def _outputs(samples: Samples, found: list[Outputs], factor: float) -> Iterator[
                 factor,
                 right.decisions_of(index).get(name),
                 right.unclear_of(index).get(name),
+                right.noise_name,
             )
         for name, leaf in theirs.leaves.items():
             if name not in ours.leaves:

@@ -20,7 +20,8 @@ class Comparison:
     truth: in float64. noisy: the reference's values in the dtype `working`, once or more; none
     where there is no module to measure noise on. precision: the dtype that was asked for, if any.
     origins: by role, the first module whose output is not finite. decision: what a mask or an index
-    was decided on; unclear: where it may be another, if that is not known.
+    was decided on; unclear: where it may be another, if that is not known. noise_name: what the
+    noise is of, where it is no dtype's.
     """
 
     name: str
@@ -35,6 +36,12 @@ class Comparison:
     factor: float
     decision: Decision | None = None
     unclear: Tensor | None = None
+    noise_name: str = ""
+
+    @property
+    def noise_of(self) -> str:
+        """What the noise is of, in words: a dtype, or what it was made for."""
+        return self.noise_name or short(self.working)
 
     def row(
         self,

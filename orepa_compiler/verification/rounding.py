@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.verification.compared_output import Comparison, short, size_of, wide
+from orepa_compiler.verification.compared_output import Comparison, size_of, wide
 from orepa_compiler.verification.verdict import Row
 
 # How much worse than the reference a right candidate may be. On models with random norms (ResNet,
@@ -48,7 +48,7 @@ def measure(output: Comparison) -> Row:
     agreement, margin = _top1(values, truth)
     own_error = distance(wide(output.reference), truth) / size
     reason = (
-        too_noisy(noise, output.working)
+        too_noisy(noise, output.noise_of)
         or _constant(values, truth, 2 * base * size)
         or _too_far(error, tolerance, values, truth)
         or _wrong_class(agreement, margin / size, tolerance)
@@ -90,12 +90,12 @@ def _top1(values: Tensor, truth: Tensor) -> tuple[float | None, float]:
     return float((margins == 0).double().mean()), float(margins.max())
 
 
-def too_noisy(noise: float, working: torch.dtype) -> str:
+def too_noisy(noise: float, working: str) -> str:
     """Why noise of this size allows no verdict; "" where it does."""
     if noise <= MAX_TOLERANCE:
         return ""
     return (
-        f"the reference's own error in {short(working)} is {noise:.1e} of the output's size, above "
+        f"the reference's own error in {working} is {noise:.1e} of the output's size, above "
         f"{MAX_TOLERANCE:g}: no verdict; compare in a higher precision or on more inputs"
     )
 

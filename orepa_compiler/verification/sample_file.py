@@ -51,6 +51,7 @@ class _About:
     working: Precision
     precision: Precision | None
     notes: list[str]
+    noise_name: str = ""
 
 
 def save_samples(samples: Samples, path: Path) -> None:
@@ -73,7 +74,9 @@ def save_samples(samples: Samples, path: Path) -> None:
         ours = lean.expected[index]
         batches.append(_Batch(lean.made[index], ours.form, list(ours.leaves), structures, noise))
     precision = _name(lean.precision) if lean.precision else None
-    about = _About(_FORMAT, batches, _name(lean.truth.working), precision, list(lean.truth.notes))
+    truth = lean.truth
+    working, notes = _name(truth.working), list(truth.notes)
+    about = _About(_FORMAT, batches, working, precision, notes, truth.noise_name)
     path.write_bytes(save(tensors, {_KEY: json.dumps(asdict(about))}))
 
 
@@ -156,6 +159,7 @@ def _samples(about: _About, groups: Groups, path: Path) -> Samples:
         tuple(about.notes),
         decisions,
         tuple(groups.get((i, "unclear"), {}) for i in count),
+        about.noise_name,
     )
     batches = [
         rebuilt(about.batches[i].inputs, groups.get((i, "input"), {}), what=f"{path}: batch {i}")

@@ -53,6 +53,7 @@ class Truth:
     outputs: in float64. noisy: once or more in the dtype `working`, where the noise shows; none
     where there is no module to evaluate. decisions: of each batch, what masks and indices were
     decided on. unclear: of each batch, where those that could not be followed may be either.
+    noise_name: what the noise is of, where it is not the dtype's own.
     """
 
     outputs: list[Outputs]
@@ -61,6 +62,7 @@ class Truth:
     notes: tuple[str, ...] = ()
     decisions: tuple[dict[str, Decision], ...] = ()
     unclear: tuple[dict[str, Tensor], ...] = ()
+    noise_name: str = ""
 
     def decisions_of(self, batch: int) -> dict[str, Decision]:
         """By name, what the outputs of a batch were decided on."""

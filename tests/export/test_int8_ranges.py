@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 import orepa_compiler as orepa
+from orepa_compiler.export.dithering import NOISE_NAME
 from orepa_compiler.export.int8_ranges import advice, lost_channels
+from orepa_compiler.verification import judge, take_samples
 
 
 def net(spread: float) -> nn.Sequential:
@@ -47,3 +50,14 @@ def test_an_export_that_loses_them_says_so(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         orepa.export_onnx(net(1.0), X, path, **options)  # type: ignore[arg-type]
         orepa.export_onnx(net(1e6), X, path, keep_fp32="2", **options)  # type: ignore[arg-type]
+
+
+def test_noise_of_int8_that_allows_no_verdict_is_called_so() -> None:
+    samples = take_samples(net(1.0), X)
+    (noisy,) = (
+        [replace(out, leaves={"output": out.leaves["output"] * 2}) for out in outputs]
+        for outputs in samples.truth.noisy[:1]
+    )
+    truth = replace(samples.truth, noisy=[noisy], noise_name=NOISE_NAME)
+    report = judge(replace(samples, truth=truth), net(1.0))
+    assert "the reference's own error in int8 with these ranges is 1.0e+00" in report.verdict
