@@ -34,13 +34,17 @@ from orepa_compiler.compiler import expand as expand
 from orepa_compiler.compiler import plan as plan
 from orepa_compiler.errors import CheckpointError as CheckpointError
 from orepa_compiler.errors import ExportError as ExportError
+from orepa_compiler.errors import Int8RangeWarning as Int8RangeWarning
 from orepa_compiler.errors import MissingPackage as MissingPackage
 from orepa_compiler.errors import NothingExpandedWarning as NothingExpandedWarning
 from orepa_compiler.errors import NotLinear as NotLinear
+from orepa_compiler.errors import NoVerdict as NoVerdict
 from orepa_compiler.errors import ReparamError as ReparamError
 from orepa_compiler.errors import TrainingFormWarning as TrainingFormWarning
 from orepa_compiler.export.audit import audit_half as audit_half
 from orepa_compiler.export.onnx import export_onnx as export_onnx
+from orepa_compiler.export.runners import OnnxRunner as OnnxRunner
+from orepa_compiler.export.runners import TensorRTRunner as TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine as build_engine
 from orepa_compiler.passes import COLLAPSE as COLLAPSE
 from orepa_compiler.passes import EXPAND as EXPAND
@@ -48,10 +52,10 @@ from orepa_compiler.passes import Pipeline as Pipeline
 from orepa_compiler.planning import Plan as Plan
 from orepa_compiler.planning import recorded_plans as recorded_plans
 from orepa_compiler.reference import load_reference as load_reference
+from orepa_compiler.sides import verify as verify
 from orepa_compiler.training.branch_history import BranchHistory as BranchHistory
 from orepa_compiler.training.optimizer_mapping import map_optimizer as map_optimizer
 from orepa_compiler.training.parameter_groups import param_groups as param_groups
 from orepa_compiler.training.stepping import kernels_once as kernels_once
-from orepa_compiler.verification import verify as verify
 
 __version__ = "0.1.0"

@@ -27,6 +27,7 @@ from orepa_compiler.compiler import collapsed_by
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.collapse.folds import Fold, fold_of
 from orepa_compiler.planning import Edit, Plan, recorded_plans
+from orepa_compiler.schemas import read_json
 from orepa_compiler.validation.agreement import largest_error, stale_modules
 from orepa_compiler.validation.behaviour import Call, behaviour
 from orepa_compiler.validation.blame import place_of
@@ -169,14 +170,10 @@ class Certificate:
     @classmethod
     def from_json(cls, text: str) -> Certificate:
         """The certificate that to_json wrote. Raises ReparamError for anything else."""
-        try:
-            data = json.loads(text)
-            data = {"blocks": data} if isinstance(data, list) else data  # of an earlier version
-            blocks = tuple(BlockCertificate(**block) for block in data["blocks"])
-            forward = data.get("forward")
-            return cls(blocks, forward and ForwardCertificate(**forward))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ReparamError(f"this is not a certificate: {error}") from error
+        what = "this is not a certificate"
+        if text.lstrip().startswith("["):  # of an earlier version, which knew no forward
+            return cls(tuple(read_json(text, list[BlockCertificate], what=what)))
+        return read_json(text, cls, what=what)
 
 
 def certify(model: nn.Module, deploy: nn.Module, inputs: Any) -> Certificate:

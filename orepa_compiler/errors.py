@@ -27,6 +27,10 @@ class CheckpointError(ReparamError):
     """A checkpoint that cannot be read, or that belongs to another model."""
 
 
+class NoVerdict(ReparamError):
+    """A comparison that cannot be judged, as with a reference that is random: not a pass."""
+
+
 class ExportError(ReparamError):
     """An artifact that could not be written, or that would not be what was asked for."""
 
@@ -37,6 +41,10 @@ class TrainingFormWarning(UserWarning):
 
 class NothingExpandedWarning(UserWarning):
     """expand gave back a model without a block: it trains as it was; the message says why."""
+
+
+class Int8RangeWarning(UserWarning):
+    """An int8 file that loses most channels of a layer; the message says which, and what helps."""
 
 
 class NotRun(ExportError):

@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import fx, nn
 
 from orepa_compiler.errors import CheckpointError, ReparamError
+from orepa_compiler.schemas import parsed, read_json
 
 _FORMAT = 1
 _ATTRIBUTE = "_orepa_plans"
@@ -101,27 +102,15 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that to_json wrote. Raises CheckpointError for anything else."""
-        try:
-            data = json.loads(text)
-            if data["format"] != _FORMAT:
-                raise CheckpointError(
-                    f"the plan has format {data['format']}, this version reads {_FORMAT}; "
-                    "use the version of orepa-compiler that wrote it"
-                )
-            edits = [
-                Edit(
-                    **{
-                        **edit,
-                        "parameters": tuple(edit["parameters"]),
-                        "macs": edit["macs"] and tuple(edit["macs"]),
-                    }
-                )
-                for edit in data["edits"]
-            ]
-            refusals = tuple(Refusal(**refusal) for refusal in data["refusals"])
-            return cls(tuple(edits), refusals, str(data.get("checked", "")))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"this is not a plan: {error!r}") from error
+        data = parsed(text, what="this is not a plan", error=CheckpointError)
+        if "format" not in data:
+            raise CheckpointError("this is not a plan: format is missing")
+        if data["format"] != _FORMAT:
+            raise CheckpointError(
+                f"the plan has format {data['format']!r}, this version reads {_FORMAT}; "
+                "use the version of orepa-compiler that wrote it"
+            )
+        return read_json(text, cls, what="this is not a plan", error=CheckpointError)
 
     def __rich__(self) -> Group:
         parts: list[Any] = [Text(self.summary(), style="bold")]

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.locating import explain_report
+from orepa_compiler.sides import runner_of
 from orepa_compiler.verification import NOISE_FACTOR, Report, verify
 from orepa_compiler.verification.divergence import Divergence, plain_map
-
-_ENGINES = (".engine", ".plan", ".trt")
 
 
 def assert_equivalent(
@@ -41,19 +38,12 @@ def assert_equivalent(
     where they differ; ReparamError where they cannot be compared: that is no pass either.
     """
     __tracebackhide__ = True  # pytest then shows the line of the test
-    left, right = _runner(model), _runner(deploy)
+    left, right = runner_of(model), runner_of(deploy)
     options: dict[str, Any] = {"truth": truth, "precision": precision, "factor": factor}
     report = verify(left, right, inputs, stress=stress, **options)
     if not report:
         raise AssertionError(f"{report}\n{_where(left, right, inputs, report, precision)}")
     return report
-
-
-def _runner(side: Any) -> Callable[..., Any]:
-    if not isinstance(side, (str, PathLike)):
-        return side
-    path = Path(side)
-    return TensorRTRunner(path) if path.suffix in _ENGINES else OnnxRunner(path)
 
 
 def _where(left: Any, right: Any, inputs: Any, report: Report, precision: str | None) -> str:

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "dependencies", "atomic", "algebra"),
+    ("errors", "dependencies", "atomic", "schemas", "algebra"),
     ("capture", "branches"),
     ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),
@@ -29,7 +29,7 @@ FLOORS = (
     ("passes",),
     (
         *("preconditions", "compiler", "checkpoints", "model_source", "reference", "export"),
-        *("certificate", "locating", "report", "testing"),
+        *("certificate", "locating", "report", "sides", "testing"),
     ),
     ("__init__", "cli"),
 )

@@ -80,7 +80,7 @@ BAD = {
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)
 def test_what_is_not_a_plan(text: str) -> None:
-    with pytest.raises(CheckpointError, match=r"^this is not a plan: \w+\("):
+    with pytest.raises(CheckpointError, match=r"^this is not a plan: "):
         Plan.from_json(text)
 
 

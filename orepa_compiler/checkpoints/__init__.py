@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,20 @@ from orepa_compiler.checkpoints.weights import PLAN_KEY, has_plan, load_weights
 from orepa_compiler.compiler import replay
 from orepa_compiler.errors import CheckpointError, ReparamError
 from orepa_compiler.planning import Plan, recorded_plans
+from orepa_compiler.schemas import read_json
 
 _FORMAT = 1
+
+# What a plan of another model, or a spoilt one, makes the passes raise.
+_UNFIT = (ReparamError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What stands beside the weights. plans: each as its own JSON."""
+
+    format: int
+    plans: list[str]
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
@@ -31,7 +44,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     gathered: every process calls save, and the first one writes.
 
     Raises CheckpointError for a model wrapped by DDP or torch.compile, or without values;
-    ExportError when the path cannot be written.
+    ExportError when the path cannot be written, or the disk is full.
     """
     path = Path(path)
     state = model.state_dict()
@@ -77,7 +90,7 @@ def load(
     for plan in _plans(path):
         try:
             model = replay(model, plan, block=block)
-        except (ReparamError, AttributeError) as error:
+        except _UNFIT as error:
             raise CheckpointError(
                 f"{path}: its plan does not fit {type(stock).__name__} ({error}); "
                 "name the model that this checkpoint was trained with"
@@ -98,15 +111,15 @@ def _stock(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 def _plans(path: Path) -> list[Plan]:
     with safe_open(path, framework="pt") as file:
         text = file.metadata()[PLAN_KEY]
+    about = read_json(text, _About, what=f"{path}: its plan", error=CheckpointError)
+    if about.format != _FORMAT:
+        raise CheckpointError(
+            f"{path}: has checkpoint format {about.format}, this version reads {_FORMAT}"
+        )
     try:
-        data = json.loads(text)
-        if data["format"] != _FORMAT:
-            raise CheckpointError(
-                f"{path}: has checkpoint format {data['format']}, this version reads {_FORMAT}"
-            )
-        return [Plan.from_json(plan) for plan in data["plans"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its plan cannot be read ({error!r})") from error
+        return [Plan.from_json(plan) for plan in about.plans]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from orepa_compiler.cli.arguments import ExitCode, NotVerified, random_inputs
 from orepa_compiler.cli.inputs import load_inputs
 from orepa_compiler.cli.junit import write_junit
 from orepa_compiler.cli.pages import page_of_comparison
-from orepa_compiler.cli.sides import load_side
+from orepa_compiler.cli.sides import check_checkpoint, inputs_of_files, load_side
 from orepa_compiler.cli.summary import (
     cases_of_report,
     divergence_data,
@@ -31,6 +31,9 @@ from orepa_compiler.verification import Report, verify
 from orepa_compiler.verification.divergence import Divergence
 
 Batch = tuple[Tensor, ...]
+
+# Of a model, where neither a shape nor a file says another.
+DEFAULT_SHAPE = (3, 224, 224)
 
 
 def compare_sides(
@@ -53,7 +56,9 @@ def compare_sides(
     reference, candidate: what each is, and its checkpoint. Raises ReparamError for a mistake, and
     NotVerified where the comparison cannot be made.
     """
-    inputs = load_inputs(data, batch) if data else [random_inputs(shapes, batch)]
+    for side in (reference, candidate):
+        check_checkpoint(*side)
+    inputs = _inputs((reference[0], candidate[0]), data, shapes, batch)
     left = load_side(*reference, inputs=inputs[0], allow_pickle=allow_pickle)
     right = load_side(*candidate, inputs=inputs[0], allow_pickle=allow_pickle)
     with announced("comparing"):
@@ -75,6 +80,16 @@ def compare_sides(
     if picture and isinstance(found, Divergence):
         save_picture(found, picture)
     return ExitCode.PASS if report else ExitCode.MISMATCH
+
+
+def _inputs(
+    sources: Sequence[str], data: Path | None, shapes: Sequence[tuple[int, ...]], batch: int
+) -> list[Batch]:
+    """The user's own data; else random inputs of the shapes given, or of what a file takes."""
+    if data:
+        return load_inputs(data, batch)
+    found = None if shapes else inputs_of_files(sources, batch)
+    return [found or random_inputs(shapes or [DEFAULT_SHAPE], batch)]
 
 
 def _explained(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from orepa_compiler.cli.arguments import NotVerified, load_source
 from orepa_compiler.compiler import collapse
-from orepa_compiler.errors import MissingPackage, NotRun, ReparamError
+from orepa_compiler.errors import ExportError, MissingPackage, NotRun, ReparamError
+from orepa_compiler.export.latency import example_inputs
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.model_source import FORMS
+from orepa_compiler.sides import ENGINES
 
 SIDES = f"FILE.onnx, FILE.onnx@cuda, FILE.engine, {FORMS}, or such a model with @collapsed"
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ENGINES = (".engine", ".plan", ".trt")
 
 
 def load_side(
@@ -38,8 +39,7 @@ def load_side(
             return model
         with announced(f"collapsing {name}"):
             return collapse(model, inputs=inputs)
-    if checkpoint is not None:
-        raise ReparamError(f"{source}: an exported file holds its weights; leave out {checkpoint}")
+    check_checkpoint(source, checkpoint)
     try:
         if name.endswith(ENGINES):
             _refuse(source, form)
@@ -50,6 +50,13 @@ def load_side(
     except (MissingPackage, NotRun) as error:
         reason = str(error)
         raise NotVerified(reason if name in reason else f"{source}: {reason}") from error
+
+
+def check_checkpoint(source: str, checkpoint: Path | None) -> None:
+    """Raises ReparamError for a checkpoint of an exported file."""
+    name, _ = _split(source)
+    if checkpoint is not None and (name.endswith(".onnx") or name.endswith(ENGINES)):
+        raise ReparamError(f"{source}: an exported file holds its weights; leave out {checkpoint}")
 
 
 def side_file(source: str) -> Path:
@@ -68,3 +75,22 @@ def _refuse(source: str, form: str) -> None:
             f"{source}: @{form} has no meaning here; @collapsed goes with a model, @cpu and @cuda "
             "with an ONNX file"
         )
+
+
+def inputs_of_files(sources: Sequence[str], batch: int) -> tuple[Tensor, ...] | None:
+    """Random inputs of the shapes that the first ONNX file of these takes; None without one.
+
+    Floating inputs are float32: a comparison casts them. Raises ReparamError where the file leaves
+    a shape open, and NotVerified where it cannot be run here.
+    """
+    for source in sources:
+        name, _ = _split(source)
+        if name.endswith(".onnx"):
+            runner = load_side(name, None, inputs=(), allow_pickle=False)
+            assert isinstance(runner, OnnxRunner)
+            try:
+                tensors = example_inputs(runner.inputs, batch)
+            except ExportError as error:
+                raise ReparamError(f"{source}: {error.reason}; or give --input-shape") from error
+            return tuple(t.float() if t.is_floating_point() else t for t in tensors)
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from math import isfinite
@@ -16,7 +17,7 @@ from orepa_compiler.cli.arguments import load_source
 from orepa_compiler.cli.export_request import ExportRequest, calibration_of
 from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, compared, judged
 from orepa_compiler.compiler import collapse
-from orepa_compiler.errors import ReparamError
+from orepa_compiler.errors import Int8RangeWarning, ReparamError
 from orepa_compiler.export.audit import HALVES, audit_half
 from orepa_compiler.export.dithering import with_int8_noise
 from orepa_compiler.export.external_data import external_files
@@ -141,19 +142,22 @@ class _Export:
 
     def write_onnx(self) -> Step:
         request = self.request
-        path = export_onnx(
-            self.deploy,
-            self.inputs,
-            request.onnx,
-            dynamic_batch=not request.static_batch,
-            precision=request.precision,
-            simplify=request.simplify,
-            certificate=self.certificate,
-            keep_fp32=request.keep_fp32,
-            calibration=self.calibration,
-        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", Int8RangeWarning)
+            path = export_onnx(
+                self.deploy,
+                self.inputs,
+                request.onnx,
+                dynamic_batch=not request.static_batch,
+                precision=request.precision,
+                simplify=request.simplify,
+                certificate=self.certificate,
+                keep_fp32=request.keep_fp32,
+                calibration=self.calibration,
+            )
         self.has_written = True
-        return Step("write onnx", "done", path)
+        ranges = [str(w.message) for w in told if issubclass(w.category, Int8RangeWarning)]
+        return Step("write onnx", "done", path, note="; ".join(ranges))
 
     def check_onnx(self) -> Step:
         with announced("running the ONNX file"):
@@ -224,7 +228,9 @@ class _Export:
     def write_manifest(self, steps: list[Step]) -> Step:
         request, path = self.request, manifest_path(self.request.onnx)
         files: list[tuple[Role, Path]] = [("onnx", request.onnx)]
-        files += [("weights", request.onnx.with_name(n)) for n in _weights_files(request.onnx)]
+        files += [
+            ("weights", request.onnx.resolve().parent / n) for n in _weights_files(request.onnx)
+        ]
         if request.checkpoint:
             files.append(("checkpoint", request.checkpoint))
         if any(step.name == "build engine" and step.verdict == "done" for step in steps):

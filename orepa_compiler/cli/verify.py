@@ -46,7 +46,7 @@ def verify_command(
     checkpoint_a: Checkpoint = None,
     checkpoint_b: Checkpoint = None,
     inputs: Inputs = None,
-    input_shape: Shapes = ["3x224x224"],  # noqa: B006
+    input_shape: Shapes = [],  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, help="Of the inputs compared.")] = 2,
     stress: Annotated[
         bool, typer.Option(help="Compare on random, constant, large and small inputs too.")
@@ -70,6 +70,7 @@ def verify_command(
 
       orepa verify timm:resnet18 r18.onnx --checkpoint-a trained.safetensors
       orepa verify nets.py:trained nets.py:trained@collapsed --inputs images.npy
+      orepa verify fp32.onnx simplified.onnx
       orepa verify fp32.onnx fp16.onnx --precision fp16 --json verified.json
       orepa verify nets.py:trained r18.onnx@cuda --junit verified.xml
       orepa verify r18.onnx.manifest.json

@@ -26,6 +26,9 @@ from orepa_compiler.verification.evaluation import Side, evaluate
 # How often the noise is drawn.
 DRAWS = 2
 
+# What messages call it.
+NOISE_NAME = "int8 with these ranges"
+
 
 def with_int8_noise(samples: Samples, float32: Path, int8: Path, folder: Path) -> Samples:
     """The samples of a model, with the noise of int8 in the place of its own precision's.
@@ -36,7 +39,7 @@ def with_int8_noise(samples: Samples, float32: Path, int8: Path, folder: Path) -
     for draw in range(DRAWS):
         path = dithered_file(float32, int8, folder / f"noise{draw}.onnx", seed=draw)
         noisy.append(evaluate(Side("noise of int8", OnnxRunner(path)), samples.batches))
-    return replace(samples, truth=replace(samples.truth, noisy=noisy))
+    return replace(samples, truth=replace(samples.truth, noisy=noisy, noise_name=NOISE_NAME))
 
 
 def dithered_file(float32: Path, int8: Path, path: Path, *, seed: int) -> Path:

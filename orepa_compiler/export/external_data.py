@@ -11,15 +11,17 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orepa_compiler.dependencies import import_extra
+from orepa_compiler.atomic import locked
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.inspection import load_graph
 
 _CHUNK = 1 << 20
 _HASH_DIGITS = 16
+_DIGITS_OF_A_SIZE = 16  # a petabyte
 
 
 def sha256(path: Path) -> str:
@@ -31,16 +33,61 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_beside(name: str) -> bool:
+    """Whether a path stays in the folder that it is taken from: not absolute, and without `..`."""
+    parts = name.replace("\\", "/").split("/")
+    is_absolute = name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":")
+    return bool(name) and "\0" not in name and not is_absolute and ".." not in parts
+
+
+@dataclass(frozen=True)
+class ExternalPart:
+    """Where the values of a tensor lie: in the file `location`; length 0 is up to its end."""
+
+    location: str
+    offset: int
+    length: int
+
+    @classmethod
+    def of(cls, tensor: Any) -> ExternalPart:
+        """What a tensor says. Raises ExportError for a path that leaves the folder, or no size."""
+        fields = {entry.key: entry.value for entry in tensor.external_data}
+        location = fields.get("location", "")
+        if not is_beside(location):
+            raise ExportError(
+                f"weight {tensor.name}: lies in {location!r}; external data lies in the folder of "
+                "the ONNX file: no absolute path, and none through .."
+            )
+        return cls(location, *(_size(tensor, fields, key) for key in ("offset", "length")))
+
+
+def _size(tensor: Any, fields: dict[str, str], key: str) -> int:
+    text = fields.get(key, "0")
+    if not (text.isascii() and text.isdecimal() and len(text) < _DIGITS_OF_A_SIZE):
+        raise ExportError(f"weight {tensor.name}: its {key} is {text[:40]!r}, and no size in bytes")
+    return int(text)
+
+
+def external_tensors(model: Any) -> Iterator[Any]:
+    """Every tensor of an ONNX model whose values lie in another file."""
+    yield from (tensor for tensor in _tensors(model.graph) if tensor.external_data)
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for body in (attribute.g, *attribute.graphs):
+                yield from _tensors(body)
+
+
 def external_files(model: Any) -> list[str]:
-    """The names of the files that hold weights of an ONNX model, as it writes them."""
-    return sorted(
-        {
-            entry.value
-            for tensor in model.graph.initializer
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
-    )
+    """The names of the files that hold weights of an ONNX model, as it writes them.
+
+    Raises ExportError for one that does not lie in the model's own folder.
+    """
+    return sorted({ExternalPart.of(tensor).location for tensor in external_tensors(model)})
 
 
 def name_by_content(model: Any, draft: Path) -> None:
@@ -65,9 +112,10 @@ def remove_stale(target: Path) -> None:
     """Removes the weights of earlier exports to `target`, which nothing names any more."""
     companions = own_companions(target)
     if companions:
-        used = {target.parent / name for name in external_files(load_graph(target))}
-        for file in companions - used:
-            file.unlink(missing_ok=True)
+        with locked(target.parent):
+            used = {target.parent / name for name in external_files(load_graph(target))}
+            for file in companions - used:
+                file.unlink(missing_ok=True)
 
 
 def check_external(path: Path, model: Any) -> None:
@@ -76,7 +124,7 @@ def check_external(path: Path, model: Any) -> None:
     A file that this package wrote bears its content's hash, which is checked.
     """
     for name, size in _needed_sizes(model):
-        file = path.with_name(name)
+        file = path.resolve().parent / name
         if not file.is_file():
             raise ExportError(
                 f"{path}: its weights lie in {name}, and there is no such file beside it; copy "
@@ -98,11 +146,8 @@ def check_external(path: Path, model: Any) -> None:
 
 def _needed_sizes(model: Any) -> Iterator[tuple[str, int]]:
     """Every file of weights, with the bytes that it must have at least."""
-    external_info = import_extra("onnx.external_data_helper", extra="onnx").ExternalDataInfo
     ends: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        if tensor.external_data:
-            info = external_info(tensor)
-            end = (info.offset or 0) + (info.length or 0)
-            ends[info.location] = max(end, ends.get(info.location, 0))
+    for tensor in external_tensors(model):
+        part = ExternalPart.of(tensor)
+        ends[part.location] = max(part.offset + part.length, ends.get(part.location, 0))
     yield from sorted(ends.items())

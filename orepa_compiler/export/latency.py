@@ -76,7 +76,7 @@ def contents_of(path: Path) -> Contents:
     """How many nodes, convs and norms an ONNX file holds, and its size with its weights."""
     model = load_graph(path)
     kinds = [node.op_type for node in walk(model.graph)]
-    files = [path, *(path.with_name(name) for name in external_files(model))]
+    files = [path, *(path.resolve().parent / name for name in external_files(model))]
     return Contents(
         str(path),
         nodes=len(kinds),

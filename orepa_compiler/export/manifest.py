@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.external_data import sha256
+from orepa_compiler.export.external_data import is_beside, sha256
+from orepa_compiler.schemas import parsed, read_json
 
 FORMAT = 1
 _SUFFIX = ".manifest.json"
@@ -47,8 +48,9 @@ class FileRecord:
 
     @classmethod
     def of(cls, role: Role, path: Path, folder: Path) -> FileRecord:
-        """The record of a file that is there."""
+        """The record of a file that is there; one outside the folder goes by its last name."""
         name = Path(os.path.relpath(path, folder)).as_posix()
+        name = name if is_beside(name) else path.name
         return cls(role, name, path.stat().st_size, sha256(path))
 
     def problem(self, folder: Path) -> str:
@@ -100,24 +102,24 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, path: Path) -> Manifest:
         """The manifest that to_json wrote. Raises ManifestError, naming `path`, for all else."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ManifestError(f"{path}: is not whole JSON ({error}); export again") from error
-        written = data.pop("orepa_manifest", None) if isinstance(data, dict) else None
-        if not isinstance(written, int):
+        what = str(path)
+        data = parsed(text, what=what, error=ManifestError)
+        written = data.get("orepa_manifest")
+        if not isinstance(written, int) or isinstance(written, bool):
             raise ManifestError(f"{path}: is JSON, but no manifest that orepa-export wrote")
         if written > FORMAT:
             raise ManifestError(
                 f"{path}: has manifest format {written}, this version reads up to {FORMAT}; "
                 "install a newer orepa-compiler"
             )
-        try:
-            files = tuple(FileRecord(**file) for file in data["files"])
-            checks = tuple(Check(**check) for check in data["checks"])
-            return cls(data["created"], files, data["options"], checks, data["versions"])
-        except (KeyError, TypeError) as error:
-            raise ManifestError(f"{path}: a part of the manifest is missing ({error})") from error
+        manifest = read_json(text, cls, what=what, error=ManifestError)
+        for file in manifest.files:
+            if not is_beside(file.name):
+                raise ManifestError(
+                    f"{path}: names the {file.role} {file.name!r}; a manifest names files in its "
+                    "own folder: no absolute path, and none through .."
+                )
+        return manifest
 
 
 def manifest_path(onnx: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from os import PathLike
@@ -12,15 +13,16 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from orepa_compiler.atomic import staged
+from orepa_compiler.atomic import real_target, staged
 from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.dependencies import import_extra
-from orepa_compiler.errors import ExportError
+from orepa_compiler.errors import ExportError, Int8RangeWarning
 from orepa_compiler.export.annotation import annotate, name_values
 from orepa_compiler.export.artifact import Expected, check_artifact
 from orepa_compiler.export.counting import Counts
 from orepa_compiler.export.external_data import name_by_content, remove_stale
 from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.int8_ranges import advice, lost_channels
 from orepa_compiler.export.precision import (
     ELEMENT_TYPES,
     PRECISIONS,
@@ -83,6 +85,7 @@ def export_onnx(
     without onnx and onnxscript, or with simplify without onnxsim and onnxruntime.
     """
     target, opset = Path(path), _checked_opset(opset, precision)
+    real = real_target(target)
     check_ready(model)
     batch, dtype, kept = first_batch(inputs), PRECISIONS[precision], kept_modules(model, keep_fp32)
     batches = calibration_batches(calibration, batch) if precision == "int8" else []
@@ -117,7 +120,9 @@ def export_onnx(
         step("checking the file")
         record_weights(draft)
         check_artifact(draft, expected)
-    remove_stale(target)
+    remove_stale(real)
+    if said := advice(lost_channels(typed, batches, keep=kept)):
+        warnings.warn(f"{target}: {said}", Int8RangeWarning, stacklevel=2)
     return target
 
 

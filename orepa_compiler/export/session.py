@@ -66,7 +66,9 @@ def open_session(path: Path, provider: str) -> Any:
     options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
     settings = _CUDA_OPTIONS if provider == "CUDAExecutionProvider" else {}
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
+        session = onnxruntime.InferenceSession(
+            path.resolve(), options, providers=[(provider, settings)]
+        )
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
         raise _unreadable(path, provider, graph, error) from error
     check_provider(session, provider)
@@ -82,7 +84,8 @@ def plain_session(path: Path, model: Any) -> Any:
     onnx = import_extra("onnx", extra="onnx")
     if external_files(model):
         check_external(path, model)
-        onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
+        folder = str(path.resolve().parent)
+        onnx.external_data_helper.load_external_data_for_model(model, folder)
     if model.ByteSize() > _MOST_BYTES:
         raise ExportError(f"{path}: too large to look into ({model.ByteSize()} bytes)")
     options = onnxruntime.SessionOptions()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from orepa_compiler.errors import ExportError
 
@@ -43,6 +45,7 @@ def match_inputs(
     fit.
     """
     names = [spec.name for spec in specs]
+    inputs = _flat(inputs, len(specs) - len(named))
     given = dict(zip(names, inputs, strict=False)) | dict(named)
     if len(given) != len(inputs) + len(named) or given.keys() != set(names):
         raise ExportError(
@@ -53,6 +56,16 @@ def match_inputs(
     for spec in specs:
         _check(path, spec, given[spec.name], sizes)
     return {name: given[name] for name in names}
+
+
+def _flat(inputs: Sequence[Any], count: int) -> Sequence[Any]:
+    """The tensors of nested arguments, in the order in which the export named its inputs.
+
+    Plain values are constants in the file. Where that does not come to `count` tensors, the
+    arguments as they are.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(list(inputs)) if isinstance(leaf, Tensor)]
+    return tensors if len(tensors) == count else inputs
 
 
 def _check(path: Path, spec: TensorSpec, tensor: Tensor, sizes: dict[str, int]) -> None:

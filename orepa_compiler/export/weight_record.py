@@ -10,8 +10,9 @@ from typing import Any
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.annotation import set_properties
-from orepa_compiler.export.external_data import check_external
+from orepa_compiler.export.external_data import ExternalPart, check_external
 from orepa_compiler.export.inspection import load_graph, torch_module, walk
+from orepa_compiler.schemas import parsed
 
 WEIGHTS_KEY = "orepa.weights"
 
@@ -42,7 +43,9 @@ def check_weights(path: Path, model: Any) -> int:
     check_external(path, model)
     if recorded is None:
         return 0
-    then, now = json.loads(recorded), _hashes(model, path.parent)
+    what = f"{path}: {WEIGHTS_KEY}"
+    then = parsed(recorded, what=what, error=ExportError)
+    now = _hashes(model, path.resolve().parent)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             how = "has changed" if name in now and name in then else "is gone"
@@ -68,10 +71,10 @@ def _hash(tensor: Any, folder: Path) -> str:
     onnx = import_extra("onnx", extra="onnx")
     head = f"{tensor.data_type} {tuple(tensor.dims)}".encode()
     if tensor.external_data:
-        info = onnx.external_data_helper.ExternalDataInfo(tensor)
-        with (folder / info.location).open("rb") as file:
-            file.seek(info.offset or 0)
-            content = file.read(info.length) if info.length else file.read()
+        part = ExternalPart.of(tensor)
+        with (folder / part.location).open("rb") as file:
+            file.seek(part.offset)
+            content = file.read(part.length) if part.length else file.read()
     else:
         content = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
     return hashlib.sha256(head + content).hexdigest()[:_DIGITS]

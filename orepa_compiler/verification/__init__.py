@@ -12,24 +12,23 @@ from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.blindness import blind_spots
-from orepa_compiler.verification.comparison import (
-    NOISE_FACTOR,
-    Comparison,
-    compare,
-    short,
-    unfit,
-)
+from orepa_compiler.verification.comparison import Comparison, compare, is_rounded, short, unfit
 from orepa_compiler.verification.evaluation import (
     Outputs,
     Side,
     batches_of,
     evaluate,
-    evaluation_mode,
-    modules_in_train_mode,
     own_dtype,
     paired,
     refuse_unusable,
 )
+from orepa_compiler.verification.modes import (
+    evaluation_mode,
+    modules_in_train_mode,
+    unchanged,
+)
+from orepa_compiler.verification.repeating import refuse_restless
+from orepa_compiler.verification.rounding import NOISE_FACTOR
 from orepa_compiler.verification.samples import Samples, take_samples
 from orepa_compiler.verification.truth import first_dtype
 from orepa_compiler.verification.verdict import Report, Row
@@ -66,9 +65,10 @@ def verify(
     constant, ten times and a hundredth of it); where the reference itself gives nothing finite
     there, a note says so, and no row.
 
-    Raises ReparamError when there are no values to compare (a module or input on the meta device),
-    when a side raises, when inputs are of the wrong kind or on another device than a module, and
-    when the reference does not run in float64.
+    Raises NoVerdict where a side, called again on the first batch, gives other outputs, and names
+    the first module that does. Raises ReparamError when there are no values to compare (a module or
+    input on the meta device), when a side raises, when inputs are of the wrong kind or on another
+    device than a module, and when the reference does not run in float64.
     """
     asked = _checked(precision, factor, truth)
     refuse_unusable("reference", reference, batches_of(inputs))
@@ -85,12 +85,15 @@ def judge(
 ) -> Report:
     """The verdict on `candidate` by samples that were taken of the reference before.
 
-    Raises ReparamError when the candidate raises, or has no values.
+    Raises ReparamError when the candidate raises, or has no values; NoVerdict where it gives other
+    outputs each time.
     """
     _checked(None, factor, None)
     refuse_unusable("candidate", candidate, samples.batches)
-    with evaluation_mode(candidate):
-        found = evaluate(_candidate_side(candidate, samples.precision), samples.batches)
+    with evaluation_mode(candidate), unchanged(candidate):
+        side = _candidate_side(candidate, samples.precision)
+        found = evaluate(side, samples.batches)
+        refuse_restless(side, samples.batches, found)
     rows, compared, notes = [], [], list(samples.truth.notes)
     for output in _outputs(samples, found, factor):
         made = samples.made[output.batch]
@@ -99,7 +102,7 @@ def judge(
             continue
         row = output if isinstance(output, Row) else compare(output)
         rows.append(replace(row, made=made))
-        if isinstance(output, Comparison) and row.tolerance is not None:
+        if isinstance(output, Comparison) and row.tolerance is not None and is_rounded(output):
             compared.append((row, output.truth))
     notes += blind_spots(compared)
     precision = short(samples.precision or first_dtype(samples.expected))
@@ -144,6 +147,9 @@ def _outputs(samples: Samples, found: list[Outputs], factor: float) -> Iterator[
             if name not in theirs.leaves:
                 yield _unmatched(name, index, leaf, "candidate", theirs)
                 continue
+            if moved := _moved(name, ours, theirs):
+                yield Row(name, index, *_kind(leaf), reason=moved)
+                continue
             yield Comparison(
                 name,
                 index,
@@ -152,10 +158,12 @@ def _outputs(samples: Samples, found: list[Outputs], factor: float) -> Iterator[
                 exact.leaves[name],
                 tuple(outputs.leaves[name] for outputs in noisy),
                 right.working,
-                right.noise_scale,
                 samples.precision,
                 {role: outputs.origin for role, outputs in roles.items()},
                 factor,
+                right.decisions_of(index).get(name),
+                right.unclear_of(index).get(name),
+                right.noise_name,
             )
         for name, leaf in theirs.leaves.items():
             if name not in ours.leaves:
@@ -167,7 +175,27 @@ def _outputs(samples: Samples, found: list[Outputs], factor: float) -> Iterator[
 
 
 def _unmatched(name: str, batch: int, leaf: Any, role: str, other: Outputs) -> Row:
-    shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
-    dtype = short(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
     its = f"its outputs are {', '.join(other.leaves)}" if other.leaves else "it returned nothing"
-    return Row(name, batch, shape, dtype, reason=f"the {role} has no output {name}; {its}")
+    return Row(name, batch, *_kind(leaf), reason=f"the {role} has no output {name}; {its}")
+
+
+def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), short(leaf.dtype)
+    return (), type(leaf).__name__
+
+
+def _moved(name: str, ours: Outputs, theirs: Outputs) -> str:
+    """Why an output of two modules that has one name is another one; "" where it is not."""
+    if not (ours.paths and theirs.paths):
+        return ""
+    mine, other = (
+        dict(zip(outputs.leaves, outputs.paths, strict=True))[name] for outputs in (ours, theirs)
+    )
+    if mine == other or (ours.form, theirs.form) == ("fields", "sequence"):
+        return ""
+    return f"the candidate returns {name} under {_keys(other)}, the reference under {_keys(mine)}"
+
+
+def _keys(path: tuple[Any, ...]) -> str:
+    return "".join(f"[{key!r}]" for key in path) or "no key"

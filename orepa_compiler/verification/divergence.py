@@ -168,7 +168,6 @@ def _comparison(tap: Tap, factor: float) -> Comparison:
         truth=tap.truth,
         noisy=noisy,
         working=working,
-        noise_scale=1.0,
         precision=tap.found.dtype,
         origins={},
         factor=factor,

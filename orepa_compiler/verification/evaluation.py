@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.verification.decisions import Deciding, Decision
+from orepa_compiler.verification.modes import evaluation_mode as evaluation_mode
 from orepa_compiler.verification.nesting import (
     Form,
     describe,
     form_of,
     is_finite,
     kind_of,
+    leaf_paths,
     map_tensors,
     named_leaves,
     others_in,
@@ -48,12 +51,15 @@ class Outputs:
     """What one call returned: its leaves by name, tensors copied to the CPU.
 
     origin: the first module whose output is not finite; "" where there is none, or nothing to look
-    into.
+    into. decisions: what masks and indices were decided on, where that was followed. paths: where a
+    module's leaves lie in what it returned.
     """
 
     leaves: dict[str, Any]
     form: Form
     origin: str = ""
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    paths: tuple[tuple[Any, ...], ...] = ()
 
 
 def batches_of(inputs: Any) -> list[Batch]:
@@ -117,37 +123,24 @@ def refuse_unusable(role: str, function: Any, batches: list[Batch]) -> None:
                 )
 
 
-@contextmanager
-def evaluation_mode(*functions: Any) -> Iterator[None]:
-    """Every submodule in eval mode inside, and in the mode it had before after it.
-
-    Only the flags are set: a model's own train() may do more, such as merging weights.
-    """
-    children = [child for f in functions if isinstance(f, nn.Module) for child in f.modules()]
-    before = [child.training for child in children]
-    try:
-        for child in children:
-            child.training = False
-        yield
-    finally:
-        for child, flag in zip(children, before, strict=True):
-            child.training = flag
-
-
 @torch.no_grad()
-def evaluate(side: Side, batches: list[Batch]) -> list[Outputs]:
+def evaluate(side: Side, batches: list[Batch], *, follows: bool = False) -> list[Outputs]:
     """The outputs of `side` on every batch.
 
-    Raises ReparamError naming the side, the batch and the shapes, when the call raises.
+    follows: also what its masks and indices are decided on. Raises ReparamError naming the side,
+    the batch and the shapes, when the call raises.
     """
-    return [_evaluate(side, index, batch) for index, batch in enumerate(batches)]
+    return [_evaluate(side, index, batch, follows) for index, batch in enumerate(batches)]
 
 
-def _evaluate(side: Side, index: int, batch: Batch) -> Outputs:
+def _evaluate(side: Side, index: int, batch: Batch, follows: bool) -> Outputs:
+    deciding = Deciding() if follows else None
     try:
-        value = side.run(*_placed(side, batch))
+        with deciding or nullcontext():
+            value = side.run(*_placed(side, batch))
+        returned = named_leaves(value)
         # Copied at once: a session may write its next outputs into the same memory.
-        leaves = {name: _copied(leaf) for name, leaf in named_leaves(value).items()}
+        leaves = {name: _copied(leaf) for name, leaf in returned.items()}
     except Exception as error:
         shapes = ", ".join(describe(argument) for argument in batch)
         raise ReparamError(
@@ -157,7 +150,9 @@ def _evaluate(side: Side, index: int, batch: Batch) -> Outputs:
     origin = ""
     if isinstance(side.run, nn.Module) and not is_finite(list(leaves.values())):
         origin = first_nonfinite(side.run, _placed(side, batch))
-    return Outputs(leaves, form_of(value), origin)
+    decisions = deciding.of(returned) if deciding else {}
+    paths = leaf_paths(value) if isinstance(side.run, nn.Module) else ()
+    return Outputs(leaves, form_of(value), origin, decisions, paths)
 
 
 def _placed(side: Side, batch: Batch) -> Batch:
@@ -215,24 +210,28 @@ def _bad_state(module: nn.Module) -> str:
     return f"its {bad[0]} holds NaN or inf" if bad else ""
 
 
-def modules_in_train_mode(function: Any) -> str:
-    """How much of a model is in train mode, in words; "" for nothing, and for a function."""
-    children = list(function.modules()) if isinstance(function, nn.Module) else []
-    count = sum(child.training for child in children)
-    return f"{count} of {len(children)} modules" if count else ""
-
-
-def paired(expected: Outputs, found: Outputs) -> Outputs:
+def paired(expected: Outputs, found: Outputs, *, strict: bool = True) -> Outputs:
     """`found` under the names of `expected`, where only the order is a contract.
 
     That is so when `expected` names nothing and `found` does (an exported file names every output),
-    and when the fields of `expected` come back as a plain tuple.
+    and when the fields of `expected` come back as a plain tuple. strict: of two modules, both name
+    what they mean to.
     """
-    names_nothing = expected.form in ("tensor", "sequence") and found.form in ("fields", "mapping")
+    are_modules = strict and bool(expected.paths and found.paths)
+    names_nothing = (
+        not are_modules
+        and expected.form in ("tensor", "sequence")
+        and found.form in ("fields", "mapping")
+    )
     drops_fields = expected.form == "fields" and found.form == "sequence"
     if not (names_nothing or drops_fields) or len(expected.leaves) != len(found.leaves):
         return found
-    return replace(found, leaves=dict(zip(expected.leaves, found.leaves.values(), strict=True)))
+    names = dict(zip(found.leaves, expected.leaves, strict=True))
+    return replace(
+        found,
+        leaves={names[name]: leaf for name, leaf in found.leaves.items()},
+        decisions={names[name]: decision for name, decision in found.decisions.items()},
+    )
 
 
 def own_dtype(module: nn.Module) -> torch.dtype | None:

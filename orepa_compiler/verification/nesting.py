@@ -33,6 +33,11 @@ def named_leaves(value: Any) -> dict[str, Any]:
     return found
 
 
+def leaf_paths(value: Any) -> tuple[tuple[Any, ...], ...]:
+    """Where the leaves of named_leaves lie in the value, in the same order."""
+    return tuple(path for path, _ in _walk(value, ()))
+
+
 def form_of(value: Any) -> Form:
     """How a call returned its outputs: namedtuples and dataclasses have fields."""
     if _fields(value):
@@ -68,6 +73,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def is_comparable(leaf: Any) -> bool:
     """Whether `leaf` is a tensor with plain values: strided, not quantized."""
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_quantized
+
+
+def is_smooth(leaf: Any) -> bool:
+    """Whether rounding moves a value a little, and does not turn it into another."""
+    return is_comparable(leaf) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def is_finite(value: Any) -> bool:

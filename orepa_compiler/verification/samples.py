@@ -15,11 +15,12 @@ from orepa_compiler.verification.evaluation import (
     Side,
     batches_of,
     evaluate,
-    evaluation_mode,
     refuse_unusable,
 )
+from orepa_compiler.verification.modes import evaluation_mode, unchanged
 from orepa_compiler.verification.nesting import is_comparable
 from orepa_compiler.verification.probes import made_batches
+from orepa_compiler.verification.repeating import refuse_restless
 from orepa_compiler.verification.truth import Truth, truth_of
 
 
@@ -57,7 +58,7 @@ def take_samples(
 ) -> Samples:
     """The reference's outputs, their truth in float64 and their noise; arguments as in verify.
 
-    Raises ReparamError as verify does.
+    Raises ReparamError and NoVerdict as verify does.
     """
     batches = batches_of(inputs)
     sides = {"reference": reference, "truth": truth if truth is not None else reference}
@@ -66,8 +67,10 @@ def take_samples(
     made = made_batches(batches[0]) if stress and batches else {}
     names = [""] * len(batches) + list(made)
     batches = [*batches, *made.values()]
-    with evaluation_mode(reference, truth):
-        expected = evaluate(Side("reference", reference), batches)
+    with evaluation_mode(reference, truth), unchanged(reference, truth):
+        side = Side("reference", reference)
+        expected = evaluate(side, batches)
+        refuse_restless(side, batches, expected)
         right = truth_of(reference, truth, expected, batches, precision)
     return Samples(batches, names, expected, right, precision)
 

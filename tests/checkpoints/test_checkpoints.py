@@ -206,9 +206,9 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 PLANS = {
-    "not JSON": ("{", r"its plan cannot be read \(JSONDecodeError"),
-    "a list": ("[]", r"its plan cannot be read \(TypeError"),
-    "no plans": ('{"format": 1}', r"its plan cannot be read \(KeyError\('plans'\)\)"),
+    "not JSON": ("{", r"its plan: is not whole JSON"),
+    "a list": ("[]", r"its plan: is JSON, but a list and no object"),
+    "no plans": ('{"format": 1}', r"its plan: plans is missing"),
     "a bad plan": ('{"format": 1, "plans": ["{"]}', "this is not a plan"),
     "another version": (
         '{"format": 2, "plans": []}',

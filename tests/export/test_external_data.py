@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from orepa_compiler.atomic import staged
+from orepa_compiler.errors import ExportError
 from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export import onnx as exporting
 from orepa_compiler.export.external_data import external_files, own_companions
@@ -61,3 +63,64 @@ def test_the_folder_of_a_process_that_was_killed_long_ago_is_removed(tmp_path: P
     with staged(tmp_path / "net.onnx") as draft:
         draft.write_text("whole")
     assert sorted(os.listdir(tmp_path)) == [".orepa-new", "net.onnx"]
+
+
+def test_a_file_in_a_folder_beside_is_read(net: nn.Module, tmp_path: Path) -> None:
+    path = export_onnx(net, images(), tmp_path / "net.onnx")
+    expected = OnnxRunner(path)(images())
+    (name,) = external_files(load_graph(path))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / name).rename(tmp_path / "weights" / "all.bin")
+    model = load_graph(path)
+    relocate(model, "location", "weights/all.bin")
+    path.write_bytes(model.SerializeToString())
+    assert external_files(load_graph(path)) == ["weights/all.bin"]
+    found = OnnxRunner(path)(images())
+    assert isinstance(found, torch.Tensor)
+    assert isinstance(expected, torch.Tensor)
+    assert torch.equal(found, expected)
+
+
+def relocate(model: Any, key: str, value: str) -> None:
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == key:
+                entry.value = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("location", "/etc/hostname", "external data lies in the folder of the ONNX file"),
+        ("location", "../net.bin", "no absolute path, and none through"),
+        ("location", "", "lies in ''"),
+        ("offset", "-4", "its offset is '-4', and no size in bytes"),
+        ("length", "many", "its length is 'many', and no size in bytes"),
+        ("length", "9" * 5000, "its length is '999"),
+    ],
+)
+def test_external_data_that_is_none_is_refused(
+    net: nn.Module, tmp_path: Path, key: str, value: str, said: str
+) -> None:
+    path = export_onnx(net, images(), tmp_path / "net.onnx")
+    model = load_graph(path)
+    relocate(model, key, value)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError) as caught:
+        OnnxRunner(path)
+    assert said in str(caught.value)
+
+
+def test_a_symlink_with_weights_beside_its_target_is_written_and_read(
+    net: nn.Module, tmp_path: Path
+) -> None:
+    link, real = tmp_path / "link.onnx", tmp_path / "far" / "net.onnx"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        export_onnx(SmallNet().eval(), images(), link)
+        OnnxRunner(link)(images())
+    assert link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["far", "link.onnx"]
+    assert sorted(os.listdir(real.parent)) == ["net.onnx", *external_files(load_graph(real))]

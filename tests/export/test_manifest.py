@@ -88,11 +88,16 @@ def test_each_way_in_which_a_file_does_not_fit(
     ("text", "said"),
     [
         ("{", "is not whole JSON"),
-        ("[1]", "is JSON, but no manifest that orepa-export wrote"),
+        ("[1]", "is JSON, but a list and no object"),
         ('{"plan": 1}', "is JSON, but no manifest that orepa-export wrote"),
         ('{"orepa_manifest": 2}', "has manifest format 2, this version reads up to 1; install a"),
-        ('{"orepa_manifest": 1}', "a part of the manifest is missing ('files')"),
-        ('{"orepa_manifest": 1, "files": [{"rule": "onnx"}]}', "a part of the manifest is missing"),
+        ('{"orepa_manifest": 1}', "created is missing (and 3 more)"),
+        (
+            '{"orepa_manifest": 1, "created": "now", "files": [{"role": "onnx", "name": 3}], '
+            '"options": {}, "checks": [], "versions": {}}',
+            "files.0.name is 3: input should be a valid string (and 2 more)",
+        ),
+        ("[" * 10_000, "is not whole JSON (recursion limit exceeded"),
     ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -116,3 +121,25 @@ def test_it_is_plain_json(written: Path) -> None:
     data = json.loads(written.read_text(), parse_constant=pytest.fail)
     assert data["orepa_manifest"] == 1
     assert len(data["files"][0]["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../net.onnx", "a/../../net.onnx", "C:\\x", "..\\x", "", "a\0b"]
+)
+def test_a_file_outside_the_folder_is_refused(written: Path, name: str) -> None:
+    data = json.loads(written.read_text())
+    data["files"][0]["name"] = name
+    written.write_text(json.dumps(data))
+    with pytest.raises(
+        ManifestError, match="a manifest names files in its own folder: no absolute"
+    ):
+        read_manifest(written)
+
+
+def test_a_checkpoint_outside_the_folder_goes_by_its_last_name(tmp_path: Path) -> None:
+    (tmp_path / "best.pth").write_bytes(b"trained")
+    path = tmp_path / "out" / "net.onnx.manifest.json"
+    path.parent.mkdir()
+    manifest = make_manifest(path, [("checkpoint", tmp_path / "best.pth")], options={}, checks=[])
+    write_manifest(path, manifest)
+    assert read_manifest(path).files[0].name == "best.pth"

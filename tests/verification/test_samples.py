@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification import judge, take_samples, verify
 from orepa_compiler.verification.probes import LARGE, SMALL, made_batches
 from orepa_compiler.verification.sample_file import load_samples, save_samples
-from tests.verification_nets import X, changed, folded, net
+from tests.verification_nets import Returning, X, changed, folded, net
 
 
 def test_made_batches_are_what_they_are_called() -> None:
@@ -96,13 +97,40 @@ def test_of_several_noisy_outputs_the_worst_is_kept() -> None:
     assert judge(lean, net(outputs=1)).rows == judge(samples, net(outputs=1)).rows
 
 
-def test_what_cannot_be_kept_or_read_is_refused(tmp_path: Path) -> None:
-    class Gain(nn.Module):
-        def forward(self, x: Tensor, gain: float) -> Tensor:
-            return x * gain
+def test_nested_inputs_and_plain_values_are_kept(tmp_path: Path) -> None:
+    class Nested(nn.Module):
+        def forward(self, x: dict[str, Any], gain: float, more: tuple[Tensor, ...]) -> Tensor:
+            return x["image"] * gain + more[0] * x["mask"][0]
 
-    with pytest.raises(ReparamError, match="input 1 is a float: only tensors are kept as samples"):
-        save_samples(take_samples(Gain(), (X, 2.0)), tmp_path / "s.safetensors")
+    batch = ({"image": X, "mask": [X > 0, None]}, 2.0, (X,))
+    samples = take_samples(Nested(), batch)
+    save_samples(samples, tmp_path / "s.safetensors")
+    loaded = load_samples(tmp_path / "s.safetensors")
+    ((image, gain, more),) = loaded.batches
+    assert torch.equal(image["image"], X)
+    assert torch.equal(image["mask"][0], X > 0)
+    assert (image["mask"][1], gain, type(more)) == (None, 2.0, tuple)
+    assert judge(loaded, Nested()).rows == judge(samples, Nested()).rows
+
+
+def test_what_masks_and_indices_were_decided_on_is_kept(tmp_path: Path) -> None:
+    model = Returning(lambda f, s: {"mask": f > 0.5, "class": s.argmax(1), "any": (f > 0).any()})
+    samples = take_samples(model, X, stress=True)
+    save_samples(samples, tmp_path / "s.safetensors")
+    loaded = load_samples(tmp_path / "s.safetensors")
+    assert [d.keys() for d in loaded.truth.decisions] == [{"mask", "class"}] * 5
+    assert [u.keys() for u in loaded.truth.unclear] == [{"any"}] * 5
+    for candidate in (model, Returning(lambda f, s: {"mask": f > 0.6, "class": s.argmin(1)})):
+        assert judge(loaded, candidate).rows == judge(samples, candidate).rows
+
+
+def test_what_cannot_be_kept_or_read_is_refused(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"features": x, "kind": "map"}
+
+    with pytest.raises(ReparamError, match="expected kind is a str: only tensors are kept as samp"):
+        save_samples(take_samples(Named(), X), tmp_path / "s.safetensors")
     (tmp_path / "t.safetensors").write_bytes(b"no")
     with pytest.raises(ReparamError, match=r"t.safetensors: holds no samples of an export"):
         load_samples(tmp_path / "t.safetensors")

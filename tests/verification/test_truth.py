@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification import NOISE_FACTOR, comparison, truth, verify
+from orepa_compiler.verification import NOISE_FACTOR, rounding, truth, verify
 from tests.norms import randomise_norms
 from tests.verification_nets import Returning, X, folded, fuse, net, only_row, reasons
 
@@ -57,7 +57,7 @@ def test_functions_are_compared_without_float64_and_the_report_says_so() -> None
     report = verify(lambda x: model(x), lambda x: other(x), X)
     assert report
     assert report.rows[0].noise is None
-    assert report.rows[0].tolerance == NOISE_FACTOR * comparison.UNMEASURED_NOISE[torch.float32]
+    assert report.rows[0].tolerance == NOISE_FACTOR * rounding.UNMEASURED_NOISE[torch.float32]
     assert (
         "no module to evaluate in float64: the reference's own outputs are the truth"
         in (report.notes[0])

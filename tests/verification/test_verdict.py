@@ -34,9 +34,8 @@ def test_the_report_can_be_read_printed_and_stored() -> None:
 
 
 def test_long_reports_print_what_fails_first_and_count_the_rest() -> None:
-    batches = [X[:1]] * 50
-    calls = iter(range(50))
-    report = verify(net(), lambda x: net()(x).detach() * (1 + (next(calls) == 49)), batches)
+    batches = [X[:1]] * 49 + [X[1:2]]
+    report = verify(net(), lambda x: net()(x).detach() * (1 + torch.equal(x, X[1:2])), batches)
     lines = str(report).splitlines()
     assert lines[0].startswith("FAIL: 1 of 50 rows; batch 49, output: error ")
     assert "and 10 more rows" in lines
@@ -61,8 +60,8 @@ def test_blind_spots_are_noted() -> None:
 
 
 def test_the_largest_error_is_infinite_where_one_row_was_not_compared() -> None:
-    calls = iter([slice(None), slice(2)])
-    report = verify(net(), lambda x: net()(x).detach()[next(calls)], [X, X])
+    cut = {False: slice(None), True: slice(2)}
+    report = verify(net(), lambda x: net()(x).detach()[cut[torch.equal(x, -X)]], [X, -X])
     assert [row.ok for row in report.rows] == [True, False]
     assert report.max_error == float("inf")
     assert report.worst is report.rows[1]

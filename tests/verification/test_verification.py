@@ -121,9 +121,6 @@ def test_outputs_must_have_their_matches(
         (Pair, lambda f, s: (f, s), ["features", "scores"]),
         (Result, Pair, ["features", "scores"]),
         (lambda f, s: (f, s), lambda f, s: [f, s], ["output_0", "output_1"]),
-        (lambda f, s: (f, s), lambda f, s: {"map": f, "logits": s}, ["output_0", "output_1"]),
-        (lambda f, s: s, lambda f, s: {"logits": s}, ["output"]),
-        (lambda f, s: {"a": [f, {"b": s}]}, lambda f, s: {"a.0": f, "a.1.b": s}, ["a.0", "a.1.b"]),
     ],
 )
 def test_outputs_are_matched_by_name_and_by_order_where_there_is_none(
@@ -132,6 +129,51 @@ def test_outputs_are_matched_by_name_and_by_order_where_there_is_none(
     report = verify(Returning(reference), Returning(candidate), X)
     assert report, str(report)
     assert [row.name for row in report.rows] == names
+
+
+@pytest.mark.parametrize(
+    ("reference", "candidate", "names", "reason"),
+    [
+        (
+            lambda f, s: (f, s),
+            lambda f, s: {"map": f, "logits": s},
+            ["output_0", "output_1"],
+            "output_0: the candidate has no output output_0; its outputs are map, logits",
+        ),
+        (
+            lambda f, s: s,
+            lambda f, s: {"logits": s},
+            ["output"],
+            "output: the candidate has no output output; its outputs are logits",
+        ),
+        (
+            lambda f, s: {"out": s},
+            lambda f, s: s,
+            None,
+            "out: the candidate has no output out; its outputs are output",
+        ),
+        (
+            lambda f, s: {"a": [f, {"b": s}]},
+            lambda f, s: {"a.0": f, "a.1.b": s},
+            ["a.0", "a.1.b"],
+            "a.1.b: the candidate returns a.1.b under ['a.1.b'], the reference under ['a'][1]['b']",
+        ),
+    ],
+)
+def test_a_file_may_flatten_and_name_what_it_returns_and_a_model_may_not(
+    reference: Callable[..., Any],
+    candidate: Callable[..., Any],
+    names: list[str] | None,
+    reason: str,
+) -> None:
+    model, other = Returning(reference), Returning(candidate)
+    report = verify(model, other, X)
+    assert not report
+    assert reason in reasons(report)
+    report = verify(model, lambda x: other(x), X)  # as a session does
+    assert bool(report) is (names is not None)
+    if names:
+        assert [row.name for row in report.rows] == names
 
 
 def test_no_inputs_are_no_pass() -> None:

@@ -1,0 +1,1 @@
+"""How often a verdict is right: faults that it catches, and right pairs that it fails."""
