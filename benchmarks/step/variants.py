@@ -90,7 +90,8 @@ class Stepper:
         self.optimizer = torch.optim.SGD(
             parameters, lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=True
         )
-        self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp)
+        kind = "cpu" if device == "meta" else device.split(":")[0]
+        self.autocast = torch.autocast(kind, torch.bfloat16, enabled=amp)
 
     def step(self) -> None:
         """zero_grad, forward and backward of each pass, and the optimizer."""

@@ -7,7 +7,6 @@ of a copy.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import SqueezableBlock, generate, is_watched
+from orepa_compiler.generation.stamps import Stamp
 from orepa_compiler.generation.watching import warn_if_exported
 
 # A tensor's bits are read in the widest of these words that it is a whole number of, and summed
@@ -96,24 +96,6 @@ class KernelLeaf:
         return [(a, b) for a, b in pairs if a is not None and b is not None and a.requires_grad]
 
 
-class Stamp:
-    """Which tensors, where in memory, and after how many edits: what torch counts of a change.
-
-    It does not see an edit through .data or NumPy, or one by a fused optimizer.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = [weakref.ref(tensor) for tensor in tensors]
-        self._places = [_place(tensor) for tensor in tensors]
-
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            len(tensors) == len(self._tensors)
-            and all(ref() is t for ref, t in zip(self._tensors, tensors, strict=True))
-            and [_place(tensor) for tensor in tensors] == self._places
-        )
-
-
 def sources(block: SqueezableBlock) -> list[Tensor]:
     """The tensors that a block's kernel is made of."""
     branches: nn.Module = block.branches
@@ -181,10 +163,6 @@ def _can_be_kept(block: SqueezableBlock, tensors: Sequence[Tensor]) -> bool:
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not t.is_inference()
         for t in tensors
     ) and all(type(module).__module__.split(".")[0] in ours for module in modules)
-
-
-def _place(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
 
 
 def _leaf(made: Tensor) -> Tensor:
