@@ -13,8 +13,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import ReparamConv, SqueezedSum
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.generation import generate
 from orepa_compiler.generation.store import KernelLeaf, sources
+from orepa_compiler.generation.together import generate_together
 from orepa_compiler.generation.whole import generate_all
 from orepa_compiler.training.reduction import reduce_gradients, unreduced, wrappers_in
 
@@ -83,7 +83,7 @@ def _generated(
 ) -> list[ConvOperator]:
     if compiled:
         return generate_all(model, list(blocks.values()))
-    return [generate(block) for block in blocks.values()]
+    return generate_together(list(blocks.values()))
 
 
 def _blocks(model: nn.Module) -> dict[str, Squeezed]:

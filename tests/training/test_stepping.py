@@ -22,6 +22,7 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import generate
 from orepa_compiler.generation import store as kernel_store
 from orepa_compiler.generation.store import bit_sums
+from orepa_compiler.generation.together import generate_together
 from orepa_compiler.training import stepping
 from orepa_compiler.training.stepping import kernels_once
 from tests.convolution_reference import assert_same
@@ -53,8 +54,12 @@ def generations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         made.append(block)
         return generate(block)
 
-    for module in (kernel_store, stepping):
-        monkeypatch.setattr(module, "generate", counted)
+    def counted_together(blocks: Any) -> list[ConvOperator]:
+        made.extend(blocks)
+        return generate_together(blocks)
+
+    monkeypatch.setattr(kernel_store, "generate", counted)
+    monkeypatch.setattr(stepping, "generate_together", counted_together)
     return made
 
 
