@@ -39,18 +39,21 @@ def generate_together(blocks: Sequence[SqueezableBlock]) -> list[ConvOperator]:
     """
     if is_watched():
         return [generate(block) for block in blocks]
+    made = made_together(blocks)
+    return [made.get(number) or generate(block) for number, block in enumerate(blocks)]
+
+
+def made_together(blocks: Sequence[SqueezableBlock]) -> dict[int, ConvOperator]:
+    """The operators of those blocks alone that are made with others, by their numbers."""
     recipes = [recipe_of(block) for block in blocks]
     forms = [recipe.form(generation.SMALL_TOGETHER) for recipe in recipes]
-    shared = [number for number, form in enumerate(forms) if form is not None]
-    made: dict[int, Tensor] = {}
-    for group in _by_device(forms, shared):
+    made: dict[int, ConvOperator] = {}
+    for group in _by_device(forms):
         members = _Members(tuple(recipes[n] for n in group), tuple(forms[n] for n in group))  # type: ignore[misc]
         values = [value for recipe in members.recipes for value in recipe.values()]
-        made.update(zip(group, _SqueezeTogether.apply(members, *values), strict=True))
-    return [
-        _operator(block, recipes[number], made[number]) if number in made else generate(block)
-        for number, block in enumerate(blocks)
-    ]
+        for number, weight in zip(group, _SqueezeTogether.apply(members, *values), strict=True):
+            made[number] = _operator(blocks[number], recipes[number], weight)
+    return made
 
 
 def _operator(block: SqueezableBlock, recipe: Recipe, weight: Tensor) -> ConvOperator:
@@ -59,12 +62,11 @@ def _operator(block: SqueezableBlock, recipe: Recipe, weight: Tensor) -> ConvOpe
     return whole.beside(recomputed(block, rows)) if rows else whole
 
 
-def _by_device(forms: Sequence[Form | None], shared: Sequence[int]) -> list[list[int]]:
+def _by_device(forms: Sequence[Form | None]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
-    for number in shared:
-        form = forms[number]
-        assert form is not None
-        groups.setdefault((form.device, form.dtype), []).append(number)
+    for number, form in enumerate(forms):
+        if form is not None:
+            groups.setdefault((form.device, form.dtype), []).append(number)
     return list(groups.values())
 
 

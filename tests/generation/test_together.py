@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_gradients_are_views_that_do_not_overlap_with_the_strides_of_parameters(
                 assert grad.stride() == parameter.stride(), name
                 spans.append((grad.data_ptr(), grad.data_ptr() + grad.nbytes))
     spans.sort()
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in pairwise(spans):
         assert start >= end
     storages = {p.grad.untyped_storage().data_ptr() for b in blocks for p in b.parameters()
                 if p.grad is not None}  # fmt: skip
