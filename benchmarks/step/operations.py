@@ -52,7 +52,7 @@ class OperationCount(TorchDispatchMode):
 def operations(model: str, name: str, *, batch: int = 2, size: int = 224) -> int:
     """What one step of a variant launches: forward, backward and optimizer, as on a GPU.
 
-    The compiled forms cannot be counted so. It depends on neither the batch nor the size.
+    What is compiled cannot be counted so. The count depends on neither the batch nor the size.
     """
     stepper = Stepper(name, model, batch=batch, size=size, device="meta", amp=False)
     stepper.step()  # the optimizer makes its momentum, and constants are made, in the first

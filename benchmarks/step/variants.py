@@ -45,6 +45,12 @@ def _expanded(model: nn.Module) -> nn.Module:
     return orepa.expand(model)
 
 
+def _hooked(model: nn.Module) -> nn.Module:
+    model = orepa.expand(model)
+    orepa.step_hooks(model)
+    return model
+
+
 def _as_it_is(model: nn.Module) -> nn.Module:
     return model
 
@@ -53,6 +59,7 @@ VARIANTS = {
     "plain": Variant(_as_it_is, means="the model as it is"),
     "orepa": Variant(_expanded, means="an ordinary step"),
     "two-phase": Variant(_expanded, once=True, means="one pass inside kernels_once"),
+    "orepa, hooks": Variant(_hooked, means="kernels made together, with step_hooks"),
     "naive": Variant(lambda m: naive(_expanded(m)), means="the paper's formulas, an einsum each"),
     "dbb": Variant(with_diverse_branches, means="diverse branch blocks on feature maps"),
     "plain x4": Variant(_as_it_is, MICRO_BATCHES, means="gradients of four batches added"),
