@@ -16,7 +16,7 @@ from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copyable, meta_copy, value_copy
-from orepa_compiler.cost import conv_macs
+from orepa_compiler.cost import conv_costs
 from orepa_compiler.errors import NothingExpandedWarning, ReparamError
 from orepa_compiler.passes import (
     Adopt,
@@ -40,6 +40,7 @@ from orepa_compiler.preconditions import (
     check_values,
 )
 from orepa_compiler.selection import Where
+from orepa_compiler.step_cost import affordable, with_step_costs
 from orepa_compiler.training.calibration import calibrate
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 
@@ -54,20 +55,21 @@ def plan(
     where: Where = None,
     post_norm: PostNorm = "auto",
     inputs: Inputs = None,
+    max_cost: float | None = None,
 ) -> Plan:
     """What expand would do, as a table: a dry run on a copy without values.
 
     Every conv is either expanded or listed with the reason why it is left alone.
-    inputs: a batch, to count each conv's MACs for one image and to record the forwards that cannot
-    be traced; the rest as in expand.
+    inputs: a batch, to count each conv's MACs for one image and what its block adds to a training
+    step at that batch, and to record the forwards that cannot be traced; the rest as in expand.
     Raises ReparamError as expand does.
     """
     check_model(model)
     check_inputs(inputs)
     pipeline = _expansion(block=block, init=init, where=where, post_norm=post_norm)
     recording = _recording(model, inputs)
-    made = pipeline.run(meta_copy(model), recording=recording)[1]
-    return made if inputs is None else made.with_macs(conv_macs(model, inputs))
+    expanded, made = pipeline.run(meta_copy(model), recording=recording)
+    return _costed(model, expanded, made, inputs=inputs, max_cost=max_cost)
 
 
 def expand(
@@ -79,6 +81,7 @@ def expand(
     post_norm: PostNorm = "auto",
     plan: Plan | None = None,
     inputs: Inputs = None,
+    max_cost: float | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """The model in training form: every eligible conv becomes a block, squeezed into one conv.
@@ -90,8 +93,9 @@ def expand(
     is the published from-scratch recipe and discards them. where: a glob on paths, several, or a
     predicate (path, module). post_norm: "auto" inserts a BatchNorm behind an expanded conv that no
     norm follows, "none" does not. plan: apply this plan, made with the same init. inputs: a batch,
-    to calibrate inserted norms and to record the forwards that cannot be traced. inplace: rewrite
-    the model itself.
+    to calibrate inserted norms and to record the forwards that cannot be traced. max_cost: how much
+    dearer blocks may make the arithmetic of the convs of a training step at the batch in inputs,
+    0.15 for 15 %: the dearest are left out. inplace: rewrite the model itself.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then. Warns
@@ -106,6 +110,9 @@ def expand(
         check_plan(plan, init=init, post_norm=post_norm)
     if plan is not None and plan.of("linearize").edits:
         pipeline = Pipeline((Linearize(), *(p for p in pipeline.passes if p.name != "linearize")))
+    if max_cost is not None:
+        tried, made = pipeline.run(meta_copy(model), plan=plan, recording=_recording(model, inputs))
+        plan = _costed(model, tried, made, inputs=inputs, max_cost=max_cost)
     expanded, applied = _run(pipeline, model, plan=plan, inputs=inputs, inplace=inplace)
     record_plan(expanded, applied)
     if not any(isinstance(module, LinearBlock) for module in expanded.modules()):
@@ -214,6 +221,19 @@ def _expansion(
     if block == "auto" or block.scaling_layer == "norm":  # norms in branches stay as they are
         return Pipeline((expansion, Squeeze()))
     return Pipeline((Linearize(where=where), expansion, Squeeze()))
+
+
+def _costed(
+    model: nn.Module, expanded: nn.Module, made: Plan, *, inputs: Inputs, max_cost: float | None
+) -> Plan:
+    """The plan with what it costs, and without what costs too much."""
+    if inputs is None:
+        if max_cost is not None:
+            raise ReparamError("max_cost= needs inputs=: what a block costs depends on the batch")
+        return made
+    macs, images = conv_costs(model, inputs)
+    made = with_step_costs(made.with_macs(macs), expanded, images)
+    return made if max_cost is None else affordable(made, macs, max_cost)
 
 
 def _warn_of_nothing(applied: Plan) -> None:

@@ -22,7 +22,7 @@ FLOORS = (
     ("capture", "branches"),
     ("generation", "rewrite", "selection"),
     ("blocks",),
-    ("analysis", "planning", "verification", "cost", "training"),
+    ("analysis", "planning", "verification", "cost", "step_cost", "training"),
     ("passes",),
     (
         *("preconditions", "compiler", "checkpoints", "model_source", "reference", "export"),
