@@ -49,7 +49,7 @@ class OperationCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(model: str, name: str, *, batch: int = 2, size: int = 224) -> int:
+def operations(model: str, name: str, *, batch: int = 2, size: int = 64) -> int:
     """What one step of a variant launches: forward, backward and optimizer, as on a GPU.
 
     What is compiled cannot be counted so. The count depends on neither the batch nor the size.

@@ -48,6 +48,11 @@ class Form:
     def taps(self) -> int:
         return self.kernel.shape[2:].numel()
 
+    def places(self) -> list[Place]:
+        """Of all values: the scaling parameter, if there is one, and the others."""
+        flat = [place for own in self.parameters for place in own]
+        return flat if self.scaling is None else [self.scaling, *flat]
+
     def of_kind(self, *kinds: type) -> list[int]:
         """The numbers of the branches of these kinds."""
         return [number for number, kind in enumerate(self.kinds) if kind in kinds]

@@ -45,33 +45,38 @@ def generate_together(blocks: Sequence[SqueezableBlock]) -> list[ConvOperator]:
 
 def made_together(blocks: Sequence[SqueezableBlock]) -> dict[int, ConvOperator]:
     """The operators of those blocks alone that are made with others, by their numbers."""
-    recipes = [recipe_of(block) for block in blocks]
-    forms = [recipe.form(generation.SMALL_TOGETHER) for recipe in recipes]
     made: dict[int, ConvOperator] = {}
-    for group in _by_device(forms):
-        members = _Members(tuple(recipes[n] for n in group), tuple(forms[n] for n in group))  # type: ignore[misc]
+    for members, group in groups_of(blocks).values():
         values = [value for recipe in members.recipes for value in recipe.values()]
-        for number, weight in zip(group, _SqueezeTogether.apply(members, *values), strict=True):
-            made[number] = _operator(blocks[number], recipes[number], weight)
+        weights = _SqueezeTogether.apply(members, *values)
+        for number, recipe, weight in zip(group, members.recipes, weights, strict=True):
+            made[number] = operator_of(blocks[number], recipe, weight)
     return made
 
 
-def _operator(block: SqueezableBlock, recipe: Recipe, weight: Tensor) -> ConvOperator:
+def groups_of(blocks: Sequence[SqueezableBlock]) -> dict[Any, tuple[Members, list[int]]]:
+    """The blocks that are made with others, by device and dtype, and their numbers."""
+    recipes = [recipe_of(block) for block in blocks]
+    forms = [recipe.form(generation.SMALL_TOGETHER) for recipe in recipes]
+    numbers: dict[Any, list[int]] = {}
+    for number, form in enumerate(forms):
+        if form is not None:
+            numbers.setdefault((form.device, form.dtype), []).append(number)
+    return {
+        key: (Members(tuple(recipes[n] for n in own), tuple(forms[n] for n in own)), own)  # type: ignore[misc]
+        for key, own in numbers.items()
+    }
+
+
+def operator_of(block: SqueezableBlock, recipe: Recipe, weight: Tensor) -> ConvOperator:
+    """The block's operator with this kernel, and beside it the branches without a rule."""
     whole = block.spatial(weight, block.groups)
     rows = [row for row in range(len(block.branches)) if row not in recipe.rows]
     return whole.beside(recomputed(block, rows)) if rows else whole
 
 
-def _by_device(forms: Sequence[Form | None]) -> list[list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for number, form in enumerate(forms):
-        if form is not None:
-            groups.setdefault((form.device, form.dtype), []).append(number)
-    return list(groups.values())
-
-
 @dataclass(frozen=True)
-class _Members:
+class Members:
     """The blocks that are made by one Function, all of one dtype on one device."""
 
     recipes: tuple[Recipe, ...]
@@ -134,7 +139,7 @@ class _SqueezeTogether(torch.autograd.Function):
     """The kernels of several recipes."""
 
     @staticmethod
-    def forward(ctx: Any, members: _Members, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, members: Members, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.members = members
         ctx.save_for_backward(*values)
         ctx.set_materialize_grads(False)
@@ -143,16 +148,28 @@ class _SqueezeTogether(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        members, values = ctx.members, ctx.saved_tensors
-        with full_precision():
-            if torch.is_grad_enabled():  # a second derivative will be asked for
-                found = [
-                    None if grad is None else through_algebra(recipe, grad, *recipe.split(own))
-                    for recipe, own, grad in zip(
-                        members.recipes, members.values(values), grads, strict=True
-                    )
-                ]
-            else:
-                found = members.gradients(values, grads)
-        pairs = zip(found, members.values(values), strict=True)
-        return None, *(g for own, like in pairs for g in own or [None] * len(like))
+        return None, *eager_backward(ctx.members, ctx.saved_tensors, grads)
+
+
+def eager_backward(
+    members: Members, flat: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of all values; None for those of a block whose kernel was not reached."""
+    values = members.values(flat)
+    with full_precision():
+        if torch.is_grad_enabled():  # a second derivative will be asked for
+            triples = zip(members.recipes, values, grads, strict=True)
+            found = [
+                None if grad is None else _derived(recipe, own, grad)
+                for recipe, own, grad in triples
+            ]
+        else:
+            found = list(members.gradients(flat, grads))
+    pairs = zip(found, values, strict=True)
+    return [grad for own, like in pairs for grad in own or [None] * len(like)]
+
+
+def _derived(recipe: Recipe, values: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of a block's values, themselves differentiable."""
+    made = through_algebra(recipe, grad, *recipe.split(values))
+    return made if len(made) == len(values) else made[1:]

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import ReparamConv, SqueezedSum
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.generation.graphs import generate_replayed
 from orepa_compiler.generation.store import KernelLeaf, sources
 from orepa_compiler.generation.together import generate_together
 from orepa_compiler.generation.whole import generate_all
@@ -24,7 +25,9 @@ Squeezed = ReparamConv | SqueezedSum
 
 
 @contextmanager
-def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
+def kernels_once(
+    model: nn.Module, *, compiled: bool | str = False, graphs: bool = False
+) -> Iterator[None]:
     """Within it, each block makes its kernel once, however many passes there are.
 
         optimizer.zero_grad()
@@ -47,7 +50,11 @@ def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
 
     compiled: make the kernels of all blocks, and their gradients, in one function of torch.compile.
     It is meant for a GPU, where many small launches cost more than the arithmetic; the first step
-    then waits for the compiler.
+    then waits for the compiler. A text is torch.compile's mode, such as "reduce-overhead".
+
+    graphs: record the making of all kernels, and of all their gradients, as two CUDA graphs and run
+    them again at each step: two launches. Recorded anew where parameters have moved in memory. They
+    hold memory for the kernels and all gradients of the blocks once more.
 
     Raises ReparamError for a model without squeezed blocks, with sharded parameters (FSDP), or that
     is in a with block already; inside, when parameters of a block change or an optimizer steps, and
@@ -58,7 +65,7 @@ def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
     before = _gradients(model)
     hook, watch = register_optimizer_step_pre_hook(_step_refusal(model)), None
     try:
-        made = _generated(model, blocks, compiled=compiled)
+        made = _generated(model, blocks, compiled=compiled, graphs=graphs)
         for (path, block), operator in zip(blocks.items(), made, strict=True):
             block.store.leaf = KernelLeaf(block, path, operator)
         watch = _watch(model, blocks)
@@ -88,10 +95,15 @@ def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
 
 
 def _generated(
-    model: nn.Module, blocks: dict[str, Squeezed], *, compiled: bool
+    model: nn.Module, blocks: dict[str, Squeezed], *, compiled: bool | str, graphs: bool
 ) -> list[ConvOperator]:
+    if compiled and graphs:
+        raise ReparamError("kernels_once takes compiled= or graphs=, not both")
     if compiled:
-        return generate_all(model, list(blocks.values()))
+        mode = compiled if isinstance(compiled, str) else None
+        return generate_all(model, list(blocks.values()), mode=mode)
+    if graphs:
+        return generate_replayed(model, list(blocks.values()))
     return generate_together(list(blocks.values()))
 
 
