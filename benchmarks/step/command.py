@@ -17,7 +17,9 @@ from benchmarks.step.variants import MODELS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 EAGER = tuple(
-    name for name, variant in VARIANTS.items() if not (variant.compiled or variant.compiled_kernels)
+    name
+    for name, variant in VARIANTS.items()
+    if not (variant.compiled or variant.compiled_kernels or variant.graphs)
 )
 # What is run without options: every form with small batches, and the goals at a larger one.
 BY_DEFAULT = (

@@ -36,7 +36,8 @@ class Variant:
     passes: int = 1
     once: bool = False
     compiled: bool = False
-    compiled_kernels: bool = False
+    compiled_kernels: bool | str = False
+    graphs: bool = False
     base: str = "plain"
     means: str = ""
 
@@ -68,6 +69,15 @@ VARIANTS = {
     ),
     "two-phase, compiled kernels": Variant(
         _expanded, once=True, compiled_kernels=True, means="kernels_once(compiled=True)"
+    ),
+    "two-phase, reduce-overhead": Variant(
+        _expanded,
+        once=True,
+        compiled_kernels="reduce-overhead",
+        means='kernels_once(compiled="reduce-overhead"), on a GPU',
+    ),
+    "two-phase, graphs": Variant(
+        _expanded, once=True, graphs=True, means="kernels_once(graphs=True), on a GPU"
     ),
     "plain compiled": Variant(_as_it_is, compiled=True, means="torch.compile"),
     "orepa compiled": Variant(_expanded, compiled=True, means="torch.compile(fullgraph=True)"),
@@ -111,7 +121,8 @@ class Stepper:
     def _kernels(self) -> AbstractContextManager[None]:
         if not self.variant.once:
             return nullcontext()
-        return kernels_once(self.net, compiled=self.variant.compiled_kernels)
+        variant = self.variant
+        return kernels_once(self.net, compiled=variant.compiled_kernels, graphs=variant.graphs)
 
     def loss(self) -> Tensor:
         with self.autocast:
