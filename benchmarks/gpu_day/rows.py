@@ -77,8 +77,8 @@ def rows(device: str, scale: Scale) -> Iterator[tuple[str, Work]]:
                 for variant in variants:
                     name = step_name(model, batch, variant)
                     yield name, partial(cost, model, variant, device, batch, scale.size)
-    for precision in ("fp32", "fp16"):
-        yield f"engine, resnet18, {precision}", partial(engine, precision, device)
+    for of_engine in ("fp32", "fp16"):
+        yield f"engine, resnet18, {of_engine}", partial(engine, of_engine, device)
 
 
 def step_name(model: str, batch: int, variant: str) -> str:

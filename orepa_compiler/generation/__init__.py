@@ -30,6 +30,8 @@ GEOMETRY = ("kernel_size", "stride", "pads", "dilation", "groups", "padding_mode
 # On a CPU, kernels of so many numbers at most are made in few operations: one alone, and several
 # together. Beyond, memory that is passed over in parts costs less than operations do.
 SMALL_ALONE, SMALL_TOGETHER = 0, 2**16
+# And so many blocks of one form at least.
+ALIKE = 2
 
 
 class SqueezableBlock(Protocol):

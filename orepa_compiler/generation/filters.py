@@ -47,5 +47,5 @@ def _filter(branch: Any) -> Tensor:
     if isinstance(branch, AveragePool):
         filters += 1 / prod(size)
     else:
-        filters[(slice(None), *((length - 1) // 2 for length in size))] = 1.0
+        filters.movedim(0, -1)[tuple((length - 1) // 2 for length in size)] = 1.0
     return filters.flatten(1)

@@ -64,15 +64,15 @@ def generate_replayed(model: nn.Module, blocks: Sequence[SqueezableBlock]) -> li
     """
     if is_watched():
         return [generate(block) for block in blocks]
+    devices = {p.device.type for block in blocks for p in block.branches.parameters()}
+    if others := devices - GRAPHS.keys():
+        raise ReparamError(
+            f"graphs=True needs parameters on {' or '.join(GRAPHS)}, these are on "
+            f"{', '.join(sorted(others))}; leave it out"
+        )
     made: dict[int, ConvOperator] = {}
     known = _recordings.setdefault(model, {})
     for key, (members, group) in groups_of(blocks).items():
-        device = members.forms[0].device.type
-        if device not in GRAPHS:
-            raise ReparamError(
-                f"graphs=True needs parameters on {' or '.join(GRAPHS)}, these are on {device}; "
-                "leave it out"
-            )
         values = [value for recipe in members.recipes for value in recipe.values()]
         places = _places(members, values)
         if key not in known or known[key].places != places:
@@ -146,10 +146,11 @@ class _Replay(torch.autograd.Function):
 
 
 def _places(members: Members, values: Sequence[Tensor]) -> list[Any]:
-    """Where in memory a graph reads: blocks' values, and the fixed filters' edits."""
+    """What a graph depends on: forms, where values lie in memory, and the filters' edits."""
     branches = [branch for recipe in members.recipes for branch in recipe.branches]
     priors = [b.prior for b in branches if isinstance(b, FrequencyFilter)]
     return [
+        *members.forms,
         *((value.data_ptr(), value.shape, value.stride()) for value in values),
         *((prior.data_ptr(), prior._version) for prior in priors),
     ]

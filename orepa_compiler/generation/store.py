@@ -47,13 +47,13 @@ class KernelStore:
         if is_watched():
             warn_if_exported()
             return generate(block)
-        if torch.is_grad_enabled() and is_trained(block):
+        tensors = sources(block)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             self._kept = None
-            made = None if self.prepared is None else self.prepared.operator(block)
+            made = None if self.prepared is None else self.prepared.operator(tensors)
             return generate(block) if made is None else made
         if self.prepared is not None:
             self.prepared.is_refused = True
-        tensors = sources(block)
         if not _can_be_kept(block, tensors):
             return generate(block)
         kept = self._kept
@@ -69,23 +69,23 @@ class Prepared:
     that will run the block once more in a graph of its own.
     """
 
-    def __init__(self, block: SqueezableBlock, made: ConvOperator) -> None:
+    def __init__(self, tensors: Sequence[Tensor], made: ConvOperator) -> None:
         self._made = made
-        self._stamp = Stamp(sources(block))
+        self._stamp = Stamp(tensors)
         self.is_open, self.is_refused = True, False
         spent: list[bool] = []  # apart from this object, so that the hook does not keep it alive
         made.weight.register_hook(lambda grad: spent.append(True))
         self._spent = spent
 
-    def operator(self, block: SqueezableBlock) -> ConvOperator | None:
-        """The operator where it serves; None where the block is to make its own.
+    def operator(self, tensors: Sequence[Tensor]) -> ConvOperator | None:
+        """The operator where it serves; None where the block is to make its own of its tensors.
 
         After the forward only a backward pass asks for it, in which a checkpoint runs the block
         again and must find what it found before.
         """
         in_backward = torch._C._current_graph_task_id() != -1
         serves = (self.is_open or in_backward) and not (self.is_refused or self._spent)
-        return self._made if serves and self._stamp.fits(sources(block)) else None
+        return self._made if serves and self._stamp.fits(tensors) else None
 
 
 class KernelLeaf:
@@ -156,8 +156,12 @@ class _Life:
 def sources(block: SqueezableBlock) -> list[Tensor]:
     """The tensors that a block's kernel is made of."""
     branches: nn.Module = block.branches
-    scaling = [] if block.scaling is None else [block.scaling]
-    return [*scaling, *branches.parameters(), *branches.buffers()]
+    found = {} if block.scaling is None else {id(block.scaling): block.scaling}
+    for module in branches.modules():  # parameters() would take three times as long, at each step
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found[id(tensor)] = tensor
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -202,11 +206,6 @@ def _words(tensor: Tensor) -> Tensor:
         if flat.numel() * flat.itemsize % word.itemsize == flat.storage_offset() % word.itemsize:
             return flat.view(word)
     raise AssertionError("a byte fits everything")
-
-
-def is_trained(block: SqueezableBlock) -> bool:
-    first = block.scaling is not None and block.scaling.requires_grad
-    return first or any(tensor.requires_grad for tensor in sources(block))
 
 
 def _can_be_kept(block: SqueezableBlock, tensors: Sequence[Tensor]) -> bool:

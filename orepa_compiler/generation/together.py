@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,8 @@ def generate_together(blocks: Sequence[SqueezableBlock]) -> list[ConvOperator]:
     """The operators of the blocks, as `generate` gives them, in few operations.
 
     Blocks of one form, whatever their stride and padding, are made in the same operations. What is
-    recorded for backward is the parameters. A block that is cut into parts on a CPU, or that has no
-    branch with a rule, is made by itself.
+    recorded for backward is the parameters. A block that has no branch with a rule is made by
+    itself; on a CPU also one that is alone of its form, or large.
     """
     if is_watched():
         return [generate(block) for block in blocks]
@@ -58,9 +59,12 @@ def groups_of(blocks: Sequence[SqueezableBlock]) -> dict[Any, tuple[Members, lis
     """The blocks that are made with others, by device and dtype, and their numbers."""
     recipes = [recipe_of(block) for block in blocks]
     forms = [recipe.form(generation.SMALL_TOGETHER) for recipe in recipes]
+    counts = Counter(forms)
     numbers: dict[Any, list[int]] = {}
     for number, form in enumerate(forms):
-        if form is not None:
+        if form is None:
+            continue
+        if form.device.type != "cpu" or counts[form] >= generation.ALIKE:
             numbers.setdefault((form.device, form.dtype), []).append(number)
     return {
         key: (Members(tuple(recipes[n] for n in own), tuple(forms[n] for n in own)), own)  # type: ignore[misc]
@@ -103,14 +107,15 @@ class Members:
 
     def kernels(self, flat: Sequence[Tensor]) -> list[Tensor]:
         """W_e of each block."""
-        values, made = self.values(flat), {}
+        values = self.values(flat)
+        made: dict[int, Tensor] = {}
         wholes = list(self.batches(range(len(self.recipes))))
         batches = [self.batch(numbers, values) for numbers in wholes]
-        stacks = iter(stacked([slot for batch in batches for slot in batch.slots()]))
-        for numbers, batch in zip(wholes, batches, strict=True):
-            given = [next(stacks) for _ in batch.slots()]
-            own = kernels(Stacks(batch.form, batch.branches, given))
-            made.update(zip(numbers, own, strict=True))
+        slots = [batch.slots() for batch in batches]
+        stacks = iter(stacked([slot for own in slots for slot in own]))
+        for numbers, batch, own in zip(wholes, batches, slots, strict=True):
+            given = Stacks(batch.form, batch.branches, [next(stacks) for _ in own])
+            made.update(zip(numbers, kernels(given), strict=True))
         return [made[number] for number in range(len(self.recipes))]
 
     def gradients(
@@ -118,20 +123,19 @@ class Members:
     ) -> list[list[Tensor] | None]:
         """Of each block whose kernel was reached, the gradients of its values."""
         reached = {number: grad for number, grad in enumerate(grads) if grad is not None}
-        values, found = self.values(flat), {}
+        values = self.values(flat)
+        found: dict[int, list[Tensor]] = {}
         wholes = list(self.batches(list(reached)))
         batches = [self.batch(numbers, values) for numbers in wholes]
-        slots = [slot for batch in batches for slot in batch.slots()]
-        slots += [
-            grad_slot(batch.form, [reached[number] for number in numbers])
+        slots = [
+            [*batch.slots(), grad_slot(batch.form, [reached[number] for number in numbers])]
             for numbers, batch in zip(wholes, batches, strict=True)
         ]
-        stacks = stacked(slots)
-        of_kernels = iter(stacks[len(slots) - len(batches) :])
-        left = iter(stacks)
-        for numbers, batch in zip(wholes, batches, strict=True):
-            given = Stacks(batch.form, batch.branches, [next(left) for _ in batch.slots()])
-            found.update(zip(numbers, gradients(given, next(of_kernels)), strict=True))
+        stacks = iter(stacked([slot for own in slots for slot in own]))
+        for numbers, batch, own in zip(wholes, batches, slots, strict=True):
+            *given, of_kernels = [next(stacks) for _ in own]
+            blocks = Stacks(batch.form, batch.branches, given)
+            found.update(zip(numbers, gradients(blocks, of_kernels), strict=True))
         return [found.get(number) for number in range(len(self.recipes))]
 
 
@@ -157,6 +161,7 @@ def eager_backward(
     """The gradients of all values; None for those of a block whose kernel was not reached."""
     values = members.values(flat)
     with full_precision():
+        found: Sequence[Sequence[Tensor | None] | None]
         if torch.is_grad_enabled():  # a second derivative will be asked for
             triples = zip(members.recipes, values, grads, strict=True)
             found = [
@@ -164,7 +169,7 @@ def eager_backward(
                 for recipe, own, grad in triples
             ]
         else:
-            found = list(members.gradients(flat, grads))
+            found = members.gradients(flat, grads)
     pairs = zip(found, values, strict=True)
     return [grad for own, like in pairs for grad in own or [None] * len(like)]
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import ReparamConv, SqueezedSum
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import is_watched
-from orepa_compiler.generation.store import Prepared, is_trained, sources
+from orepa_compiler.generation.store import Prepared, sources
 from orepa_compiler.generation.together import made_together
-from orepa_compiler.training.stepping import squeezed_blocks
+from orepa_compiler.training.stepping import Squeezed, squeezed_blocks
 
 
 class StepHooks:
@@ -62,15 +62,17 @@ def step_hooks(model: nn.Module) -> StepHooks:
 def _prepare(model: nn.Module, args: Any) -> None:
     if is_watched():
         return
-    blocks = _blocks(model)
+    blocks = list(_blocks(model))
     for block in blocks:
         block.store.prepared = None
     if not torch.is_grad_enabled():
         return
-    trained = [block for block in blocks if block.store.leaf is None and _is_whole(block)]
-    for number, made in made_together(trained).items():
+    free = [(block, sources(block)) for block in blocks if block.store.leaf is None]
+    trained = [(block, tensors) for block, tensors in free if _is_trained_whole(tensors)]
+    for number, made in made_together([block for block, _ in trained]).items():
+        block, tensors = trained[number]
         if made.weight.requires_grad:
-            trained[number].store.prepared = Prepared(trained[number], made)
+            block.store.prepared = Prepared(tensors, made)
 
 
 def _close(model: nn.Module, args: Any, output: Any) -> None:
@@ -81,10 +83,17 @@ def _close(model: nn.Module, args: Any, output: Any) -> None:
             block.store.prepared.is_open = False
 
 
-def _blocks(model: nn.Module) -> list[ReparamConv | SqueezedSum]:
-    return [module for module in model.modules() if isinstance(module, ReparamConv | SqueezedSum)]
+def _blocks(module: nn.Module) -> Iterator[Squeezed]:
+    """The squeezed blocks, without a look at what is inside them."""
+    if isinstance(module, Squeezed):
+        yield module
+        return
+    for child in module._modules.values():
+        if child is not None:
+            yield from _blocks(child)
 
 
-def _is_whole(block: ReparamConv | SqueezedSum) -> bool:
-    """Whether the block is trained, and its parameters are plain tensors, not shards."""
-    return is_trained(block) and all(type(t) in (Tensor, nn.Parameter) for t in sources(block))
+def _is_trained_whole(tensors: Sequence[Tensor]) -> bool:
+    """Whether some are trained, and all are plain tensors, not shards."""
+    is_whole = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return is_whole and any(tensor.requires_grad for tensor in tensors)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
+from orepa_compiler import generation
 from orepa_compiler.blocks import ReparamConv
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import graphs
@@ -37,6 +38,7 @@ class StandIn:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     monkeypatch.setitem(graphs.GRAPHS, "cpu", StandIn)
+    monkeypatch.setattr(generation, "ALIKE", 1)
     StandIn.made = []
     return StandIn.made
 

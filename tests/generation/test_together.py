@@ -27,6 +27,7 @@ NAMES_3D = ("1d", "3d", "3d groups", "1d", "separable alone", "one tap alone", "
 @pytest.fixture(autouse=True)
 def in_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "SMALL_TOGETHER", 2**30)
+    monkeypatch.setattr(generation, "ALIKE", 1)
 
 
 def several(names: tuple[str, ...], scaling: Any = "vector") -> list[ReparamConv]:
@@ -162,6 +163,18 @@ def test_transforms_see_plain_operations() -> None:
     for name, parameter in named.items():
         if parameter.grad is not None:
             assert_same(found[name], parameter.grad, name)
+
+
+def test_on_a_cpu_blocks_alone_of_their_form_and_large_ones_are_made_by_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = several(("3x3", "1x1", "3x3", "depthwise"))
+    monkeypatch.setattr(generation, "ALIKE", 2)
+    assert set(together.made_together(blocks)) == {0, 2}
+    monkeypatch.setattr(generation, "SMALL_TOGETHER", blocks[0].weight.numel() - 1)
+    assert together.made_together(blocks) == {}
+    elsewhere = [copy.deepcopy(block).to("meta") for block in blocks]
+    assert set(together.made_together(elsewhere)) == {0, 1, 2, 3}
 
 
 # Constants are made once

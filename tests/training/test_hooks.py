@@ -22,6 +22,12 @@ from tests.operator_factories import random_tensor
 from tests.training_nets import expanded_net, loss, optimizer_of
 
 
+@pytest.fixture(autouse=True)
+def each_is_one_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a block that is alone of its form is made with the others too."""
+    monkeypatch.setattr(generation, "ALIKE", 1)
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The blocks that made their kernels by themselves."""
