@@ -77,26 +77,27 @@ def test_steps_by_graphs_are_the_steps_without(recorded: list[StandIn], last: bo
 def test_what_a_graph_gave_is_not_written_over(recorded: list[StandIn]) -> None:
     blocks = [trained("3x3"), trained("1x1"), trained("3x3")]
     model = nn.ModuleList(blocks)
-    first = [made.weight for made in generate_replayed(model, blocks)]
-    torch.autograd.backward(first, [torch.ones_like(weight) for weight in first])
-    kept = [[w.detach().clone() for w in first], [_grad(b) for b in blocks]]
+    weights, grads = run(model, blocks, 1.0)
+    kept = [tensor.detach().clone() for tensor in (*weights, *grads)]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    again = [made.weight for made in generate_replayed(model, blocks)]
-    torch.autograd.backward(again, [3 * torch.ones_like(weight) for weight in again])
+            parameter.grad = None
+    others = [tensor for own in run(model, blocks, 3.0) for tensor in own]
     assert len(recorded) == 2
-    for weight, old, new in zip(first, kept[0], again, strict=True):
-        assert torch.equal(weight, old)
-        assert not torch.equal(weight, new)
-    for block, before in zip(blocks, kept[1], strict=True):
-        assert not torch.equal(_grad(block), before), "the second gradients were added"
+    for tensor, before, now in zip((*weights, *grads), kept, others, strict=True):
+        assert torch.equal(tensor, before)
+        assert not torch.equal(tensor, now)
 
 
-def _grad(block: ReparamConv) -> Tensor:
-    assert block.scaling is not None
-    assert block.scaling.grad is not None
-    return block.scaling.grad.clone()
+def run(
+    model: nn.Module, blocks: list[ReparamConv], scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The kernels, and the gradients of the scaling parameters."""
+    made = [operator.weight for operator in generate_replayed(model, blocks)]
+    torch.autograd.backward(made, [scale * torch.ones_like(weight) for weight in made])
+    found = [block.scaling.grad for block in blocks if block.scaling is not None]
+    return made, [grad for grad in found if grad is not None]
 
 
 MOVES: dict[str, Callable[[nn.Module], Any]] = {
