@@ -156,7 +156,9 @@ class _Life:
 def sources(block: SqueezableBlock) -> list[Tensor]:
     """The tensors that a block's kernel is made of."""
     branches: nn.Module = block.branches
-    found = {} if block.scaling is None else {id(block.scaling): block.scaling}
+    found: dict[int, Tensor] = {}
+    if block.scaling is not None:
+        found[id(block.scaling)] = block.scaling
     for module in branches.modules():  # parameters() would take three times as long, at each step
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
