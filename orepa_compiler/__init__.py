@@ -54,6 +54,7 @@ from orepa_compiler.planning import recorded_plans as recorded_plans
 from orepa_compiler.reference import load_reference as load_reference
 from orepa_compiler.sides import verify as verify
 from orepa_compiler.training.branch_history import BranchHistory as BranchHistory
+from orepa_compiler.training.hooks import step_hooks as step_hooks
 from orepa_compiler.training.optimizer_mapping import map_optimizer as map_optimizer
 from orepa_compiler.training.parameter_groups import param_groups as param_groups
 from orepa_compiler.training.stepping import kernels_once as kernels_once

@@ -16,7 +16,7 @@ from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copyable, meta_copy, value_copy
-from orepa_compiler.cost import conv_macs
+from orepa_compiler.cost import conv_costs
 from orepa_compiler.errors import NothingExpandedWarning, ReparamError
 from orepa_compiler.passes import (
     COLLAPSE,
@@ -42,6 +42,7 @@ from orepa_compiler.preconditions import (
     check_values,
 )
 from orepa_compiler.selection import Where
+from orepa_compiler.step_cost import affordable, with_step_costs
 from orepa_compiler.training.calibration import calibrate
 from orepa_compiler.validation.state import random_state_kept, state_kept
 from orepa_compiler.validation.trial import Kept, Wanted, tried
@@ -67,13 +68,15 @@ def plan(
     where: Where = None,
     post_norm: PostNorm = "auto",
     inputs: Inputs = None,
+    max_cost: float | None = None,
     pipeline: Pipeline = EXPAND,
 ) -> Plan:
     """What expand would do, as a table: a dry run on a copy without values.
 
     Every conv is either expanded or listed with the reason why it is left alone.
-    inputs: a batch, to count each conv's MACs for one image and to record the forwards that cannot
-    be traced; nothing is checked on it. The rest as in expand.
+    inputs: a batch, to count each conv's MACs for one image and what its block adds to a training
+    step at that batch, and to record the forwards that cannot be traced; nothing is checked on it.
+    The rest as in expand.
     Raises ReparamError as expand does.
     """
     check_model(model)
@@ -81,8 +84,8 @@ def plan(
     options = _expansion_options(block=block, init=init, where=where, post_norm=post_norm)
     recording = _recording(model, inputs)
     passes = _expansion(pipeline, options, None)
-    made = passes.run(meta_copy(model), recording=recording)[1]
-    return made if inputs is None else made.with_macs(conv_macs(model, inputs))
+    expanded, made = passes.run(meta_copy(model), recording=recording)
+    return _costed(model, expanded, made, inputs=inputs, max_cost=max_cost)
 
 
 def expand(
@@ -94,6 +97,7 @@ def expand(
     post_norm: PostNorm = "auto",
     plan: Plan | None = None,
     inputs: Inputs = None,
+    max_cost: float | None = None,
     inplace: bool = False,
     pipeline: Pipeline = EXPAND,
 ) -> nn.Module:
@@ -108,8 +112,9 @@ def expand(
     norm follows, "none" does not. plan: apply this plan, made with the same init. inputs: a batch,
     or a list of them, to calibrate inserted norms, to record the forwards that cannot be traced,
     and to check what was made: outputs in eval mode, and what a step trains. What does not agree is
-    left alone, with the error as the reason. inplace: rewrite the model itself. pipeline: which
-    passes run, with these options.
+    left alone, with the error as the reason. max_cost: how much dearer blocks may make the
+    arithmetic of the convs of a training step at the batch in inputs, 0.15 for 15 %: the dearest
+    are left out. inplace: rewrite the model itself. pipeline: which passes run, with these options.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then. Warns
@@ -123,6 +128,9 @@ def expand(
     if plan is not None:
         check_plan(plan, init=init, post_norm=post_norm)
     passes = _expansion(pipeline, options, plan)
+    if max_cost is not None:
+        dry, made = passes.run(meta_copy(model), plan=plan, recording=_recording(model, inputs))
+        plan = _costed(model, dry, made, inputs=inputs, max_cost=max_cost)
 
     def make(target: nn.Module, kept: Kept, batches: list[Batch] | None) -> Made:
         expanded, applied = _run(passes, target, plan=plan, inputs=batches, kept=kept)
@@ -281,6 +289,19 @@ def _collapsed(
         adopted += more
     target, rest = _run(last, target, inputs=inputs, kept=kept)
     return target, done + adopted + rest
+
+
+def _costed(
+    model: nn.Module, expanded: nn.Module, made: Plan, *, inputs: Inputs, max_cost: float | None
+) -> Plan:
+    """The plan with what it costs, and without what costs too much."""
+    if inputs is None:
+        if max_cost is not None:
+            raise ReparamError("max_cost= needs inputs=: what a block costs depends on the batch")
+        return made
+    macs, images = conv_costs(model, inputs)
+    made = with_step_costs(made.with_macs(macs), expanded, images)
+    return made if max_cost is None else affordable(made, macs, max_cost)
 
 
 def _warn_of_nothing(applied: Plan) -> None:

@@ -17,7 +17,12 @@ from orepa_compiler.verification.nesting import map_tensors
 
 
 def conv_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """Path of each conv or block -> its multiply-accumulates for one image of `inputs`.
+    """Path of each conv or block -> its multiply-accumulates for one image, as `conv_costs`."""
+    return conv_costs(model, inputs)[0]
+
+
+def conv_costs(model: nn.Module, inputs: Any) -> tuple[dict[str, int], int]:
+    """Path of each conv or block -> its MACs for one image of `inputs`; and the images in a batch.
 
     MACs = kernel elements x output positions, summed over the calls. Counted on a copy without
     values, so it costs no arithmetic; a forward that asks for values (a detector's) runs once.
@@ -39,25 +44,28 @@ def conv_macs(model: nn.Module, inputs: Any) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _counted(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, int]:
+def _counted(model: nn.Module, batch: tuple[Any, ...]) -> tuple[dict[str, int], int]:
     counts: dict[str, int] = defaultdict(int)
+    images: list[int] = []
     for path, module in model.named_modules():
         module._forward_hooks.clear()  # the user's hooks are for real calls
         module._forward_pre_hooks.clear()
         if is_conv_like(module) or isinstance(module, LinearBlock):
-            module.register_forward_hook(_counter(counts, path))
+            module.register_forward_hook(_counter(counts, images, path))
     with evaluation_mode(model):
         model(*batch)
-    return dict(counts)
+    return dict(counts), min(images, default=1)
 
 
-def _counter(counts: dict[str, int], path: str) -> Any:
+def _counter(counts: dict[str, int], images: list[int], path: str) -> Any:
     def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
         # a transposed conv spends its kernel on each input position
         places = args[0] if getattr(module, "transposed", False) else output
-        spatial = places.shape[2:] if places.dim() == weight.dim() else places.shape[1:]
+        is_batch = places.dim() == weight.dim()
+        spatial = places.shape[2:] if is_batch else places.shape[1:]
+        images.append(places.shape[0] if is_batch else 1)
         counts[path] += weight.numel() * spatial.numel()
 
     return count

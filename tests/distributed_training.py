@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import orepa_compiler as orepa
+from orepa_compiler import generation
 from orepa_compiler.blocks import LinearBlock
 from tests.training_nets import expanded_net, loss, optimizer_of, stock_net
 
@@ -63,6 +64,9 @@ def data_parallel(rank: int, way: str) -> dict[str, Any]:
         expanded_net(), gradient_as_bucket_view=way == "no_sync, bucket views"
     )
     wrapped = torch.compile(model, backend="eager") if way == "kernels_once, compiled" else model
+    if way == "step_hooks":
+        generation.ALIKE = 1  # of this process: blocks that are all different go together too
+        orepa.step_hooks(model)
     optimizer = optimizer_of(model)
     with counting(model) as sent:
         for step in range(STEPS):

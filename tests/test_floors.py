@@ -24,7 +24,7 @@ FLOORS = (
     ("blocks",),
     (
         *("analysis", "defaults", "planning", "overlaps", "verification", "validation"),
-        *("cost", "training"),
+        *("cost", "step_cost", "training"),
     ),
     ("passes",),
     (

@@ -8,14 +8,18 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks.step.measuring import Setting, memory, ratios, times
+from benchmarks.step.operations import operations
 from benchmarks.step.results import machine, markdown, read, table, write
 from benchmarks.step.variants import MODELS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 EAGER = tuple(
-    name for name, variant in VARIANTS.items() if not (variant.compiled or variant.compiled_kernels)
+    name
+    for name, variant in VARIANTS.items()
+    if not (variant.compiled or variant.compiled_kernels or variant.graphs)
 )
 # What is run without options: every form with small batches, and the goals at a larger one.
 BY_DEFAULT = (
@@ -38,6 +42,7 @@ def run(
     amp: Annotated[str, typer.Option(help="off or bf16.")] = "off",
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
     repeats: Annotated[int, typer.Option(help="Rounds; one more goes before them.")] = 3,
+    count: Annotated[bool, typer.Option("--count", help="Operations alone, no times.")] = False,
     again: Annotated[bool, typer.Option(help="Also what the results hold already.")] = False,
     output: Annotated[Path, typer.Option(help="The results.")] = ROOT
     / "benchmarks/results/step.json",
@@ -58,6 +63,9 @@ def run(
     if models or variants or batch:
         names = _with_bases(variants or EAGER)
         cases = [(m, b, names) for b in batch or (8,) for m in models or MODELS]
+    if count:
+        console.print(counted({(model, name) for model, _, own in cases for name in own}))
+        return
     results = read(output)
     results["machine"] = machine()
     for model, images, names in cases:
@@ -72,6 +80,9 @@ def run(
             if VARIANTS[name].passes == 1:
                 with console.status(f"{key}: memory of {name}"):
                     found[name] |= memory(model, name, setting)
+            if name in EAGER:
+                with console.status(f"{key}: operations of {name}"):
+                    found[name]["operations"] = operations(model, name)
         results["cases"][key] = {
             "model": model,
             "setting": asdict(setting),
@@ -81,6 +92,20 @@ def run(
         write(output, results)
     console.print(table(results))
     _fill(docs, markdown(results))
+
+
+def counted(wanted: set[tuple[str, str]]) -> Table:
+    """The operations of these variants of models, and what they are of the plain model's."""
+    made = Table(title="Operations that a step launches, as on a GPU", box=None)
+    for column in ("model", "variant", "operations", "/ plain"):
+        made.add_column(column, justify="left" if column in ("model", "variant") else "right")
+    for model in sorted({model for model, name in wanted if name == "plain"}):
+        plain = operations(model, "plain")
+        for name in EAGER:
+            if (model, name) in wanted:
+                found = plain if name == "plain" else operations(model, name)
+                made.add_row(model, name, str(found), f"{found / plain:.2f}")
+    return made
 
 
 def _with_bases(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def times(model: str, names: list[str], setting: Setting, repeats: int) -> dict[
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(repeats + 1):
         for name, stepper in steppers.items():
-            seconds = _timed(stepper.step, setting.device)
+            seconds = timed(stepper.step, setting.device)
             if number:
                 found[name].append(seconds)
     return found
@@ -187,7 +187,7 @@ def _stepper(name: str, model: str, setting: Setting) -> Stepper:
     )
 
 
-def _timed(step: Callable[[], None], device: str) -> float:
+def timed(step: Callable[[], None], device: str) -> float:
     """Seconds of one step: of the device's own clock where it has one."""
     gc.collect()
     if device == "cpu":

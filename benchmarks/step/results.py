@@ -24,8 +24,8 @@ GOALS = {
     ("resnet50", 8, "orepa x4"): 1.10,
 }
 COLUMNS = (
-    "model", "batch", "variant", "s / step", "ratio", "from - to", "goal", "parameters",
-    "saved", "features", "W_e", "other kernels", "peak",
+    "model", "batch", "variant", "s / step", "ratio", "from - to", "goal", "operations",
+    "/ plain", "parameters", "saved", "features", "W_e", "other kernels", "peak",
 )  # fmt: skip
 _MEMORY = ("parameters", "saved", "features", "W_e", "kernels", "peak")
 
@@ -78,6 +78,7 @@ def rows(results: Results) -> Iterator[tuple[str, ...]]:
                 f"{own['ratio']:.3f}" if "ratio" in own else "-",
                 f"{own['least']:.2f} - {own['most']:.2f}" if "ratio" in own else "-",
                 f"{goal:.2f}" if goal and is_cpu else "-",
+                *_operations(own, case["variants"].get("plain", {})),
                 *(_megabytes(own, key) for key in _MEMORY),
             )
 
@@ -96,6 +97,14 @@ def markdown(results: Results) -> str:
     """The table that docs/performance.md holds."""
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(results)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _operations(own: dict[str, float], plain: dict[str, float]) -> tuple[str, str]:
+    """What a step launches, and that over what the plain model's does."""
+    if "operations" not in own:
+        return "-", "-"
+    ratio = own["operations"] / plain["operations"] if "operations" in plain else None
+    return f"{own['operations']:.0f}", "-" if ratio is None else f"{ratio:.2f}"
 
 
 def _megabytes(own: dict[str, float], key: str) -> str:

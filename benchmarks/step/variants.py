@@ -36,13 +36,20 @@ class Variant:
     passes: int = 1
     once: bool = False
     compiled: bool = False
-    compiled_kernels: bool = False
+    compiled_kernels: bool | str = False
+    graphs: bool = False
     base: str = "plain"
     means: str = ""
 
 
 def _expanded(model: nn.Module) -> nn.Module:
     return orepa.expand(model)
+
+
+def _hooked(model: nn.Module) -> nn.Module:
+    model = orepa.expand(model)
+    orepa.step_hooks(model)
+    return model
 
 
 def _as_it_is(model: nn.Module) -> nn.Module:
@@ -53,6 +60,7 @@ VARIANTS = {
     "plain": Variant(_as_it_is, means="the model as it is"),
     "orepa": Variant(_expanded, means="an ordinary step"),
     "two-phase": Variant(_expanded, once=True, means="one pass inside kernels_once"),
+    "orepa, hooks": Variant(_hooked, means="kernels made together, with step_hooks"),
     "naive": Variant(lambda m: naive(_expanded(m)), means="the paper's formulas, an einsum each"),
     "dbb": Variant(with_diverse_branches, means="diverse branch blocks on feature maps"),
     "plain x4": Variant(_as_it_is, MICRO_BATCHES, means="gradients of four batches added"),
@@ -61,6 +69,15 @@ VARIANTS = {
     ),
     "two-phase, compiled kernels": Variant(
         _expanded, once=True, compiled_kernels=True, means="kernels_once(compiled=True)"
+    ),
+    "two-phase, reduce-overhead": Variant(
+        _expanded,
+        once=True,
+        compiled_kernels="reduce-overhead",
+        means='kernels_once(compiled="reduce-overhead"), on a GPU',
+    ),
+    "two-phase, graphs": Variant(
+        _expanded, once=True, graphs=True, means="kernels_once(graphs=True), on a GPU"
     ),
     "plain compiled": Variant(_as_it_is, compiled=True, means="torch.compile"),
     "orepa compiled": Variant(_expanded, compiled=True, means="torch.compile(fullgraph=True)"),
@@ -90,7 +107,8 @@ class Stepper:
         self.optimizer = torch.optim.SGD(
             parameters, lr=1e-3, momentum=0.9, weight_decay=1e-4, foreach=True
         )
-        self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp)
+        kind = "cpu" if device == "meta" else device.split(":")[0]
+        self.autocast = torch.autocast(kind, torch.bfloat16, enabled=amp)
 
     def step(self) -> None:
         """zero_grad, forward and backward of each pass, and the optimizer."""
@@ -103,7 +121,8 @@ class Stepper:
     def _kernels(self) -> AbstractContextManager[None]:
         if not self.variant.once:
             return nullcontext()
-        return kernels_once(self.net, compiled=self.variant.compiled_kernels)
+        variant = self.variant
+        return kernels_once(self.net, compiled=variant.compiled_kernels, graphs=variant.graphs)
 
     def loss(self) -> Tensor:
         with self.autocast:

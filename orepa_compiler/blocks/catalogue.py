@@ -29,6 +29,7 @@ from orepa_compiler.branches.field import (
     InnerKernel,
     OverParameterized,
 )
+from orepa_compiler.generation.together import generate_together
 
 # The kernel that is a large stem (Hu et al. 2022, Sec. 3.5) is at least this wide.
 LARGE_KERNEL = 7
@@ -62,7 +63,7 @@ class DeepStem(SequenceBranch):
         )
 
     def layers(self) -> tuple[ConvOperator, ...]:
-        return tuple(layer.operator() for layer in self.stack)  # type: ignore[operator]
+        return tuple(generate_together(list(self.stack)))  # type: ignore[arg-type]
 
 
 def _stem_layer(conv: ConvOperator, index: int, depth: int) -> ConvOperator:

@@ -18,10 +18,20 @@ from torch.utils.checkpoint import checkpoint
 
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.generation.algebra import full_precision, squeeze
+from orepa_compiler.generation.batched import Batch, Stacks, kernels
+from orepa_compiler.generation.batched_gradients import grad_slot, gradients
+from orepa_compiler.generation.forms import Form, form_of
 from orepa_compiler.generation.rules import RULES, Rule, Term, TermGradient
+from orepa_compiler.generation.stacking import stacked
 
 # What a branch must have in common with its block for its kernel to need no placing.
 GEOMETRY = ("kernel_size", "stride", "pads", "dilation", "groups", "padding_mode")
+
+# On a CPU, kernels of so many numbers at most are made in few operations: one alone, and several
+# together. Beyond, memory that is passed over in parts costs less than operations do.
+SMALL_ALONE, SMALL_TOGETHER = 0, 2**16
+# And so many blocks of one form at least.
+ALIKE = 2
 
 
 class SqueezableBlock(Protocol):
@@ -46,13 +56,13 @@ def generate(block: SqueezableBlock) -> ConvOperator:
     branches = list(block.branches.values())
     if is_watched():
         return squeeze(branches, block.scaling)
-    recipe = _recipe(block)
+    recipe = recipe_of(block)
     rows = [row for row in range(len(branches)) if row not in recipe.rows]
-    others = _recomputed(block, rows) if rows else None
+    others = recomputed(block, rows) if rows else None
     if not recipe.rows:
         assert others is not None
         return others
-    weight = _Squeeze.apply(recipe, block.scaling, *recipe.parameters())
+    weight = _Squeeze.apply(recipe, recipe.form(SMALL_ALONE), block.scaling, *recipe.parameters())
     whole = block.spatial(weight, block.groups)
     return whole if others is None else whole.beside(others)
 
@@ -78,8 +88,34 @@ class Recipe:
 
     def parameters(self) -> list[Tensor]:
         """Branch by branch, as the rules name them."""
+        return [parameter for own in self.layers() for parameter in own]
+
+    def layers(self) -> list[list[Tensor]]:
+        """The parameters of each branch."""
         pairs = zip(self.branches, self.rules, strict=True)
-        return [getattr(branch, name) for branch, rule in pairs for name in rule.names]
+        return [[getattr(branch, name) for name in rule.names] for branch, rule in pairs]
+
+    def values(self) -> list[Tensor]:
+        """The scaling parameter, if there is one, and the others."""
+        scaling = self.block.scaling
+        return [*([] if scaling is None else [scaling]), *self.parameters()]
+
+    def split(self, values: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """The scaling parameter, or None, and the others, of such values."""
+        return (None, values) if self.block.scaling is None else (values[0], values[1:])
+
+    def form(self, most: int) -> Form | None:
+        """What it shares with others that are made in the same few operations.
+
+        None where the rules do better: on a CPU, for a kernel of more numbers than most.
+        """
+        if not self.rows:
+            return None
+        if self.parameters()[0].device.type == "cpu" and most == 0:
+            return None
+        form = form_of(self.branches, self.rows, self.block.scaling, self.layers())
+        is_large = form is not None and form.kernel.shape.numel() > most
+        return None if form is None or (is_large and form.device.type == "cpu") else form
 
     def names(self) -> list[str]:
         """The scaling parameter and these parameters, as `_Reference` names them."""
@@ -143,20 +179,37 @@ class _Squeeze(torch.autograd.Function):
     """The kernel of a recipe."""
 
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, scaling: Tensor | None, *parameters: Tensor) -> Tensor:
-        ctx.recipe = recipe
+    def forward(
+        ctx: Any, recipe: Recipe, form: Form | None, scaling: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
+        ctx.recipe, ctx.form = recipe, form
         ctx.save_for_backward(scaling, *parameters)
         with full_precision():
-            return recipe.kernel(scaling, parameters)
+            if form is None:
+                return recipe.kernel(scaling, parameters)
+            return kernels(_stacks(recipe, form, scaling, parameters))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaling, *parameters = ctx.saved_tensors
+        recipe, form = ctx.recipe, ctx.form
         with full_precision():
             if torch.is_grad_enabled():  # a second derivative will be asked for
-                return None, *_through_algebra(ctx.recipe, grad, scaling, parameters)
-            of_scaling, others = ctx.recipe.gradients(grad, scaling, parameters)
-        return None, of_scaling, *others
+                return None, None, *through_algebra(recipe, grad, scaling, parameters)
+            if form is None:
+                of_scaling, others = recipe.gradients(grad, scaling, parameters)
+                return None, None, of_scaling, *others
+            stacks = _stacks(recipe, form, scaling, parameters)
+            (own,) = gradients(stacks, *stacked([grad_slot(form, [grad])]))
+        return None, None, *([] if scaling is not None else [None]), *own
+
+
+def _stacks(
+    recipe: Recipe, form: Form, scaling: Tensor | None, parameters: Sequence[Tensor]
+) -> Stacks:
+    values = [*([] if scaling is None else [scaling]), *parameters]
+    batch = Batch(form, [recipe.branches], [values])
+    return Stacks(form, batch.branches, stacked(batch.slots()))
 
 
 class _Reference(nn.Module):
@@ -172,7 +225,7 @@ class _Reference(nn.Module):
         return squeeze(self.recipe.branches, rows).weight
 
 
-def _through_algebra(
+def through_algebra(
     recipe: Recipe, grad: Tensor, scaling: Tensor | None, parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The same gradients, themselves differentiable."""
@@ -186,7 +239,7 @@ def _through_algebra(
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def _recipe(block: SqueezableBlock) -> Recipe:
+def recipe_of(block: SqueezableBlock) -> Recipe:
     """The branches whose kernels have the block's own shape and place, and a rule."""
     rows = [row for row, branch in enumerate(block.branches.values()) if _is_ruled(block, branch)]
     branches = tuple(list(block.branches.values())[row] for row in rows)
@@ -203,7 +256,7 @@ def _is_ruled(block: SqueezableBlock, branch: nn.Module) -> bool:
     )
 
 
-def _recomputed(block: SqueezableBlock, rows: Sequence[int]) -> ConvOperator:
+def recomputed(block: SqueezableBlock, rows: Sequence[int]) -> ConvOperator:
     """The branches of these rows by the algebra, which runs once more in backward."""
     branches = [list(block.branches.values())[row] for row in rows]
     scaling = None if block.scaling is None else block.scaling[list(rows)]

@@ -7,7 +7,6 @@ of a copy.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import SqueezableBlock, generate, is_watched
+from orepa_compiler.generation.stamps import Stamp
 from orepa_compiler.generation.watching import warn_if_exported
 
 # A tensor's bits are read in the widest of these words that it is a whole number of, and summed
@@ -32,6 +32,7 @@ class KernelStore:
     def __init__(self) -> None:
         self._kept: _Kept | None = None
         self.leaf: KernelLeaf | None = None
+        self.prepared: Prepared | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelStore:
         return KernelStore()
@@ -46,16 +47,45 @@ class KernelStore:
         if is_watched():
             warn_if_exported()
             return generate(block)
-        if torch.is_grad_enabled() and _is_trained(block):
-            self._kept = None
-            return generate(block)
         tensors = sources(block)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            self._kept = None
+            made = None if self.prepared is None else self.prepared.operator(tensors)
+            return generate(block) if made is None else made
+        if self.prepared is not None:
+            self.prepared.is_refused = True
         if not _can_be_kept(block, tensors):
             return generate(block)
         kept = self._kept
         if kept is None or not kept.fits(tensors):
             kept = self._kept = _Kept.of(block, tensors)
         return kept.made
+
+
+class Prepared:
+    """A kernel that was made before the forward which will ask for it, together with others.
+
+    is_open: while that forward runs. is_refused: it was met without gradients, as by a checkpoint
+    that will run the block once more in a graph of its own.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], made: ConvOperator) -> None:
+        self._made = made
+        self._stamp = Stamp(tensors)
+        self.is_open, self.is_refused = True, False
+        spent: list[bool] = []  # apart from this object, so that the hook does not keep it alive
+        made.weight.register_hook(lambda grad: spent.append(True))
+        self._spent = spent
+
+    def operator(self, tensors: Sequence[Tensor]) -> ConvOperator | None:
+        """The operator where it serves; None where the block is to make its own of its tensors.
+
+        After the forward only a backward pass asks for it, in which a checkpoint runs the block
+        again and must find what it found before.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        serves = (self.is_open or in_backward) and not (self.is_refused or self._spent)
+        return self._made if serves and self._stamp.fits(tensors) else None
 
 
 class KernelLeaf:
@@ -65,8 +95,9 @@ class KernelLeaf:
         self.path = path
         self._stamp = Stamp(sources(block))
         self._made = made
-        bias = None if made.bias is None else _leaf(made.bias)
-        self._leaf = replace(made, weight=_leaf(made.weight), bias=bias)
+        self._life = _Life(path)
+        bias = None if made.bias is None else self._life.leaf(made.bias)
+        self._leaf = replace(made, weight=self._life.leaf(made.weight), bias=bias)
 
     def operator(self, block: SqueezableBlock) -> ConvOperator:
         """The operator with the leaf as its kernel. Raises ReparamError if it is out of date."""
@@ -82,6 +113,10 @@ class KernelLeaf:
                 path=self.path,
             )
 
+    def close(self) -> None:
+        """From now on a gradient that arrives is an error: nothing would hand it on."""
+        self._life.is_over = True
+
     def leaves(self) -> list[Tensor]:
         """What gathers: the kernel, and the bias where branches have one."""
         return [leaf for _, leaf in self._pairs()]
@@ -96,29 +131,39 @@ class KernelLeaf:
         return [(a, b) for a, b in pairs if a is not None and b is not None and a.requires_grad]
 
 
-class Stamp:
-    """Which tensors, where in memory, and after how many edits: what torch counts of a change.
+@dataclass
+class _Life:
+    """Whether a leaf still gathers; apart from it, so that its hooks do not keep it alive."""
 
-    It does not see an edit through .data or NumPy, or one by a fused optimizer.
-    """
+    path: str
+    is_over: bool = False
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = [weakref.ref(tensor) for tensor in tensors]
-        self._places = [_place(tensor) for tensor in tensors]
+    def leaf(self, made: Tensor) -> Tensor:
+        leaf = made.detach().requires_grad_(made.requires_grad)
+        if leaf.requires_grad:
+            leaf.register_hook(self.refuse)
+        return leaf
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            len(tensors) == len(self._tensors)
-            and all(ref() is t for ref, t in zip(self._tensors, tensors, strict=True))
-            and [_place(tensor) for tensor in tensors] == self._places
-        )
+    def refuse(self, grad: Tensor) -> None:
+        if self.is_over:
+            raise ReparamError(
+                "a backward pass came after the with block of kernels_once, whose kernel it goes "
+                "through: the branches would get no gradient; call backward inside",
+                path=self.path,
+            )
 
 
 def sources(block: SqueezableBlock) -> list[Tensor]:
     """The tensors that a block's kernel is made of."""
     branches: nn.Module = block.branches
-    scaling = [] if block.scaling is None else [block.scaling]
-    return [*scaling, *branches.parameters(), *branches.buffers()]
+    found: dict[int, Tensor] = {}
+    if block.scaling is not None:
+        found[id(block.scaling)] = block.scaling
+    for module in branches.modules():  # parameters() would take three times as long, at each step
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found[id(tensor)] = tensor
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -165,11 +210,6 @@ def _words(tensor: Tensor) -> Tensor:
     raise AssertionError("a byte fits everything")
 
 
-def _is_trained(block: SqueezableBlock) -> bool:
-    first = block.scaling is not None and block.scaling.requires_grad
-    return first or any(tensor.requires_grad for tensor in sources(block))
-
-
 def _can_be_kept(block: SqueezableBlock, tensors: Sequence[Tensor]) -> bool:
     """Whether a change would be seen.
 
@@ -181,11 +221,3 @@ def _can_be_kept(block: SqueezableBlock, tensors: Sequence[Tensor]) -> bool:
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not t.is_inference()
         for t in tensors
     ) and all(type(module).__module__.split(".")[0] in ours for module in modules)
-
-
-def _place(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
-
-
-def _leaf(made: Tensor) -> Tensor:
-    return made.detach().requires_grad_(made.requires_grad)

@@ -26,32 +26,40 @@ class _Compiled:
     blocks: tuple[SqueezableBlock, ...]
     geometry: tuple[ConvOperator, ...]
     make: Callable[[], list[Pair]]
+    mode: str | None
 
 
 _compiled: WeakKeyDictionary[nn.Module, _Compiled] = WeakKeyDictionary()
 
 
-def generate_all(model: nn.Module, blocks: Sequence[SqueezableBlock]) -> list[ConvOperator]:
+def generate_all(
+    model: nn.Module, blocks: Sequence[SqueezableBlock], *, mode: str | None = None
+) -> list[ConvOperator]:
     """The operators of the model's blocks, as `generate` gives them, made by one function.
 
     It is compiled at the first call for a model, and kept for as long as the model has these
-    blocks.
+    blocks. mode: of torch.compile; in "reduce-overhead" it runs as a CUDA graph, whose kernels are
+    copied out, since the next run writes over them.
     """
     known = _compiled.get(model)
-    if known is None or not _are_same(known.blocks, blocks):
-        known = _compiled[model] = _compile(tuple(blocks))
-    pairs = zip(known.geometry, known.make(), strict=True)
+    if known is None or known.mode != mode or not _are_same(known.blocks, blocks):
+        known = _compiled[model] = _compile(tuple(blocks), mode)
+    made = known.make()
+    if mode is not None:
+        made = [(weight.clone(), None if b is None else b.clone()) for weight, b in made]
+    pairs = zip(known.geometry, made, strict=True)
     return [replace(like, weight=weight, bias=bias) for like, (weight, bias) in pairs]
 
 
-def _compile(blocks: tuple[SqueezableBlock, ...]) -> _Compiled:
+def _compile(blocks: tuple[SqueezableBlock, ...], mode: str | None) -> _Compiled:
     def make() -> list[Pair]:
         made = [generate(block) for block in blocks]
         return [(operator.weight, operator.bias) for operator in made]
 
     with torch.no_grad():
         geometry = tuple(_empty(generate(block)) for block in blocks)
-    return _Compiled(blocks, geometry, torch.compile(make, fullgraph=True, dynamic=False))
+    compiled = torch.compile(make, fullgraph=True, dynamic=False, mode=mode)
+    return _Compiled(blocks, geometry, compiled, mode)
 
 
 def _empty(operator: ConvOperator) -> ConvOperator:

@@ -13,9 +13,11 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import ReparamConv, SqueezedSum
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.generation import generate
+from orepa_compiler.generation.graphs import generate_replayed
 from orepa_compiler.generation.store import KernelLeaf, sources
+from orepa_compiler.generation.together import generate_together
 from orepa_compiler.generation.whole import generate_all
+from orepa_compiler.training.gradient_watch import GradientWatch
 from orepa_compiler.training.reduction import reduce_gradients, unreduced, wrappers_in
 
 # What runs as one conv with a kernel made at each step.
@@ -23,7 +25,9 @@ Squeezed = ReparamConv | SqueezedSum
 
 
 @contextmanager
-def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
+def kernels_once(
+    model: nn.Module, *, compiled: bool | str = False, graphs: bool = False
+) -> Iterator[None]:
     """Within it, each block makes its kernel once, however many passes there are.
 
         optimizer.zero_grad()
@@ -46,21 +50,29 @@ def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
 
     compiled: make the kernels of all blocks, and their gradients, in one function of torch.compile.
     It is meant for a GPU, where many small launches cost more than the arithmetic; the first step
-    then waits for the compiler.
+    then waits for the compiler. A text is torch.compile's mode, such as "reduce-overhead".
+
+    graphs: record the making of all kernels, and of all their gradients, as two CUDA graphs and run
+    them again at each step: two launches. Recorded anew where parameters have moved in memory. They
+    hold memory for the kernels and all gradients of the blocks once more.
 
     Raises ReparamError for a model without squeezed blocks, with sharded parameters (FSDP), or that
-    is in a with block already; inside, when parameters of a block change or an optimizer steps.
+    is in a with block already; inside, when parameters of a block change or an optimizer steps, and
+    on leaving, where gradients were cleared or changed after a backward pass. A backward pass that
+    comes after the with block raises it too.
     """
-    blocks = _blocks(model)
+    blocks = squeezed_blocks(model)
     before = _gradients(model)
-    hook = register_optimizer_step_pre_hook(_step_refusal(model))
+    hook, watch = register_optimizer_step_pre_hook(_step_refusal(model)), None
     try:
-        made = _generated(model, blocks, compiled=compiled)
+        made = _generated(model, blocks, compiled=compiled, graphs=graphs)
         for (path, block), operator in zip(blocks.items(), made, strict=True):
             block.store.leaf = KernelLeaf(block, path, operator)
+        watch = _watch(model, blocks)
         with unreduced(wrappers_in(model)):
             yield
         leaves = _checked(blocks)
+        watch.check()
         for wrapper in wrappers_in(model):
             inside = set(wrapper.modules())
             own = {path: block for path, block in blocks.items() if block in inside}
@@ -71,7 +83,11 @@ def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
         raise
     finally:
         hook.remove()
+        if watch is not None:
+            watch.close()
         for block in blocks.values():
+            if block.store.leaf is not None:
+                block.store.leaf.close()
             block.store.leaf = None
     pairs = [pair for leaf in leaves for pair in leaf.gathered()]
     if pairs:
@@ -79,14 +95,19 @@ def kernels_once(model: nn.Module, *, compiled: bool = False) -> Iterator[None]:
 
 
 def _generated(
-    model: nn.Module, blocks: dict[str, Squeezed], *, compiled: bool
+    model: nn.Module, blocks: dict[str, Squeezed], *, compiled: bool | str, graphs: bool
 ) -> list[ConvOperator]:
+    if compiled and graphs:
+        raise ReparamError("kernels_once takes compiled= or graphs=, not both")
     if compiled:
-        return generate_all(model, list(blocks.values()))
-    return [generate(block) for block in blocks.values()]
+        mode = compiled if isinstance(compiled, str) else None
+        return generate_all(model, list(blocks.values()), mode=mode)
+    if graphs:
+        return generate_replayed(model, list(blocks.values()))
+    return generate_together(list(blocks.values()))
 
 
-def _blocks(model: nn.Module) -> dict[str, Squeezed]:
+def squeezed_blocks(model: nn.Module) -> dict[str, Squeezed]:
     """The squeezed blocks by path, all of them ready to keep a kernel."""
     blocks = {
         path: module for path, module in model.named_modules() if isinstance(module, Squeezed)
@@ -109,6 +130,14 @@ def _blocks(model: nn.Module) -> dict[str, Squeezed]:
                     path=path,
                 )
     return blocks
+
+
+def _watch(model: nn.Module, blocks: dict[str, Squeezed]) -> GradientWatch:
+    """Of the parameters of which no kernel is made: theirs gather where all can reach them."""
+    others = {id(parameter) for parameter in _others(model, blocks)}
+    named = [(name, p) for name, p in model.named_parameters() if id(p) in others]
+    leaves = [block.store.leaf for block in blocks.values() if block.store.leaf is not None]
+    return GradientWatch(named, [tensor for leaf in leaves for tensor in leaf.leaves()])
 
 
 def _gradients(model: nn.Module) -> dict[nn.Parameter, Tensor | None]:

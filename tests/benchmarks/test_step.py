@@ -19,6 +19,7 @@ from benchmarks.step import command, measuring, results
 from benchmarks.step.dbb import DiverseBranchBlock, PaddedNorm, with_diverse_branches
 from benchmarks.step.measuring import Setting, ratios, saved_bytes
 from benchmarks.step.naive import NaiveConv, naive
+from benchmarks.step.operations import OperationCount, operations
 from benchmarks.step.variants import Stepper
 from orepa_compiler.blocks import ReparamConv
 from tests.norms import randomise_norms
@@ -171,4 +172,28 @@ def test_a_figure_that_was_not_measured_is_a_dash() -> None:
     }
     (row,) = results.rows({"cases": {"a": case}})
     assert row[:7] == ("resnet18", "32", "orepa", "2.000", "1.100", "1.00 - 1.20", "1.15")
-    assert row[7:] == ("-",) * 6
+    assert row[7:] == ("-",) * 8
+    case["variants"] |= {"plain": {"seconds": 1.0, "operations": 165}}  # type: ignore[operator]
+    case["variants"]["orepa"]["operations"] = 495  # type: ignore[index]
+    rows = list(results.rows({"cases": {"a": case}}))
+    assert [row[7:9] for row in rows] == [("165", "1.00"), ("495", "3.00")]
+
+
+def test_operations_are_counted_without_views_and_lists_as_a_gpu_takes_them() -> None:
+    a, b = torch.ones(4, 6), torch.ones(6, 4)
+    with OperationCount() as count:
+        (a.t() @ b.view(4, 6)).unsqueeze(0).add_(1)
+        torch.empty(3)
+        torch._foreach_add([a, b], [a, b])
+    assert count.counts == {"mm": 1, "add_": 1, "_foreach_add": 1}
+    with OperationCount() as count:
+        torch._foreach_add([a, b], [a, a.t()])
+        torch._foreach_mul_([a, b], 2.0)
+    assert count.counts == {"_foreach_add": 2, "_foreach_mul_": 1}
+
+
+def test_the_operations_of_a_step_are_those_of_its_form() -> None:
+    """Blocks of one form add none, inside kernels_once; each adds its own in an ordinary step."""
+    found = {name: operations(MODEL, name, size=32) for name in ("plain", "orepa", "two-phase")}
+    assert found["plain"] < found["two-phase"] < found["orepa"] < 5 * found["plain"]
+    assert operations(MODEL, "orepa, hooks", size=32) <= found["two-phase"]

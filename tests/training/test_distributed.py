@@ -40,7 +40,9 @@ def assert_identical(states: list[dict[str, Any]], *, without: tuple[str, ...] =
             assert name.endswith(without or "?") or np.array_equal(value, state[name]), name
 
 
-@pytest.mark.parametrize(("count", "way"), [*((2, way) for way in WAYS), (4, "kernels_once")])
+@pytest.mark.parametrize(
+    ("count", "way"), [*((2, way) for way in (*WAYS, "step_hooks")), (4, "kernels_once")]
+)
 def test_data_parallel_steps_are_those_of_one_process(count: int, way: str) -> None:
     found = run_group(training.data_parallel, count, way)
     assert_identical([each["state"] for each in found])

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import generate
 from orepa_compiler.generation import store as kernel_store
 from orepa_compiler.generation.store import bit_sums
+from orepa_compiler.generation.together import generate_together
 from orepa_compiler.training import stepping
 from orepa_compiler.training.stepping import kernels_once
 from tests.convolution_reference import assert_same
@@ -53,8 +55,12 @@ def generations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         made.append(block)
         return generate(block)
 
-    for module in (kernel_store, stepping):
-        monkeypatch.setattr(module, "generate", counted)
+    def counted_together(blocks: Any) -> list[ConvOperator]:
+        made.extend(blocks)
+        return generate_together(blocks)
+
+    monkeypatch.setattr(kernel_store, "generate", counted)
+    monkeypatch.setattr(stepping, "generate_together", counted_together)
     return made
 
 
@@ -212,6 +218,68 @@ def test_an_optimizer_may_not_step_inside(net: nn.Module) -> None:
         "with block; call it there"
     )
     own.step()
+
+
+def clear(net: nn.Module) -> None:
+    torch.optim.SGD(net.parameters()).zero_grad()
+
+
+def zero(net: nn.Module) -> None:
+    net.zero_grad(set_to_none=False)
+
+
+def clip(net: nn.Module) -> None:
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("change", [clear, zero, clip])
+def test_gradients_may_not_be_changed_after_a_backward_pass_inside(
+    net: nn.Module, change: Callable[[nn.Module], None]
+) -> None:
+    def change_inside() -> None:
+        with kernels_once(net):
+            passes(net, False)
+            change(net)
+            passes(net, False)
+
+    with pytest.raises(ReparamError) as error:
+        change_inside()
+    assert str(error.value) == (
+        "1.weight: its gradient was cleared or changed inside kernels_once, after a backward pass, "
+        "and those that the kernels gathered were not; call zero_grad before the first backward "
+        "pass, clip and unscale after the with block"
+    )
+    assert all(grad is None for grad in gradients(net).values())
+    with kernels_once(net):
+        change(net)
+        passes(net, False)
+    assert all(not p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+def test_a_loss_on_a_parameter_is_no_change(net: nn.Module) -> None:
+    ordinary = copy.deepcopy(net)
+    for model in (net, ordinary):
+        with kernels_once(model) if model is net else nullcontext():
+            for x in micro_batches(2):
+                value = loss(model, x) + sum(p.square().sum() for p in model.parameters())
+                value.backward()
+    assert_same_gradients(net, ordinary)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_backward_pass_after_the_block_is_an_error(net: nn.Module, fails: bool) -> None:
+    value: Tensor | None = None
+    with suppress(ZeroDivisionError), kernels_once(net):
+        value = loss(net, micro_batches(1)[0])
+        if fails:
+            raise ZeroDivisionError
+    assert value is not None
+    with pytest.raises(ReparamError) as error:
+        value.backward()
+    assert str(error.value) == (
+        "6: a backward pass came after the with block of kernels_once, whose kernel it goes "
+        "through: the branches would get no gradient; call backward inside"
+    )
 
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
