@@ -36,9 +36,9 @@ from orepa_compiler.validation.blame import (
 )
 from orepa_compiler.validation.memory import fits_in_float64
 from orepa_compiler.validation.state import ModelState
-from orepa_compiler.verification.comparison import MAX_TOLERANCE, NOISE_FACTOR, UNMEASURED_NOISE
 from orepa_compiler.verification.evaluation import Batch, own_dtype
 from orepa_compiler.verification.nesting import describe, map_tensors
+from orepa_compiler.verification.rounding import MAX_TOLERANCE, NOISE_FACTOR, UNMEASURED_NOISE
 
 # What composing kernels in another order may change in float64, through a whole net.
 EXACT = 1e-9
