@@ -11,14 +11,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
+from orepa_compiler.capture.bytecode import functions_of, names_read
 from orepa_compiler.capture.effects import Seen, Surroundings, seen_of
-from orepa_compiler.capture.state import (
-    Visible,
-    functions_of,
-    held_values,
-    names_read,
-    visible_to,
-)
+from orepa_compiler.capture.state import Visible, held_values, visible_to
 
 
 @dataclass(frozen=True)

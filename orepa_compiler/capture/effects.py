@@ -21,14 +21,8 @@ from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import autocast
 from torch.overrides import TorchFunctionMode
 
-from orepa_compiler.capture.state import (
-    MADE_BY_TRACE,
-    Visible,
-    functions_of,
-    held_proxies,
-    names_read,
-    visible_to,
-)
+from orepa_compiler.capture.bytecode import functions_of, names_read
+from orepa_compiler.capture.state import MADE_BY_TRACE, Visible, held_proxies, visible_to
 
 _KEY = "effects"
 _NOTHING = object()

@@ -6,20 +6,20 @@ may go another way than the one that was traced.
 
 from __future__ import annotations
 
-import dis
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import pairwise
-from types import CodeType, FunctionType, MethodType, ModuleType
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from orepa_compiler.capture.bytecode import contents_of, is_of_torch, names_in
+
 OWN = ("_parameters", "_buffers", "_modules")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 MADE_BY_TRACE = "_tensor_constant"
-_DEEPEST, _MOST_FUNCTIONS, _MOST_FACTS = 4, 64, 2000
+_DEEPEST, _MOST_FACTS = 4, 2000
 
 
 @dataclass
@@ -51,7 +51,7 @@ def visible_to(module: nn.Module, functions: list[FunctionType]) -> Visible:
         if name not in OWN and not name.startswith(MADE_BY_TRACE):
             seen.add(f"its {name}", value)
     for cls in type(module).__mro__:
-        if not _is_of_torch(cls.__module__) and cls is not object:
+        if not is_of_torch(cls.__module__) and cls is not object:
             for name, value in vars(cls).items():
                 if isinstance(value, (*_PLAIN, list, dict, set)) and not name.startswith("__"):
                     seen.add(f"{name} of its class", value, (id(cls), name))
@@ -63,7 +63,7 @@ def visible_to(module: nn.Module, functions: list[FunctionType]) -> Visible:
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
-            if name != "__class__" and _is_state(value := _contents(cell)):
+            if name != "__class__" and _is_state(value := contents_of(cell)):
                 seen.add(f"{name}, a variable around its forward", value, id(cell))
     return seen
 
@@ -80,73 +80,6 @@ def _fact(value: Any, held: set[Hashable], depth: int) -> Any:
         return id(value)
     held.add(id(value))
     return id(value), tuple((key, _fact(part, held, depth + 1)) for key, part in parts)
-
-
-def functions_of(module: nn.Module, forward: str = "forward") -> list[FunctionType]:
-    """The functions written in Python that a module's forward reaches, as far as names tell."""
-    found: dict[int, FunctionType] = {}
-    open_ends = [*_methods(module, forward)]
-    while open_ends and len(found) < _MOST_FUNCTIONS:
-        function = open_ends.pop()
-        if id(function) in found or _is_of_torch(function.__module__):
-            continue
-        found[id(function)] = function
-        for name in names_in(function.__code__):
-            open_ends += _methods(module, name)
-            open_ends += _functions(function.__globals__.get(name))
-        for cell in function.__closure__ or ():
-            open_ends += _functions(_contents(cell))
-    return list(found.values())
-
-
-@cache
-def names_in(code: CodeType) -> frozenset[str]:
-    """The names that a function looks up: globals and attributes, strings for getattr too."""
-    nested = [const for const in code.co_consts if isinstance(const, CodeType)]
-    texts = [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
-    return frozenset(code.co_names).union(texts, *map(names_in, nested))
-
-
-@cache
-def names_read(code: CodeType) -> frozenset[str]:
-    """The attributes that a function reads, and does not only set or count up."""
-    nested = [const for const in code.co_consts if isinstance(const, CodeType)]
-    texts = [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
-    names = set()
-    for before, one in pairwise([None, *dis.get_instructions(code)]):
-        # `self.count += 1` copies self, and reads the count for itself alone
-        updates = before is not None and before.opname in ("COPY", "DUP_TOP")
-        if one is not None and one.opname.startswith("LOAD_") and not updates:
-            names.add(str(one.argval))
-    return frozenset(names).union(texts, *map(names_read, nested))
-
-
-def type_reason(functions: list[FunctionType]) -> str | None:
-    """Why these functions cannot be traced: they ask for a value's type in a way no trace answers.
-
-    type(x), x.__class__ and `match x: case Tensor()` would be answered for the stand-in.
-    """
-    for function in functions:
-        if _asks_for_type(function.__code__):
-            return "it asks for the type of a value (type(x), x.__class__ or a match on classes)"
-    return None
-
-
-@cache
-def _asks_for_type(code: CodeType) -> bool:
-    loads = [i for i in dis.get_instructions(code) if i.opname.startswith(("LOAD_", "MATCH_CLASS"))]
-    for before, one in pairwise([None, *loads]):
-        assert one is not None
-        of_self = before is not None and before.argval == "self"
-        if one.opname == "MATCH_CLASS" or (one.argval == "__class__" and not of_self
-                                           and one.opname == "LOAD_ATTR"):  # fmt: skip
-            return True
-    for one, after in pairwise([*loads, None]):
-        assert one is not None
-        of_self = after is not None and (after.opname, after.argval) == ("LOAD_FAST", "self")
-        if one.opname == "LOAD_GLOBAL" and one.argval == "type" and not of_self:
-            return True
-    return any(_asks_for_type(const) for const in code.co_consts if isinstance(const, CodeType))
 
 
 def held_proxies(value: Any, depth: int = 0) -> Iterator[fx.Proxy]:
@@ -169,30 +102,10 @@ def held_values(value: Any, depth: int = 0) -> Iterator[nn.Module | Tensor]:
     elif isinstance(value, partial):
         inside = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, FunctionType):
-        inside = [_contents(cell) for cell in value.__closure__ or ()]
+        inside = [contents_of(cell) for cell in value.__closure__ or ()]
         inside += value.__defaults__ or ()
     for part in inside if depth < _DEEPEST else ():
         yield from held_values(part, depth + 1)
-
-
-def _methods(module: nn.Module, name: str) -> Iterator[FunctionType]:
-    """The functions that `self.name` may mean, those of base classes too (super())."""
-    for cls in type(module).__mro__:
-        value = vars(cls).get(name)
-        for part in (value.fget, value.fset) if isinstance(value, property) else (value,):
-            yield from _functions(part)
-    yield from _functions(vars(module).get(name))
-
-
-def _functions(value: Any) -> Iterator[FunctionType]:
-    value = getattr(value, "__func__", value) if isinstance(
-        value, (MethodType, staticmethod, classmethod)) else value  # fmt: skip
-    value = value.func if isinstance(value, partial) else value
-    if isinstance(value, FunctionType):
-        yield getattr(value, "__wrapped__", value) if isinstance(
-            getattr(value, "__wrapped__", value), FunctionType) else value  # fmt: skip
-        if hasattr(value, "__wrapped__"):
-            yield value
 
 
 def _parts(value: Any) -> list[tuple[Any, Any]] | None:
@@ -205,21 +118,10 @@ def _parts(value: Any) -> list[tuple[Any, Any]] | None:
         return [(id(part), None) for part in value]
     if isinstance(value, (nn.Module, type, ModuleType, FunctionType, MethodType, partial)):
         return None
-    if callable(value) or _is_of_torch(type(value).__module__):
+    if callable(value) or is_of_torch(type(value).__module__):
         return None
     return list(vars(value).items()) if hasattr(value, "__dict__") else None
 
 
 def _is_state(value: Any) -> bool:
     return not isinstance(value, (ModuleType, type, FunctionType)) and not callable(value)
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a variable that was never given a value
-        return None
-
-
-def _is_of_torch(home: str | None) -> bool:
-    return (home or "").split(".")[0] in ("torch", "builtins", "typing", "collections", "math")

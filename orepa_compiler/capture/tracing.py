@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.layers import is_activation, is_dropout, is_norm
 from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arguments
+from orepa_compiler.capture.bytecode import type_reason
 from orepa_compiler.capture.effects import Effects, Surroundings, keep_, output
 from orepa_compiler.capture.kinds import kind_of
 from orepa_compiler.capture.proxies import Proxy, answering
-from orepa_compiler.capture.state import type_reason
 
 # Gives what a child returns, from its path as the caller sees it and the arguments of the call:
 # containers and constants with the nodes of the child's graph in them, or OPAQUE.
