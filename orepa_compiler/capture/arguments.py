@@ -7,7 +7,7 @@ An argument that is the same constant at each call is that constant in the trace
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,3 +100,42 @@ def _holds_value(value: Any, depth: int = 4) -> bool:
 def bound_forward(module: nn.Module) -> Callable[..., Any]:
     forward: Callable[..., Any] = module.forward
     return forward
+
+
+class AskedFor(dict[str, Any]):
+    """What a model is given beside its named arguments; remembers which names are asked for.
+
+    asked: name -> the value that is taken where it is not given.
+    """
+
+    def __init__(self, given: dict[str, Any], asked: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.asked = asked
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.setdefault(name, default)
+        return super().get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self.asked.setdefault(name, default[0] if default else None)
+        return super().pop(name, *default)
+
+    def __contains__(self, name: object) -> bool:
+        self.asked.setdefault(str(name), False)
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.setdefault(name, None)
+        return super().__getitem__(name)
+
+    def __len__(self) -> int:
+        self.asked.setdefault("*", None)
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[str]:
+        self.asked.setdefault("*", None)
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.asked.setdefault("*", None)
+        return super().items()

@@ -8,33 +8,29 @@ that the graph shows one way of several.
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch.amp.autocast_mode import autocast
-from torch.overrides import TorchFunctionMode
 
 from orepa_compiler.capture.bytecode import functions_of, names_read
+from orepa_compiler.capture.noticing import (
+    TensorsUsed,
+    ambient,
+    attributes_set,
+    autocast_entered,
+    has_drawn,
+    put_back,
+    random_states,
+)
 from orepa_compiler.capture.state import MADE_BY_TRACE, Visible, held_proxies, visible_to
 
 _KEY = "effects"
 _NOTHING = object()
 _WATCHING: list[Effects] = []  # a call of a child is traced within the trace of its caller
-_FORM = {
-    "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_meta",
-    "requires_grad", "stride", "layout", "is_complex", "__len__", "_version", "is_inference",
-    "is_cuda", "is_cpu", "grad_fn", "is_leaf", "ndimension", "nelement", "get_device", "itemsize",
-    "element_size", "is_contiguous", "type", "is_sparse", "is_quantized", "names",
-}  # fmt: skip
-_WRITING = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "data",
-            "set_"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,6 @@ class Effects:
         self.sets: list[tuple[nn.Module, str, Any]] = []
         self.touched: set[Hashable] = set()
         self.kept: list[fx.Proxy] = []
-        self.made: dict[int, Tensor] = {}
         self.buffers = {id(buffer) for buffer in module.buffers()}
         self.written_outside: set[str] = set()
         self.asked: dict[str, Any] = {}
@@ -121,13 +116,13 @@ class Effects:
         """With gradients on; sees what the forward switches, sets, draws and writes over."""
         _WATCHING.append(self)
         before, versions = visible_to(self.module, self.functions), _versions(self.module)
-        drawn = _random_states()
+        drawn = random_states()
         try:
             with (
-                _ambient(self.around.flips),
-                _autocast_seen(self),
-                _sets_seen(self),
-                _Tensors(self),
+                ambient(self.around.flips),
+                autocast_entered(lambda: self.found.setdefault("switches autocast")),
+                attributes_set(self.set_on),
+                TensorsUsed(self.read),
             ):
                 yield
         finally:
@@ -136,9 +131,9 @@ class Effects:
             self.found |= dict.fromkeys(f"changes its {name}" for name in sorted(self.written))
             self._compare(before, visible_to(self.module, self.functions))
             self._give_back()
-            if _has_drawn(drawn, _random_states()):
+            if has_drawn(drawn, random_states()):
                 self._steered("draws random numbers")
-                _put_back(drawn)
+                put_back(drawn)
 
     def _steered(self, what: str) -> None:
         self.found[what] = None
@@ -181,12 +176,14 @@ class Effects:
             path = self.around.modules.get(id(module), type(module).__name__)
             self._steered(f"sets {name} of {path}")
 
-    def read(self, tensor: Tensor, *, writes: bool) -> None:
+    def read(self, tensor: Tensor, writes: bool) -> None:
         """A tensor, no stand-in, is used."""
+        if self is not _WATCHING[-1]:
+            return
         name = self.around.tensors.get(id(tensor))
         if name is not None:
             self.reads.add(name.rpartition(".")[0])
-        if not writes or id(tensor) in self.made or id(tensor) in self.buffers:
+        if not writes or id(tensor) in self.buffers:
             return
         if name is None:
             self._steered("writes over a tensor that it keeps")
@@ -214,107 +211,6 @@ class Effects:
         """Writes what was found into the graph."""
         if (seen := self.seen()) != Seen():
             output(graph).meta[_KEY] = seen
-
-
-class _Tensors(TorchFunctionMode):
-    """Shows a forward's use of tensors that are no stand-ins: weights reached in other ways."""
-
-    def __init__(self, effects: Effects) -> None:
-        super().__init__()
-        self.effects = effects
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__get__":  # a property such as Tensor.shape
-            name = getattr(getattr(func, "__self__", None), "__name__", name)
-        if name not in _FORM and self.effects is _WATCHING[-1]:
-            self._look(name, args, kwargs)
-        made = func(*args, **kwargs)
-        if isinstance(made, Tensor):
-            self.effects.made[id(made)] = made
-        return made
-
-    def _look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(True for _ in held_proxies((args, kwargs))):
-            return  # it is a node of the graph
-        writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
-        for index, value in enumerate((*args, *kwargs.values())):
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, Tensor):
-                    is_target = tensor is kwargs.get("out") or (writes and index == 0)
-                    self.effects.read(tensor, writes=is_target)
-
-
-@contextmanager
-def _ambient(flips: bool) -> Iterator[None]:
-    """As a step of training runs, or as the very opposite of it."""
-    if not flips:
-        with torch.enable_grad():
-            yield
-        return
-    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
-    try:
-        for device in before:
-            torch.set_autocast_enabled(device, True)
-        with torch.inference_mode():
-            yield
-    finally:
-        for device, was in before.items():
-            torch.set_autocast_enabled(device, was)
-
-
-@contextmanager
-def _autocast_seen(effects: Effects) -> Iterator[None]:
-    enter = autocast.__enter__
-
-    def entered(context: autocast) -> Any:
-        effects.found["switches autocast"] = None
-        return enter(context)
-
-    autocast.__enter__ = entered  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        autocast.__enter__ = enter  # type: ignore[method-assign]
-
-
-@contextmanager
-def _sets_seen(effects: Effects) -> Iterator[None]:
-    """Sees attributes that are set on any module, though they may be set back before the end."""
-    put: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
-
-    def setting(module: nn.Module, name: str, value: Any) -> None:
-        effects.set_on(module, name, value)
-        put(module, name, value)
-
-    with mock.patch.object(nn.Module, "__setattr__", setting):
-        yield
-
-
-def _random_states() -> tuple[Any, Any, Any]:
-    """What random numbers come next, of Python, numpy and torch."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), numpy and numpy.random.get_state(), torch.get_rng_state()
-
-
-def _has_drawn(one: tuple[Any, Any, Any], two: tuple[Any, Any, Any]) -> bool:
-    has_numpy = one[1] is not None and two[1] is not None
-    by_numpy = has_numpy and (one[1][2] != two[1][2] or bool((one[1][1] != two[1][1]).any()))
-    return one[0] != two[0] or by_numpy or not torch.equal(one[2], two[2])
-
-
-def _put_back(states: tuple[Any, Any, Any]) -> None:
-    random.setstate(states[0])
-    if states[1] is not None:
-        sys.modules["numpy"].random.set_state(states[1])
-    torch.set_rng_state(states[2])
 
 
 def _versions(module: nn.Module) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+
+from orepa_compiler.algebra.layers import is_activation, is_dropout, is_norm
 
 # The operators and methods that give no single tensor: several, or a number.
 _OTHERS = {
@@ -86,3 +89,15 @@ def _of_arithmetic(node: fx.Node) -> type | None:
         return None
     is_float = node.target is operator.truediv or float in kinds
     return float if is_float else int
+
+
+def kind_of_leaf(module: nn.Module | None, args: Sequence[Any]) -> type | None:
+    """The type of what a module without a graph returns."""
+    if module is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return tuple
+    if isinstance(module, nn.Identity) and args and isinstance(args[0], fx.Proxy):
+        return kind_of(args[0].node)
+    is_layer = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+    is_named = is_norm(module) or is_activation(module) or is_dropout(module)
+    has_weights = any(True for _ in module.parameters())  # a conv of its own class, a block
+    return Tensor if is_layer or is_named or has_weights else None

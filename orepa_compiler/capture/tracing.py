@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from orepa_compiler.algebra.layers import is_activation, is_dropout, is_norm
-from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arguments
+from orepa_compiler.capture.arguments import Arguments, AskedFor, bound_forward, usual_arguments
 from orepa_compiler.capture.bytecode import type_reason
 from orepa_compiler.capture.effects import Effects, Surroundings, keep_, output
-from orepa_compiler.capture.kinds import kind_of
+from orepa_compiler.capture.kinds import kind_of, kind_of_leaf
 from orepa_compiler.capture.proxies import Proxy, answering
 
 # Gives what a child returns, from its path as the caller sees it and the arguments of the call:
@@ -24,45 +23,6 @@ OPAQUE = object()
 
 _LONGEST = 120  # characters of an error that a forward raised
 _CHECKED = (type(None), bool, int, float, str)
-
-
-class AskedFor(dict[str, Any]):
-    """What a model is given beside its named arguments; remembers which names are asked for.
-
-    asked: name -> the value that is taken where it is not given.
-    """
-
-    def __init__(self, given: dict[str, Any], asked: dict[str, Any]) -> None:
-        super().__init__(given)
-        self.asked = asked
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.asked.setdefault(name, default)
-        return super().get(name, default)
-
-    def pop(self, name: str, *default: Any) -> Any:
-        self.asked.setdefault(name, default[0] if default else None)
-        return super().pop(name, *default)
-
-    def __contains__(self, name: object) -> bool:
-        self.asked.setdefault(str(name), False)
-        return super().__contains__(name)
-
-    def __getitem__(self, name: str) -> Any:
-        self.asked.setdefault(name, None)
-        return super().__getitem__(name)
-
-    def __len__(self) -> int:
-        self.asked.setdefault("*", None)
-        return super().__len__()
-
-    def __iter__(self) -> Iterator[str]:
-        self.asked.setdefault("*", None)
-        return super().__iter__()
-
-    def items(self) -> Any:
-        self.asked.setdefault("*", None)
-        return super().items()
 
 
 class _ChildrenAreLeaves(fx.Tracer):
@@ -112,7 +72,7 @@ class _ChildrenAreLeaves(fx.Tracer):
         """As fx; but a weight of the model that is not inside of this module is a node too."""
         name = self.around.tensors.get(id(a)) if isinstance(a, Tensor) else None
         if name and self.effects and not any(a is own for own in _tensors_of(self.root)):
-            self.effects.read(a, writes=False)
+            self.effects.read(a, False)
             self.effects.found[f"uses {name}, which is not inside of it"] = None
             return self.create_node("call_function", outside, (name,), {})
         return super().create_arg(a)
@@ -181,7 +141,7 @@ class _ChildrenAreLeaves(fx.Tracer):
         proxy = super().call_module(m, forward, args, kwargs)
         value = OPAQUE if self.returned is None else self.returned(proxy.node.target, args, kwargs)
         if value is OPAQUE:
-            proxy.node.meta["kind"] = _kind_from_leaf(m, args)
+            proxy.node.meta["kind"] = kind_of_leaf(m, args)
             return proxy
         return self._unpacked(proxy, value)
 
@@ -225,18 +185,6 @@ def _named_tuple(value: Any) -> Any:
     if is_made and hasattr(value.target, "_fields"):
         return value.target(*value.args, **value.kwargs)
     return value
-
-
-def _kind_from_leaf(module: nn.Module | None, args: Sequence[Any]) -> type | None:
-    """The type of what a module without a graph returns."""
-    if module is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-        return tuple
-    if isinstance(module, nn.Identity) and args and isinstance(args[0], fx.Proxy):
-        return kind_of(args[0].node)
-    is_layer = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
-    is_named = is_norm(module) or is_activation(module) or is_dropout(module)
-    has_weights = any(True for _ in module.parameters())  # a conv of its own class, a block
-    return Tensor if is_layer or is_named or has_weights else None
 
 
 def trace(
@@ -363,6 +311,6 @@ def _chain(module: nn.Module, arguments: Arguments, returned: Returned | None) -
         elif isinstance(child, nn.Identity):
             node.meta["kind"] = kind_of(before)
         else:
-            node.meta["kind"] = _kind_from_leaf(child, ())
+            node.meta["kind"] = kind_of_leaf(child, ())
     graph.output(node)
     return graph

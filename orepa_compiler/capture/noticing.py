@@ -1,0 +1,134 @@
+"""Notices what runs while a forward is traced: tensors used, attributes set, numbers drawn."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.amp.autocast_mode import autocast
+from torch.overrides import TorchFunctionMode
+
+from orepa_compiler.capture.state import held_proxies
+
+_FORM = {
+    "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_meta",
+    "requires_grad", "stride", "layout", "is_complex", "__len__", "_version", "is_inference",
+    "is_cuda", "is_cpu", "grad_fn", "is_leaf", "ndimension", "nelement", "get_device", "itemsize",
+    "element_size", "is_contiguous", "type", "is_sparse", "is_quantized", "names",
+}  # fmt: skip
+_WRITING = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "data",
+            "set_"}  # fmt: skip
+
+
+class TensorsUsed(TorchFunctionMode):
+    """Tells of the use of tensors that are no stand-ins: weights reached in other ways.
+
+    used: is given the tensor, and whether it is written over. made: what was made meanwhile.
+    """
+
+    def __init__(self, used: Callable[[Tensor, bool], None]) -> None:
+        super().__init__()
+        self.used = used
+        self.made: dict[int, Tensor] = {}  # kept alive, so that no other gets its identity
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property such as Tensor.shape
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        if name not in _FORM:
+            self._look(name, args, kwargs)
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor):
+            self.made[id(made)] = made
+        return made
+
+    def _look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(True for _ in held_proxies((args, kwargs))):
+            return  # it is a node of the graph
+        writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+        for index, value in enumerate((*args, *kwargs.values())):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, Tensor):
+                    is_target = tensor is kwargs.get("out") or (writes and index == 0)
+                    self.used(tensor, is_target and id(tensor) not in self.made)
+
+
+@contextmanager
+def ambient(flips: bool) -> Iterator[None]:
+    """As a step of training runs, or as the very opposite of it."""
+    if not flips:
+        with torch.enable_grad():
+            yield
+        return
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    try:
+        for device in before:
+            torch.set_autocast_enabled(device, True)
+        with torch.inference_mode():
+            yield
+    finally:
+        for device, was in before.items():
+            torch.set_autocast_enabled(device, was)
+
+
+@contextmanager
+def autocast_entered(tell: Callable[[], None]) -> Iterator[None]:
+    """Tells when autocast is switched for a part."""
+    enter = autocast.__enter__
+
+    def entered(context: autocast) -> Any:
+        tell()
+        return enter(context)
+
+    autocast.__enter__ = entered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def attributes_set(tell: Callable[[nn.Module, str, Any], None]) -> Iterator[None]:
+    """Tells of attributes that are about to be set on any module, also if they are set back."""
+    put: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
+
+    def setting(module: nn.Module, name: str, value: Any) -> None:
+        tell(module, name, value)
+        put(module, name, value)
+
+    with mock.patch.object(nn.Module, "__setattr__", setting):
+        yield
+
+
+def random_states() -> tuple[Any, Any, Any]:
+    """What random numbers come next, of Python, numpy and torch."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy and numpy.random.get_state(), torch.get_rng_state()
+
+
+def has_drawn(one: tuple[Any, Any, Any], two: tuple[Any, Any, Any]) -> bool:
+    """Whether a number was drawn between two states of the generators."""
+    has_numpy = one[1] is not None and two[1] is not None
+    by_numpy = has_numpy and (one[1][2] != two[1][2] or bool((one[1][1] != two[1][1]).any()))
+    return one[0] != two[0] or by_numpy or not torch.equal(one[2], two[2])
+
+
+def put_back(states: tuple[Any, Any, Any]) -> None:
+    """Give the generators the states that they had."""
+    random.setstate(states[0])
+    if states[1] is not None:
+        sys.modules["numpy"].random.set_state(states[1])
+    torch.set_rng_state(states[2])
