@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -73,5 +74,21 @@ def _publish(folder: Path, target: Path) -> None:
 
 def _flush(file: Path) -> None:
     """Puts the content on the disk: a rename may reach it first, and a power cut come between."""
+    file.chmod(_mode(file))
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
+
+
+def _mode(file: Path) -> int:
+    """What a file written in place would have: the old one's mode, or a new one's, by the umask.
+
+    Some libraries write files that their owner alone can read.
+    """
+    old = file.parent.parent / file.name
+    if old.is_file():
+        return stat.S_IMODE(old.stat().st_mode)
+    probe = file.with_name(f"{file.name}.mode")  # os.umask tells it only by changing it
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
