@@ -22,7 +22,7 @@ from orepa_compiler.algebra.composition import sum_biases
 from orepa_compiler.algebra.layers import conv_operator, stated_padding
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks.leaves import call_of
-from orepa_compiler.blocks.stated import WRITTEN, stated
+from orepa_compiler.blocks.stated import WRITTEN, read_only
 from orepa_compiler.branches import Geometry
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.generation import generate
@@ -160,7 +160,7 @@ class LinearBlock(BranchSum):
     @property
     def weight(self) -> Tensor:
         """The kernel of that conv, (C_out, C_in / groups, *K), by the norms' running statistics."""
-        return stated(self.as_conv().weight)
+        return read_only(self.as_conv().weight)
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -170,7 +170,7 @@ class LinearBlock(BranchSum):
     def bias(self) -> Tensor | None:
         """The bias of that conv: the block's own where nothing else adds to it."""
         made, own = self.as_conv().bias, self.own_bias()
-        return own if made is own or made is None else stated(made)
+        return own if made is own or made is None else read_only(made)
 
     @bias.setter
     def bias(self, value: Tensor) -> None:

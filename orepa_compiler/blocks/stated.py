@@ -15,6 +15,7 @@ WRITTEN = (
     "call orepa.collapse(model) first, and fuse or change its convs"
 )
 
+_DATA: Any = Tensor.data
 _WRITING = frozenset({
     "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__",
     "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
@@ -42,16 +43,16 @@ class Stated(Tensor):
             raise ReparamError(WRITTEN.format(name="weight or bias"))
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)
-        return found.as_subclass(cls) if func == Tensor.data.__get__ else found
+        return found.as_subclass(cls) if func == _DATA.__get__ else found
 
 
-def stated(tensor: Tensor) -> Tensor:
+def read_only(tensor: Tensor) -> Tensor:
     """The tensor as what a block says: with its gradients, and not to be written over."""
     return tensor.as_subclass(Stated)
 
 
 def _writes(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
-    if func == Tensor.data.__set__ or name in _WRITING:
+    if func == _DATA.__set__ or name in _WRITING:
         return True
     return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
