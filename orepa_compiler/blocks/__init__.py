@@ -24,6 +24,7 @@ from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks.leaves import call_of
 from orepa_compiler.blocks.stated import WRITTEN, read_only
 from orepa_compiler.branches import Geometry
+from orepa_compiler.capture.skeleton import is_sharded
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.generation import generate
 from orepa_compiler.generation.store import KernelStore
@@ -169,7 +170,10 @@ class LinearBlock(BranchSum):
     @property
     def bias(self) -> Tensor | None:
         """The bias of that conv: the block's own where nothing else adds to it."""
-        made, own = self.as_conv().bias, self.own_bias()
+        own = self.own_bias()
+        if own is not None and is_sharded(own):
+            return own  # FSDP asks for its parameter by name, where no kernel can be made
+        made = self.as_conv().bias
         return own if made is own or made is None else read_only(made)
 
     @bias.setter
