@@ -144,6 +144,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _flush(file: Path) -> None:
     """Puts the content on the disk: a rename may reach it first, and a power cut come between."""
+    file.chmod(_mode(file))
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
 
@@ -159,3 +160,18 @@ def _is_full(found: BaseException | None) -> bool:
             return True
         found = found.__cause__ or found.__context__
     return False
+
+
+def _mode(file: Path) -> int:
+    """What a file written in place would have: the old one's mode, or a new one's, by the umask.
+
+    Some libraries write files that their owner alone can read.
+    """
+    old = file.parent.parent / file.name
+    if old.is_file():
+        return stat.S_IMODE(old.stat().st_mode)
+    probe = file.with_name(f"{file.name}.mode")  # os.umask tells it only by changing it
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode

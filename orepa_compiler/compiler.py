@@ -15,7 +15,7 @@ from orepa_compiler.blocks import Block, LinearBlock
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
-from orepa_compiler.capture.skeleton import check_copyable, meta_copy, value_copy
+from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
 from orepa_compiler.cost import conv_costs
 from orepa_compiler.errors import NothingExpandedWarning, ReparamError
 from orepa_compiler.passes import (
@@ -376,6 +376,5 @@ def _recording(model: nn.Module, inputs: Inputs) -> Recording:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    check_copyable(model)
-    meta_copy(model)  # names what cannot be copied before anything large is
+    check_copied(model, meta_copy(model))  # before anything large is copied
     return value_copy(model)

@@ -25,7 +25,8 @@ def conv_costs(model: nn.Module, inputs: Any) -> tuple[dict[str, int], int]:
     """Path of each conv or block -> its MACs for one image of `inputs`; and the images in a batch.
 
     MACs = kernel elements x output positions, summed over the calls. Counted on a copy without
-    values, so it costs no arithmetic; a forward that asks for values (a detector's) runs once.
+    values, so it costs no arithmetic; a forward that asks for values (a detector's) runs once. The
+    user's hooks are not called, but where the forward does not run without them.
     Raises ReparamError where the model does not run on the inputs.
     """
     batch = batches_of(inputs)[0]
@@ -36,6 +37,10 @@ def conv_costs(model: nn.Module, inputs: Any) -> tuple[dict[str, int], int]:
         pass
     try:
         return _counted(value_copy(model), map_tensors(batch, Tensor.clone))
+    except Exception:
+        pass
+    try:  # a forward may read what a hook leaves
+        return _counted(value_copy(model), map_tensors(batch, Tensor.clone), with_hooks=True)
     except Exception as error:
         raise ReparamError(
             f"MACs cannot be counted: the model does not run on the inputs "
@@ -44,12 +49,15 @@ def conv_costs(model: nn.Module, inputs: Any) -> tuple[dict[str, int], int]:
 
 
 @torch.no_grad()
-def _counted(model: nn.Module, batch: tuple[Any, ...]) -> tuple[dict[str, int], int]:
+def _counted(
+    model: nn.Module, batch: tuple[Any, ...], *, with_hooks: bool = False
+) -> tuple[dict[str, int], int]:
     counts: dict[str, int] = defaultdict(int)
     images: list[int] = []
     for path, module in model.named_modules():
-        module._forward_hooks.clear()  # the user's hooks are for real calls
-        module._forward_pre_hooks.clear()
+        if not with_hooks:  # the user's hooks are for real calls
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
         if is_conv_like(module) or isinstance(module, LinearBlock):
             module.register_forward_hook(_counter(counts, images, path))
     with evaluation_mode(model):

@@ -123,6 +123,13 @@ def set_module_everywhere(root: nn.Module, paths: Sequence[str], module: nn.Modu
     return root
 
 
+def exchange(root: nn.Module, module: nn.Module, new: nn.Module) -> nn.Module:
+    """The root with the new module wherever it holds another one now."""
+    held = root.named_modules(remove_duplicate=False)
+    paths = [path for path, part in held if part is module]
+    return set_module_everywhere(root, paths, new)
+
+
 def replace_regions(owner: nn.Module, graph: fx.Graph, parts: Sequence[Part]) -> fx.GraphModule:
     """The owner with parts of its graph replaced by one module each, as a GraphModule.
 

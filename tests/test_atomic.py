@@ -140,3 +140,27 @@ def test_one_at_a_time_moves_files_into_a_folder(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_umask_says_who_may_read_a_new_file(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        with staged(tmp_path / "model") as draft:
+            draft.write_text("weights")
+            draft.chmod(0o600)  # as safetensors leaves it
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == mode
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_a_file_that_was_private_stays_private(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.write_text("old")
+    target.chmod(0o600)
+    with staged(target) as draft:
+        draft.write_text("new")
+    assert (target.read_text(), target.stat().st_mode & 0o777) == ("new", 0o600)

@@ -84,6 +84,27 @@ def test_the_users_hooks_do_not_see_the_count() -> None:
     assert seen == []
 
 
+class ByHook(nn.Module):
+    """A forward that adds what a hook left on its child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.stem.seen = None
+        self.stem.register_forward_hook(lambda module, args, y: setattr(module, "seen", y))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x))
+        seen, self.stem.seen = self.stem.seen, None
+        return y + seen
+
+
+def test_a_hook_that_the_forward_needs_is_called() -> None:
+    net = ByHook()
+    assert conv_macs(net, torch.ones(1, 3, 4, 4)) == {"stem": 9 * 16, "conv": 9 * 16}
+    assert net.stem.seen is None
+
+
 def test_the_plan_shows_the_macs() -> None:
     made = orepa.plan(stem_net(), inputs=batch())
     macs = {edit.path: edit.macs for edit in made.of("expand").edits}

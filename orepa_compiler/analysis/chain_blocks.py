@@ -41,7 +41,7 @@ def linear_block(whole: SummedOperator, like: Tensor, *, with_norm: bool) -> Lin
     if whole.bias is not None:
         shift = nn.Parameter(whole.bias.detach().to(like))
         if norm is None:
-            block.bias = shift
+            block._parameters["bias"] = shift  # a block takes none by name
         else:
             norm.bias = shift
     layers = [layer for chain in whole.chains for layer in chain]

@@ -14,14 +14,17 @@ from functools import reduce
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.composition import sum_biases
 from orepa_compiler.algebra.layers import conv_operator, stated_padding
 from orepa_compiler.algebra.operators import ConvOperator
+from orepa_compiler.blocks.leaves import call_of
+from orepa_compiler.blocks.stated import WRITTEN, read_only
 from orepa_compiler.branches import Geometry
+from orepa_compiler.capture.skeleton import is_sharded
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.generation import generate
 from orepa_compiler.generation.store import KernelStore
@@ -122,11 +125,10 @@ class SqueezedSum(BranchSum):
 class LinearBlock(BranchSum):
     """A conv's place in training form: branches, the conv's bias, and a norm if one was inserted.
 
-    It answers the attributes of the conv that it stands for. As a LinearBlock it computes its
-    branches on feature maps (linearized, not yet squeezed).
+    It answers the attributes of the conv that it stands for: `weight` and `bias` are those of the
+    one conv that it is in eval mode, norms folded in. As a LinearBlock it computes its branches on
+    feature maps (linearized, not yet squeezed).
     """
-
-    bias: nn.Parameter | None
 
     def __init__(self, conv: _ConvNd, block: Block, *, norm: nn.Module | None = None) -> None:
         super().__init__(self.read(conv), block)
@@ -137,7 +139,7 @@ class LinearBlock(BranchSum):
         self.replaces_bias = conv.bias is not None
         # behind a norm a bias has no effect in train mode: the norm's own bias takes it over
         bias = None if conv.bias is None or norm is not None else conv.bias.detach().clone()
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self._parameters["bias"] = None if bias is None else nn.Parameter(bias)
         self.train(conv.training)
 
     @staticmethod
@@ -145,15 +147,59 @@ class LinearBlock(BranchSum):
         """The operator of the conv that a block of this class stands for. Raises NotLinear."""
         return conv_operator(conv)
 
+    def as_conv(self) -> ConvOperator:
+        """The block as one conv. Raises NotLinear where its norm is not affine."""
+        return conv_operator(self)
+
+    def own_bias(self) -> Tensor | None:
+        """The parameter that the block adds behind its branches, and before its norm."""
+        if "bias" in self._parameters:
+            return self._parameters["bias"]
+        held: Tensor = vars(self)["bias"]  # a tensor in the parameter's place: pruned, or flattened
+        return held
+
     @property
     def weight(self) -> Tensor:
-        """The squeezed kernel, (C_out, C_in / groups, *K): what the conv's weight would be."""
-        return self.operator().weight
+        """The kernel of that conv, (C_out, C_in / groups, *K), by the norms' running statistics."""
+        return read_only(self.as_conv().weight)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise ReparamError(WRITTEN.format(name="weight"))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of that conv: the block's own where nothing else adds to it."""
+        own = self.own_bias()
+        if own is not None and is_sharded(own):
+            return own  # FSDP asks for its parameter by name, where no kernel can be made
+        made = self.as_conv().bias
+        return own if made is own or made is None else read_only(made)
+
+    @bias.setter
+    def bias(self, value: Tensor) -> None:
+        vars(self)["bias"] = value
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; ReparamError for what fusers give a conv, and a block has no place for.
+
+        A bias that is there may be exchanged.
+        """
+        has_place = name != "weight" and (name != "bias" or self.own_bias() is not None)
+        if param is not None and not has_place:
+            raise ReparamError(WRITTEN.format(name=name))
+        if name == "bias":
+            self._parameters["bias"] = param
+        else:
+            super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in a conv, for calls by keyword
+        if isinstance(input, fx.Proxy):
+            return call_of(self, input)
         y = super().forward(input)
-        if self.bias is not None:
-            y = y + self.bias.reshape(1, -1, *(1,) * len(self.kernel_size))
+        bias = self.own_bias()
+        if bias is not None:
+            y = y + bias.reshape(1, -1, *(1,) * len(self.kernel_size))
         return y if self.norm is None else self.norm(y)
 
     def fuse(self) -> nn.Module:
@@ -191,8 +237,10 @@ class ReparamConv(LinearBlock):
     """The squeezed form of a block: one conv with the kernel that its branches make."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return call_of(self, input)
         made = self.store.operator(self)
-        y = made.with_bias(sum_biases(made.bias, self.bias))(input)
+        y = made.with_bias(sum_biases(made.bias, self.own_bias()))(input)
         return y if self.norm is None else self.norm(y)
 
 
@@ -233,7 +281,7 @@ def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:
 @conv_operator.register(LinearBlock)
 def _(layer: LinearBlock, in_channels: int | None = None) -> ConvOperator:
     operator = layer.operator()
-    operator = operator.with_bias(sum_biases(operator.bias, layer.bias))
+    operator = operator.with_bias(sum_biases(operator.bias, layer.own_bias()))
     if layer.norm is None:
         return operator
     try:

@@ -94,7 +94,7 @@ def features_cost(block: OfflineBlock) -> float:
         for layer in reversed(branch.layers()):
             macs += layer.macs * places
             places *= torch.Size(layer.stride).numel()
-    return macs / block.weight.numel()
+    return macs / block.operator().weight.numel()
 
 
 def _shifted(x: Tensor, layer: ConvOperator, norm: nn.Module) -> tuple[Tensor, ConvOperator]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.layers import conv_operator, kernel_operator, own_forward_reason
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import Block, ReparamConv
+from orepa_compiler.blocks.leaves import call_of
 from orepa_compiler.errors import NotLinear
 
 
@@ -36,18 +37,26 @@ class OwnForwardConv(ReparamConv):
     def read(conv: _ConvNd) -> ConvOperator:
         return kernel_operator(conv)
 
+    def as_conv(self) -> ConvOperator:
+        """The kernel and the bias that the conv's own forward is given."""
+        return self.operator().with_bias(self.own_bias())
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return call_of(self, input, *args, **kwargs)
         kernel = {"weight": self.store.operator(self).weight}
-        if self.bias is not None:
-            kernel["bias"] = self.bias
+        bias = self.own_bias()
+        if bias is not None:
+            kernel["bias"] = bias
         output: Tensor = functional_call(self.conv, kernel, (input, *args), kwargs)
         return output
 
     def plain(self) -> nn.Module:
         """The conv of the user's class, with the kernel that the branches make."""
         conv = copy.deepcopy(self.conv)
-        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
-        conv.weight = nn.Parameter(self.weight.detach().clone())
+        made = self.as_conv()
+        bias = None if made.bias is None else nn.Parameter(made.bias.detach().clone())
+        conv.weight = nn.Parameter(made.weight.detach().clone())
         conv.register_parameter("bias", bias)
         return conv
 

@@ -119,9 +119,14 @@ class Capture:
         if reason := self.swap_refusal(path, reader):
             return reason
         names = self.aliases[path]
-        if len(names) > 1:
+        if len(set(map(self._place, names))) > 1:
             return f"it is registered as {' and as '.join(names)}"
-        return self._call_refusal(path)
+        return self._call_refusal(names[0])
+
+    def _place(self, path: str) -> tuple[str, str]:
+        """Where a module hangs: one place for all its names, where what holds it has several."""
+        holder, _, name = path.rpartition(".")
+        return (self.aliases[holder][0], name) if path else ("", "")
 
     def _call_refusal(self, path: str) -> str | None:
         calls = self.calls.get(path, [])
@@ -138,7 +143,8 @@ class Capture:
 
     def unknown_calls(self, path: str) -> str | None:
         """Why there may be calls of this module that no graph shows, or None."""
-        for owner in ancestors(path):
+        names = self.aliases.get(path, (path,))
+        for owner in dict.fromkeys(outer for each in names for outer in ancestors(each)):
             if owner in self.untraced:
                 name = f"the forward of {owner or 'the model'}"
                 return f"{name} cannot be traced ({self.untraced[owner]})"

@@ -89,14 +89,15 @@ def value_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def check_copyable(model: nn.Module) -> None:
-    """Nothing, for a model whose copy runs its own layers; ReparamError for another.
+def check_copied(model: nn.Module, copied: nn.Module) -> None:
+    """Nothing, for a copy of the model that runs its own layers; ReparamError for another.
 
     copy.deepcopy copies no function: one that was set on a module, and that uses a module around
-    it, runs the layers of this model in a copy too.
+    it, runs the layers of this model in a copy too. Where a class says how it is copied, and makes
+    the function anew (the metrics of torchmetrics), the copy has one of its own.
     """
     own = {id(module) for module in model.modules()}
-    for path, module in model.named_modules():
+    for path, module in copied.named_modules():
         for name, value in vars(module).items():
             if _holds_on(value, own):
                 raise ReparamError(

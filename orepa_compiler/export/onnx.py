@@ -33,7 +33,7 @@ from orepa_compiler.export.precision import (
 )
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.quantization import calibration_batches, quantize_file
-from orepa_compiler.export.readiness import Inputs, check_ready, first_batch
+from orepa_compiler.export.readiness import Inputs, check_ready, first_batch, norm_left_reason
 from orepa_compiler.export.simplification import simplify_file
 from orepa_compiler.export.tracing import (
     foldable_norms,
@@ -95,7 +95,7 @@ def export_onnx(
         typed = cast(model, dtype, keep=kept)
         batch = cast_tensors(batch, dtype)
         program = trace(typed, batch, dynamic_batch=dynamic_batch)
-        _check_program(program)
+        _check_program(model, program)
         expected = Expected.of(
             typed,
             program,
@@ -145,7 +145,7 @@ def _checked_opset(opset: int | None, precision: str) -> int:
     return opset or max(oldest, DEFAULT_OPSET)
 
 
-def _check_program(program: ExportedProgram) -> None:
+def _check_program(model: nn.Module, program: ExportedProgram) -> None:
     training = train_mode_modules(program)
     if training:
         raise ExportError(
@@ -155,11 +155,7 @@ def _check_program(program: ExportedProgram) -> None:
     norms = foldable_norms(program)
     if norms:
         # The exporter would fold it in the tensors' own precision; collapse does so in float64.
-        raise ExportError(
-            f"a BatchNorm straight after a conv ({len(norms)} of them); "
-            "call orepa.collapse(model) first",
-            path=norms[0],
-        )
+        raise ExportError(norm_left_reason(model, norms[0], len(norms)), path=norms[0])
 
 
 def _model_properties(

@@ -61,7 +61,8 @@ def cast(model: nn.Module, dtype: torch.dtype, *, keep: Collection[str] = ()) ->
     result = value_copy(model)
     for path, module in result.named_modules():
         own = torch.float32 if lies_in(path, keep) else dtype
-        module._apply(lambda tensor, own=own: _typed(tensor, own), recurse=False)
+        # torch's own: what a class puts around it (YOLO's, torchmetrics') goes into the children
+        nn.Module._apply(module, lambda tensor, own=own: _typed(tensor, own), recurse=False)
     before = dict((*model.named_parameters(), *model.named_buffers()))
     for name, tensor in (*result.named_parameters(), *result.named_buffers()):
         if tensor.is_floating_point() and not tensor.isfinite().all():

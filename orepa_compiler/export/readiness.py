@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.errors import ExportError
+from orepa_compiler.planning import Edit, Plan, Refusal, recorded_plans
 
 Inputs = Tensor | tuple[Any, ...] | Sequence[Any]
 
@@ -47,3 +48,21 @@ def check_ready(model: nn.Module) -> None:
             raise ExportError(
                 "on the meta device, without values; load its weights first", path=name
             )
+
+
+def norm_left_reason(model: nn.Module, norm: str, count: int) -> str:
+    """What is said of a norm straight after a conv: to collapse, or why the collapse left it."""
+    what = f"a BatchNorm straight after a conv ({count} of them)"
+    plans = [p for p in recorded_plans(model) if any(e.done_by == "collapse" for e in _told(p))]
+    if not plans:
+        return f"{what}; call orepa.collapse(model) first"
+    reasons = [told.reason for told in plans[-1].refusals if told.path == norm]
+    why = f": {reasons[-1]}" if reasons else ""
+    return (
+        f"{what}, which orepa.collapse left{why}; change what the reason names, or give the "
+        "collapse inputs=, and collapse the model again (orepa.recorded_plans(model)[-1] has all)"
+    )
+
+
+def _told(plan: Plan) -> tuple[Edit | Refusal, ...]:
+    return (*plan.edits, *plan.refusals)

@@ -8,6 +8,7 @@ copy is taken if it gives the outputs of the module before.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -143,7 +144,20 @@ def own_method(module: nn.Module) -> str | None:
     """The method by which a module that is none of ours turns into its deploy form, or None."""
     if isinstance(module, LinearBlock):
         return None
-    return next((name for name in METHODS if callable(getattr(module, name, None))), None)
+    return next((name for name in METHODS if _is_called_alone(getattr(module, name, None))), None)
+
+
+def _is_called_alone(method: Any) -> bool:
+    """Whether it is a method without arguments: a layer of that name, or fuse(a, b), is none."""
+    if not callable(method) or isinstance(method, nn.Module):
+        return False
+    try:
+        inspect.signature(method).bind()
+    except TypeError:
+        return False
+    except ValueError:  # it does not say
+        pass
+    return True
 
 
 def unfinished(model: nn.Module, done: Plan) -> tuple[str, ...]:

@@ -362,7 +362,7 @@ def test_the_bias_is_the_convs_and_gives_way_to_a_norm() -> None:
     assert torch.equal(block.bias, layer.bias)
     assert block.bias.data_ptr() != layer.bias.data_ptr()
     behind = LinearBlock(layer, OREPA, norm=nn.BatchNorm2d(6))
-    assert behind.bias is None
+    assert behind.own_bias() is None
     assert behind.replaces_bias
     assert not LinearBlock(nn.Conv2d(4, 6, 3, bias=False), OREPA).replaces_bias
 

@@ -36,7 +36,8 @@ class Published(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = [self.branch(branch, x) for branch in self.block.branches.values()]
-        bias = 0 if self.block.bias is None else self.block.bias.reshape(1, -1, 1, 1)
+        own = self.block.own_bias()
+        bias = 0 if own is None else own.reshape(1, -1, 1, 1)
         return sum(outputs) + bias  # type: ignore[return-value]
 
     def branch(self, offline: Any, x: Tensor) -> Tensor:

@@ -182,11 +182,27 @@ def test_an_alias_is_refused_under_every_name() -> None:
     assert captured(model).refusal("inner.0") == "it is registered as conv and as inner.0"
 
 
-def test_the_inside_of_a_shared_block_is_refused() -> None:
+def test_what_hangs_in_a_block_with_two_names_hangs_in_one_place() -> None:
     block = nn.Sequential(conv(), nn.ReLU())
     found = captured(Inline(lambda m, x: m.b(m.a(x)), a=block, b=block))
-    assert found.refusal("a.0") == "it is registered as a.0 and as b.0"
+    assert found.refusal("a.0") is None
+    assert found.refusal("b.0") is None
+    assert found.refusal("a") == "it is registered as a and as b"
     assert len(found.calls["a"]) == 2
+
+
+def test_one_layer_twice_in_a_block_with_two_names_is_refused() -> None:
+    layer = conv()
+    block = nn.Sequential(layer, layer)
+    found = captured(Inline(lambda m, x: m.a(x), a=block, b=block))
+    assert str(found.refusal("a.0")).startswith("it is registered as a.0 and as a.1")
+
+
+def test_what_may_be_called_by_another_of_its_names_is_refused() -> None:
+    block = nn.Sequential(conv(), nn.ReLU())
+    hidden = Inline(lambda m, x: m.b(x) if x.sum() > 0 else x, b=block)
+    found = captured(Inline(lambda m, x: m.hidden(m.a(x)), a=block, hidden=hidden))
+    assert "the forward of hidden cannot be traced" in str(found.refusal("a.0"))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

@@ -139,6 +139,30 @@ def test_a_function_that_a_copy_would_share_is_refused(
     )
 
 
+class Counting(nn.Module):
+    """Wraps a method of its own on each object, and makes the wrapper anew in a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.update = as_wrapped_method(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "update"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.update = as_wrapped_method(self)
+
+
+def test_a_function_that_a_copy_makes_anew_is_its_own() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    net[0].metric = Counting()
+    made = orepa.collapse(net)
+    assert norms_left(net) == 0
+    orepa.expand(net)
+    assert any(type(module) is nn.Conv2d for module in made.modules())
+
+
 @pytest.mark.parametrize("made", [as_closure, as_wrapped])
 def test_in_place_such_a_function_runs_the_new_layers(
     made: Callable[[nn.Module], Any],

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from orepa_compiler.errors import ExportError, MissingPackage
+import orepa_compiler as orepa
+from orepa_compiler.errors import ExportError, MissingPackage, NothingExpandedWarning
 from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export import onnx as exporting
 from orepa_compiler.export.inspection import conv_nodes, load_graph, torch_module
@@ -170,6 +171,26 @@ def test_a_norm_left_behind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=message):
         export_onnx(model, images(), tmp_path / "net.onnx")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_norm_that_the_collapse_left_is_refused_with_its_reason(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    model[0].register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(orepa.collapse(model), images(), tmp_path / "net.onnx")
+    assert str(caught.value) == (
+        "1: a BatchNorm straight after a conv (1 of them), which orepa.collapse left: 0, which "
+        "feeds it, stays: it has a hook, which a rewrite would no longer call; remove the hook "
+        "first; change what the reason names, or give the collapse inputs=, and collapse the model "
+        "again (orepa.recorded_plans(model)[-1] has all)"
+    )
+
+
+def test_a_model_that_was_expanded_alone_is_told_to_collapse(tmp_path: Path) -> None:
+    with pytest.warns(NothingExpandedWarning):
+        model = orepa.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), where="none*")
+    with pytest.raises(ExportError, match=r"^1: a BatchNorm .* call orepa.collapse\(model\) first"):
+        export_onnx(model.eval(), images(), tmp_path / "net.onnx")
 
 
 def test_a_layer_left_in_train_mode_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,23 @@ def test_what_would_overflow_is_right_where_it_is_kept(tmp_path: Path) -> None:
 def test_an_unknown_precision_is_refused(net: SmallNet, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"precision='fp8' is not one of fp32, fp16, bf16, int8"):
         export_onnx(net, images(), tmp_path / "net.onnx", precision="fp8")  # type: ignore[arg-type]
+
+
+class OwnApply(nn.Sequential):
+    """Moves a tensor that is not registered, as detectors do with their strides."""
+
+    stride = torch.tensor([8.0])
+
+    def _apply(self, fn: Any) -> OwnApply:  # type: ignore[override]
+        super()._apply(fn)
+        self.stride = fn(self.stride)
+        return self
+
+
+def test_a_module_with_an_apply_of_its_own_is_cast_once() -> None:
+    net = OwnApply(nn.Conv2d(3, 4, 1), OwnApply(nn.Conv2d(4, 4, 1)))
+    half = cast(net, torch.float16, keep=["1.0"])
+    dtypes = {name: p.dtype for name, p in half.named_parameters()}
+    assert dtypes["0.weight"] == torch.float16
+    assert dtypes["1.0.weight"] == torch.float32
+    assert net[0].weight.dtype == torch.float32

@@ -16,6 +16,7 @@ import orepa_compiler as orepa
 from orepa_compiler.algebra.layers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.passes.adopt import own_method
 from tests.compiler_nets import assert_same, batch, conv_norm, output, untouched
 from tests.norms import randomise_norms
 from tests.own_way_nets import (
@@ -312,3 +313,26 @@ def test_modules_around_are_asked_when_work_is_left() -> None:
     assert_same(output(deploy, x), output(net, x), 1e-12)
     made = orepa.recorded_plans(deploy)[-1].of("adopt")
     assert [edit.path for edit in made.edits] == ["block", ""]
+
+
+class NoMethods(nn.Module):
+    """What has the names of such methods, and is none of them: a layer, and one with arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fuse = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+        self.seen = 0
+
+    def reparameterize(self, weights: Tensor) -> Tensor:
+        raise AssertionError("not called")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fuse(x)
+
+
+def test_what_has_the_name_of_a_method_and_is_none_is_not_called() -> None:
+    assert own_method(NoMethods()) is None
+    assert own_method(Switches(4)) == "switch_to_deploy"
+    assert [plan.refusals for plan in orepa.recorded_plans(orepa.collapse(NoMethods().eval()))] == [
+        ()
+    ]

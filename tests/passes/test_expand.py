@@ -202,7 +202,7 @@ def test_a_norm_is_inserted_where_only_an_activation_follows() -> None:
     block = expanded.get_submodule("conv1")
     assert isinstance(block, LinearBlock)
     assert isinstance(block.norm, nn.BatchNorm2d)
-    assert block.bias is None
+    assert block.own_bias() is None
     assert torch.equal(block.norm.bias, net[0].bias)
     assert_same(output(expanded, x), output(net, x))
 

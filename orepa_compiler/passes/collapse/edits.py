@@ -91,7 +91,7 @@ def block_edit(name: str, capture: Capture, path: str, block: LinearBlock, fold_
         if is_shifted and not block.replaces_bias:
             taker = bias_taker(capture, path, block)
     has_bias = (block.replaces_bias or is_shifted) and taker is None
-    after = block.weight.numel() + (block.out_channels if has_bias else 0)
+    after = block.operator().weight.numel() + (block.out_channels if has_bias else 0)
     target = _conv_text(block.in_channels, block.out_channels, block.kernel_size)
     what = f"block {block.block_name}"
     return _edit(name, path, what, target, (_size(block), after), FoldBlock(path, taker))

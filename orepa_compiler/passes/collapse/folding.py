@@ -26,7 +26,13 @@ from orepa_compiler.passes.collapse.folds import (
 )
 from orepa_compiler.passes.collapse.norms_before import after_norm
 from orepa_compiler.passes.collapse.norms_behind import with_norm
-from orepa_compiler.rewrite import free_name, replace_regions, set_module, set_module_everywhere
+from orepa_compiler.rewrite import (
+    exchange,
+    free_name,
+    replace_regions,
+    set_module,
+    set_module_everywhere,
+)
 
 
 def fold_regions(
@@ -77,7 +83,7 @@ def _fold_graph(
         child = conv if rest is None else nn.Sequential(conv, rest)
         label = name if number == 1 else f"{name}_{number}"
         parts.append((fold.nodes, fold.source, label, child))
-    return set_module(model, owner, replace_regions(module, graph, parts))
+    return exchange(model, module, replace_regions(module, graph, parts))
 
 
 def absorb_norm(model: nn.Module, fold: AbsorbNorm | FoldConcatenation) -> nn.Module:

@@ -41,7 +41,7 @@ def built(
         new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     new.requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None:
-        bias = new.bias if new.norm is None else new.norm.bias
+        bias = new.own_bias() if new.norm is None else new.norm.bias
         assert isinstance(bias, nn.Parameter)
         bias.requires_grad_(conv.bias.requires_grad)
     return new, ratio
@@ -51,7 +51,7 @@ def grow(module: nn.Module, growth: MoreBranches, block: Block, path: str) -> fl
     """Add the branches of a block that another lacks; |origin| / |W| where its kernel is kept."""
     if not isinstance(module, LinearBlock):
         raise ReparamError("the plan extends a linear block, here is none", path=path)
-    weight = module.weight.detach().clone()
+    weight = module.operator().weight.detach().clone()
     new = missing(module, block)
     is_frozen = not any(p.requires_grad for p in module.parameters())
     extend(module, new, dict(block.scaling))

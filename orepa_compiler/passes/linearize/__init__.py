@@ -34,9 +34,9 @@ from orepa_compiler.passes.linearize.options import (
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.rewrite import (
     Part,
+    exchange,
     free_name,
     replace_regions,
-    set_module,
     set_module_everywhere,
 )
 from orepa_compiler.selection import Where, selection
@@ -98,7 +98,7 @@ class Linearize:
                 block = _block(region, model)
                 name = free_name(owner, "block") + ("" if not parts else f"_{len(parts) + 1}")
                 parts.append((region.nodes, region.source, name, block))
-            model = set_module(model, path, replace_regions(owner, graph, parts))
+            model = exchange(model, owner, replace_regions(owner, graph, parts))
         return model, plan
 
     def touched(self, edit: Edit) -> Touched:
