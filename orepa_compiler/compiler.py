@@ -355,7 +355,7 @@ def _unfinished(
     if not any(map(own_method, model.modules())):
         return ()
     recording = _recording(model, inputs)
-    left, _ = pipeline.run(meta_copy(model), recording=recording)
+    left, _ = pipeline.run(meta_copy(model), recording=recording, retraces=False)
     return unfinished(left, done)
 
 

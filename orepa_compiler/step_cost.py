@@ -61,7 +61,7 @@ def with_step_costs(plan: Plan, expanded: nn.Module, images: int) -> Plan:
             edits.append(edit)
             continue
         ratio = added / (_PRODUCTS * edit.macs[0] * images)
-        note = f"adds {ratio:.1%} to its conv's step at batch {images}"
+        note = f"+{ratio:.0%} of its step"
         options = {**edit.options, "added": added, "images": images}
         edits.append(
             replace(edit, note="; ".join(filter(None, (edit.note, note))), options=options)

@@ -47,8 +47,8 @@ def test_the_plan_says_what_each_block_adds_at_the_batch() -> None:
         assert one.options["added"] == four.options["added"] > 0
         assert one.macs is not None
         ratio = one.options["added"] / (3 * one.macs[0])
-        assert one.note.endswith(f"adds {ratio:.1%} to its conv's step at batch 1")
-        assert four.note.endswith(f"adds {ratio / 4:.1%} to its conv's step at batch 4")
+        assert one.note.endswith(f"+{ratio:.0%} of its step")
+        assert four.note.endswith(f"+{ratio / 4:.0%} of its step")
     assert step_cost(large) == pytest.approx(step_cost(small) / 4)
     assert step_cost(orepa.plan(net)) == 0
     assert orepa.Plan.from_json(large.to_json()) == large

@@ -37,6 +37,13 @@ def overriding_reason(layer: nn.Module) -> str | None:
     return f"{kind} has a {name} of its own, which the forward of its base class uses"
 
 
+def answers_itself(layer: nn.Module) -> bool:
+    """Whether a user's class, and not torch's, tells what the attributes of a layer are."""
+    users = [c for c in type(layer).__mro__ if not c.__module__.startswith("torch.")]
+    names = {"__getattr__", "__getattribute__", "__setattr__"}
+    return any(names & vars(c).keys() for c in users if c is not object)
+
+
 def overridden(layer: nn.Module) -> str | None:
     """A name that the forward of torch's layer uses, and that stands for something else here."""
     cls = type(layer)

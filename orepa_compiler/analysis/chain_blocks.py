@@ -58,7 +58,7 @@ def linearized(block: OfflineBlock, *, with_norm: bool) -> LinearBlock:
     """The linear form of an offline block: the same branches, names and layers."""
     exact = copy.deepcopy(block).double()
     operator = exact.operator()
-    operator = operator.with_bias(sum_biases(operator.bias, exact.bias))
+    operator = operator.with_bias(sum_biases(operator.bias, exact.own_bias()))
     whole = summed(operator, *(_offline_chain(branch) for branch in _offline_branches(exact)))
     new = linear_block(whole, next(block.parameters()), with_norm=with_norm)
     made = zip(block.branches, _offline_branches(block), new.branches.values(), strict=True)

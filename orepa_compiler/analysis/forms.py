@@ -94,14 +94,16 @@ def beside_channels(value: Tensor, form: Form) -> Tensor:
     maps = form.maps
     if maps is None:
         raise NotLinear("the number of channels that it sees is not known")
-    if value.dim() > min(form.counts):
+    rank = maps.axes.rank
+    # (1, C, 1, 1): like a norm, a constant with an axis for the batch is taken to read batches
+    has_batch = rank is not None and value.dim() == rank + 2 and value.shape[0] == 1
+    if value.dim() > min(form.counts) and not has_batch:
         raise NotLinear(
             f"a constant with {value.dim()} axes beside a map that may have {min(form.counts)}, "
             "without a batch, would give it another shape"
         )
     if value.numel() == 1:
         return value.reshape(1).expand(maps.channels)
-    rank = maps.axes.rank
     if rank is None:
         raise NotLinear("how many axes stand behind the channels of its maps is not known")
     place = value.dim() - 1 - rank

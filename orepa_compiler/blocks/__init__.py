@@ -199,7 +199,8 @@ class LinearBlock(BranchSum):
         y = super().forward(input)
         bias = self.own_bias()
         if bias is not None:
-            y = y + bias.reshape(1, -1, *(1,) * len(self.kernel_size))
+            # of the type that the branches gave: under autocast that is not the parameter's
+            y = y + bias.to(y.dtype).reshape(1, -1, *(1,) * len(self.kernel_size))
         return y if self.norm is None else self.norm(y)
 
     def fuse(self) -> nn.Module:

@@ -59,7 +59,10 @@ class OfflineBranch(nn.Module):
         layers = self.layers()
         if isinstance(self.branch, SequenceBranch) and len(layers) == 1:
             (norm,) = self.norms
-            return norm(self.branch(x))  # the identity has no conv to run
+            y: Tensor = norm(self.branch(x))  # the identity has no conv to run
+            kind = x.device.type
+            is_cast = torch.is_autocast_enabled(kind)  # as it casts what the convs beside it give
+            return y.to(torch.get_autocast_dtype(kind)) if is_cast else y
         for number, (layer, norm) in enumerate(zip(layers, self.norms, strict=True)):
             if number and layer.has_padding:
                 x, layer = _shifted(x, layer, self.norms[number - 1])

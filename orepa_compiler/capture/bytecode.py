@@ -28,9 +28,9 @@ def functions_of(module: nn.Module, forward: str = "forward") -> list[FunctionTy
         found[id(function)] = function
         for name in names_in(function.__code__):
             open_ends += _methods(module, name)
-            open_ends += _functions(function.__globals__.get(name))
+            open_ends += functions_in(function.__globals__.get(name))
         for cell in function.__closure__ or ():
-            open_ends += _functions(contents_of(cell))
+            open_ends += functions_in(contents_of(cell))
     return list(found.values())
 
 
@@ -87,11 +87,11 @@ def _methods(module: nn.Module, name: str) -> Iterator[FunctionType]:
     for cls in type(module).__mro__:
         value = vars(cls).get(name)
         for part in (value.fget, value.fset) if isinstance(value, property) else (value,):
-            yield from _functions(part)
-    yield from _functions(vars(module).get(name))
+            yield from functions_in(part)
+    yield from functions_in(vars(module).get(name))
 
 
-def _functions(value: Any) -> Iterator[FunctionType]:
+def functions_in(value: Any) -> Iterator[FunctionType]:
     """The function that a value is or calls, and those that it was made of by decorators."""
     if isinstance(value, (MethodType, staticmethod, classmethod)):
         value = value.__func__

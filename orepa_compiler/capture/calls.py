@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from orepa_compiler.capture.arguments import Arguments
+from orepa_compiler.capture.bytecode import functions_in, names_in
 from orepa_compiler.capture.effects import effects_of
 from orepa_compiler.capture.tracing import made_up, trace
 from orepa_compiler.errors import ReparamError
@@ -19,6 +20,12 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# What a hook names that goes from a module to what is in it.
+_REACHING = {
+    "parameters", "named_parameters", "buffers", "named_buffers", "state_dict", "modules", "weight",
+    "named_modules", "children", "named_children", "apply", "_parameters", "_modules", "bias",
+    "get_submodule", "get_parameter", "running_mean", "running_var",
+}  # fmt: skip
 PARAMETRIZED = (
     "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
 )
@@ -98,12 +105,23 @@ class Capture:
             return "it has a hook, which a rewrite would no longer call; remove the hook first"
         return None
 
+    def _reaching_hook(self, path: str) -> str | None:
+        """Why a hook around this module may use it, by the names in its code, or None."""
+        for owner in ancestors(path):
+            module = self.module(owner)
+            names = {path.removeprefix(f"{owner}." if owner else "").partition(".")[0], *_REACHING}
+            for hook in (hook for hooks in _HOOKS for hook in getattr(module, hooks).values()):
+                if any(names & names_in(f.__code__) for f in functions_in(hook)):
+                    return f"a hook on {owner or 'the model'} may use it, or its weight"
+        return None
+
     def swap_refusal(self, path: str, reader: str | None = None) -> str | None:
         """Why no other layer with the same function may stand at this path, or None.
 
         reader: a module whose forward may read the weight, since what it reads goes too.
         """
-        if reason := self.kept.get(path) or self.hook_refusal(path):
+        reason = self.kept.get(path) or self.hook_refusal(path) or self._reaching_hook(path)
+        if reason:
             return reason
         if parametrize.is_parametrized(self.module(path)):
             return PARAMETRIZED

@@ -26,7 +26,7 @@ from orepa_compiler.capture.noticing import (
     put_back,
     random_states,
 )
-from orepa_compiler.capture.state import MADE_BY_TRACE, Visible, held_proxies, visible_to
+from orepa_compiler.capture.state import MADE_BY_TRACE, OWN, Visible, held_proxies, visible_to
 
 _KEY = "effects"
 _NOTHING = object()
@@ -101,6 +101,7 @@ class Effects:
         self.written: set[str] = set()
         self.sets: list[tuple[nn.Module, str, Any]] = []
         self.touched: set[Hashable] = set()
+        self.registered: list[tuple[nn.Module, str, Any]] = []
         self.kept: list[fx.Proxy] = []
         self.buffers = {id(buffer) for buffer in module.buffers()}
         self.written_outside: set[str] = set()
@@ -156,7 +157,9 @@ class Effects:
         return frozenset().union(*(names_read(f.__code__) for f in self.functions))
 
     def _give_back(self) -> None:
-        """Attributes that hold a stand-in get what they held before."""
+        """Attributes that hold a stand-in, and registered places, get what they held before."""
+        for module, name, registered in reversed(self.registered):
+            setattr(module, name, registered)
         for module, name, old in reversed(self.sets):
             if any(True for _ in held_proxies(vars(module).get(name))):
                 vars(module).pop(name)
@@ -170,6 +173,12 @@ class Effects:
             return
         if old is value or (type(old) is type(value) and _equal(old, value)):
             return
+        registered = next((d[name] for d in map(vars(module).get, OWN) if d and name in d), None)
+        if registered is not None or isinstance(value, (nn.Module, nn.Parameter)):
+            if registered is value:
+                return
+            self.registered.append((module, name, registered))
+            self._steered(f"sets its {name}")
         self.sets.append((module, name, old))
         self.kept += held_proxies(value)
         if module is not self.module:

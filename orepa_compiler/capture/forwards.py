@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.layers import has_torch_forward
+from orepa_compiler.algebra.overriding import answers_itself
 from orepa_compiler.capture import Call, Capture, join
 from orepa_compiler.capture.constants import constants_of, evaluated
 from orepa_compiler.capture.effects import seen_of
@@ -51,7 +52,7 @@ class Forwards:
         if owner in self.capture.graphs or owner in self.capture.untraced:
             return self.capture.graphs.get(owner)
         module = self.capture.module(owner)
-        is_layer = not module._modules and not has_torch_forward(module)
+        is_layer = not (module._modules or has_torch_forward(module) or answers_itself(module))
         traced = trace(module) if is_layer else ""
         return None if isinstance(traced, str) or seen_of(traced).steers else traced
 

@@ -100,6 +100,13 @@ class Proxy(fx.Proxy):
         return Attribute(self, name)
 
 
+def _written(self: Proxy, *specification: Any) -> str:
+    """As text: a number of a shape by its name, as in messages; the values of a map by nothing."""
+    if kind_of(self.node) is Tensor:
+        raise self.tracer.stopped("it asks for the values of a tensor as text")
+    return repr(self)
+
+
 class Attribute(Proxy):
     """`x.name` before it is known whether it is read or called."""
 
@@ -139,6 +146,8 @@ def _conversion(name: str) -> Callable[..., Any]:
 
 for _function in IN_PLACE_OPERATORS:
     setattr(Proxy, f"__{_function.__name__}__", _in_place(_function))
+for _name in ("__str__", "__format__"):
+    setattr(Proxy, _name, _written)
 for _name in _CONVERSIONS:
     setattr(Proxy, _name, _conversion(_name))
 

@@ -209,7 +209,8 @@ def trace(
     arguments = arguments or usual_arguments(bound_forward(module))
     if arguments is None:
         return "its arguments cannot be told from its signature"
-    if getattr(type(module), forward) is nn.Sequential.forward:
+    iterates = getattr(type(module), "__iter__", None) is nn.Sequential.__iter__
+    if iterates and getattr(type(module), forward) is nn.Sequential.forward:
         return _chain(module, arguments, returned)
 
     def traced(*, buffers: bool) -> fx.Graph | str:

@@ -89,6 +89,7 @@ class Pipeline:
         recording: Recording | None = None,
         kept: Mapping[str, str] | None = None,
         restores: bool = True,
+        retraces: bool = True,
         progress: Callable[[str], None] = lambda name: None,
     ) -> tuple[nn.Module, Plan]:
         """The rewritten model (in place) and the plan that was applied.
@@ -96,13 +97,14 @@ class Pipeline:
         plan: an earlier plan to apply again; None lets each pass make its own. recording: graphs
         for the forwards that cannot be traced. kept: module path -> why it stays as it is.
         restores: an error leaves the model as it was, which keeps what is replaced in memory until
-        the end; False for a copy, which goes with the error.
+        the end; False for a copy, which goes with the error. retraces: each rewrite is tried and
+        traced again first; False where it is only asked what would be left.
 
         Raises ReparamError where a plan does not fit: a module of it is not there or has a hook, or
         two of its edits change the same.
         """
         with restoring(model) if restores else nullcontext():
-            return self._run(model, plan, recording, kept or {}, progress)
+            return self._run(model, plan, recording, kept or {}, progress, retraces)
 
     def _run(
         self,
@@ -111,6 +113,7 @@ class Pipeline:
         recording: Recording | None,
         kept: Mapping[str, str],
         progress: Callable[[str], None],
+        retraces: bool,
     ) -> tuple[nn.Module, Plan]:
         applied = Plan()
         for step in self.passes:
@@ -119,7 +122,7 @@ class Pipeline:
             captured = replace(captured, kept={**captured.kept, **kept})
             if plan is not None:
                 wanted = plan.of(step.name)
-            elif isinstance(step, Adopt):  # which compares what it makes
+            elif not retraces or isinstance(step, Adopt):  # which compares what it makes
                 wanted = step.plan(captured)
             else:
                 retracing = Retracing(is_leaf, recording or Recording())

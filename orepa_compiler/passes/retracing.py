@@ -90,9 +90,10 @@ class Retracing:
     def _other_ways(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
         """What does not hold where the model is called with other arguments."""
         kept: dict[str, str] = {}
-        if any(_writes_anew(step, edit) for edit in wanted.edits):
-            return Found({}, {})  # a forward written anew refuses other calls itself
+        writes_anew = any(_writes_anew(step, edit) for edit in wanted.edits)
         for what, arguments in other_calls(captured):
+            if writes_anew:  # it would know one way alone
+                return Found({"": f"written anew, it could not be called with {what}"}, {})
             recording = replace(self.recording, arguments=(arguments,))
             other = self._captured(step, model, recording=recording)
             if "unexpected keyword argument" in other.untraced.get("", ""):

@@ -97,7 +97,6 @@ FORMS = {
     "conv1d, then linear": form(lambda m, x: m.linear(m.conv(x)), one_d, C, C, C),
     "linear, then norm of tokens": form(lambda m, x: m.norm(m.linear(x)), one_d, C, C, C),
     "norm of tokens, then linear": form(lambda m, x: m.linear(m.norm(x)), one_d, C, C, C),
-    "conv1d, then norm, unbatched": form(lambda m, x: m.norm(m.conv(x)), one_d, C, C),
     "linear over W beside conv": form(lambda m, x: m.norm(m.second(x) + m.linear(x)), two_d),
     "linear of permuted beside conv": form(
         lambda m, x: m.norm(m.second(x) + m.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),

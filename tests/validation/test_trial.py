@@ -12,11 +12,13 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture.beside import Beside
 from orepa_compiler.passes import Pipeline
+from orepa_compiler.passes.retracing import Retracing
 from orepa_compiler.planning import Plan, recorded_plans
 from tests.compiler_nets import assert_same, output, untouched
 from tests.norms import randomise_norms
@@ -32,6 +34,17 @@ def reasons(model: nn.Module) -> dict[str, str]:
 
 def norms_in(model: nn.Module) -> list[str]:
     return [path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def by_the_trial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace sees none of it, so that what runs has to show it."""
+
+    def planned(self: Retracing, step: Any, model: nn.Module, captured: Any) -> Any:
+        return captured, step.plan(captured)
+
+    monkeypatch.setattr(Retracing, "planned", planned)
+    monkeypatch.setattr("orepa_compiler.passes.hold_new", lambda model, holdings: None)
+    monkeypatch.setattr("orepa_compiler.capture.beside_graphs", lambda *args: Beside())
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
@@ -109,7 +122,8 @@ class FromList(nn.Module):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_what_never_runs_is_found(inplace: bool) -> None:
+def test_what_never_runs_is_found(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_the_trial_alone(monkeypatch)
     net, x = randomise_norms(FromList()), images()
     expected = output(net, x)
     made = orepa.collapse(net, inputs=x, inplace=inplace, pipeline=Pipeline((Swap(()),)))
@@ -143,7 +157,8 @@ class Tied(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def test_what_would_be_trained_is_a_parameter() -> None:
+def test_what_would_be_trained_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_the_trial_alone(monkeypatch)
     net, x = randomise_norms(Tied()), images()
     with pytest.warns(orepa.NothingExpandedWarning):
         made = orepa.expand(net, inputs=x, pipeline=Pipeline((Swap(()),)))
@@ -358,7 +373,7 @@ def test_a_model_without_state_is_called_once_in_each_way() -> None:
 
     class Watched(Link):
         def forward(self, x: Tensor) -> Tensor:
-            if not torch.jit.is_tracing() and type(x) is Tensor and not x.is_meta:
+            if not fx._symbolic_trace._is_fx_tracing_flag and not x.is_meta:
                 calls.append(torch.is_grad_enabled())
             return super().forward(x)
 

@@ -8,6 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from orepa_compiler.algebra.layers import own_forward_reason
+from orepa_compiler.algebra.overriding import answers_itself
 from orepa_compiler.capture import Capture
 from orepa_compiler.capture.calls import PARAMETRIZED
 from orepa_compiler.capture.skeleton import LAZY
@@ -21,6 +22,10 @@ def unsound_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
         return reason
     if not isinstance(conv, _ConvNd) or "weight" not in conv._parameters:
         return no_conv_reason(conv)
+    if answers_itself(conv):
+        return (
+            f"{type(conv).__name__} tells itself what its attributes are, which a block could not"
+        )
     if "forward" in vars(conv):
         return "its forward was replaced on this one module, which a block could not call"
     if reason := capture.swap_refusal(path):
