@@ -29,7 +29,8 @@ class Question:
     with itself in that one. rates: what each arm chooses its learning rate from, all with the same
     budget, and the next ones beside them while the best is the last of them; where is_tuned is
     False, what each arm is shown at. settings: name -> the fields of a
-    Run that differ.
+    Run that differ. is_over_budgets: whether they are numbers of epochs, to be drawn and to be
+    compared at equal time too. tuned_on: fields of a Run that differ while a rate is chosen.
     """
 
     title: str
@@ -41,7 +42,10 @@ class Question:
     rates: tuple[float, ...] = RATES
     is_tuned: bool = True
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    is_over_budgets: bool = False
     data: str = "mnist"
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    tuned_on: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """What is compared: each arm on each net in each setting."""
@@ -99,7 +103,9 @@ class Cell:
         return max(tried, key=accuracy)
 
     def _tuned_at(self, rate: float) -> list[Run]:
-        return [self._run(rate=rate, seed=seed, held="validation") for seed in TUNING_SEEDS]
+        asked = self.question
+        fields = {"rate": rate, "held": "validation", **asked.tuned_on}
+        return [self._run(seed=seed, **fields) for seed in asked.tuning_seeds]
 
     def base(self) -> Cell:
         """What it is compared with."""
@@ -125,7 +131,8 @@ def needed(question: Question, records: Records) -> list[Run]:
     measured = [
         run for cell in cells for rate in cell.rates(records) for run in cell.measured(rate)
     ]
-    return records.missing([*tuning, *measured])
+    # seed by seed: where a study is stopped, the runs that it made are pairs
+    return records.missing([*tuning, *sorted(measured, key=lambda run: run.seed)])
 
 
 def progress(question: Question, records: Records) -> tuple[int, int]:
@@ -141,7 +148,73 @@ def progress(question: Question, records: Records) -> tuple[int, int]:
 _ONE_NET = ("ResNet-8",)
 _BRANCHES = tuple(f"without {name}" for name in OREPA.branches if name != "origin")
 
-QUESTIONS: dict[str, Question] = {
+# The regime in which a net is too small for its images: none of these fits what it trains on.
+_TOO_SMALL: dict[str, Any] = {"train": 60_000, "batch": 128, "width": 4}
+_FASHION: dict[str, Any] = {
+    "data": "fashion",
+    "rates": (0.1, 0.3, 1.0),
+    "tuning_seeds": TUNING_SEEDS[:1],
+    "tuned_on": {"train": 50_000},
+}
+_ADAMW: dict[str, Any] = {"optimizer": "AdamW", "weight_decay": 0.01}
+
+
+def _budgets(*every: int) -> dict[str, Mapping[str, Any]]:
+    return {_epochs(n): {**_TOO_SMALL, "epochs": n} for n in every}
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"
+
+
+FASHION_QUESTIONS: dict[str, Question] = {
+    "budget": Question(
+        "Where does it help: at which budget?",
+        "Plain and the default on nets of width 4, too small for the 60,000 images they see.",
+        ("ResNet-8", "VGG-7", "MobileNet-7", "Bottleneck-11"),
+        ("plain", DEFAULT),
+        settings=_budgets(1, 2, 4, 8, 16, 32),
+        is_over_budgets=True,
+        **_FASHION,
+    ),
+    "width": Question(
+        "At which width?",
+        "The same, four epochs.",
+        ("ResNet-8", "VGG-7"),
+        ("plain", DEFAULT),
+        settings={f"width {n}": {**_TOO_SMALL, "epochs": 4, "width": n} for n in (4, 8, 16)},
+        **_FASHION,
+    ),
+    "preconditioner": Question(
+        "Is it a preconditioner?",
+        "Four epochs; the plain net with the block's first-order effect on a step, and no block.",
+        _ONE_NET,
+        ("plain", DEFAULT, "gradient", "gradient, diagonal"),
+        settings=_budgets(4),
+        **_FASHION,
+    ),
+    "adamw": Question(
+        "And with AdamW?",
+        "Four epochs, each arm at its own rate.",
+        _ONE_NET,
+        ("plain", DEFAULT),
+        settings={_epochs(4): {**_TOO_SMALL, **_ADAMW, "epochs": 4}},
+        **{**_FASHION, "rates": (0.003, 0.01, 0.03)},
+    ),
+    "blocks": Question(
+        "Which block?",
+        "Four epochs, every block with its own start.",
+        ("ResNet-8", "VGG-7"),
+        (
+            *("plain", DEFAULT, "OREPA, paper", "OREPA, branch norms", "DBB", "RepVGG"),
+            *("MobileOne", "ACNet", "ExpandNet", "DO-Conv"),
+        ),
+        settings=_budgets(4),
+        **_FASHION,
+    ),
+}
+
+SMALL_QUESTIONS: dict[str, Question] = {
     "forms": Question(
         "Does it help?",
         "Plain, OREPA with both starts, and the offline block, at equal inference cost.",
@@ -242,3 +315,5 @@ QUESTIONS: dict[str, Question] = {
         data="digits",
     ),
 }
+
+QUESTIONS: dict[str, Question] = {**FASHION_QUESTIONS, **SMALL_QUESTIONS}
