@@ -28,7 +28,7 @@ from benchmarks.study.questions import (
     Question,
     needed,
 )
-from benchmarks.study.report import legend, lines, proposition, section, table
+from benchmarks.study.report import legend, lines, open_questions, proposition, section, table
 from benchmarks.study.runs import Record, Records, Run
 from benchmarks.study.training import train
 from orepa_compiler.atomic import staged
@@ -159,8 +159,14 @@ def _marks(part: str) -> tuple[str, str]:
 
 
 def _sections(asked: Mapping[str, Question], known: Records, page: Path) -> Iterator[str]:
+    unanswered: dict[str, Question] = {}
     for name, question in asked.items():
+        if not (found := lines(question, known)):
+            unanswered[name] = question
+            continue
         yield section(name, question, known)
-        if question.is_over_budgets and (found := lines(question, known)):
+        if question.is_over_budgets:
             draw(found, page.parent / "evidence" / f"{name}.svg")
             yield time_section(question, known)
+    if unanswered:
+        yield open_questions(unanswered, known)

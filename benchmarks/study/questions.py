@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from statistics import mean
 from typing import Any
 
@@ -28,9 +29,10 @@ class Question:
     base: the arm that the others are compared with, in the same setting; or base_setting: each arm
     with itself in that one. rates: what each arm chooses its learning rate from, all with the same
     budget, and the next ones beside them while the best is the last of them; where is_tuned is
-    False, what each arm is shown at. settings: name -> the fields of a
-    Run that differ. is_over_budgets: whether they are numbers of epochs, to be drawn and to be
-    compared at equal time too. tuned_on: fields of a Run that differ while a rate is chosen.
+    False, what each arm is shown at. margin: points behind the best, in the mean over the seeds so
+    far, from which a rate is tuned no further. tuned_on: fields of a Run that differ while a rate
+    is chosen. settings: name -> the fields of a Run that differ. is_over_budgets: whether these
+    are numbers of epochs, to be drawn and to be compared at equal time too.
     """
 
     title: str
@@ -44,7 +46,7 @@ class Question:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     is_over_budgets: bool = False
     data: str = "mnist"
-    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    margin: float = inf
     tuned_on: Mapping[str, Any] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
@@ -67,15 +69,15 @@ class Cell:
 
     def tuning(self, records: Records) -> list[Run]:
         """The runs that choose the rate, as far as they are known to be needed."""
-        return [run for rate in self._tried(records) for run in self._tuned_at(rate)]
+        tried = self._tried(records)
+        return self._race(tried, records)[0] if tried else []
 
     def rates(self, records: Records) -> tuple[float, ...]:
         """The rates that it is measured at: the chosen one, or all; empty while it is tuned."""
         if not self.question.is_tuned:
             return self.question.rates
-        if records.missing(self.tuning(records)):
-            return ()
-        return (self._best(self._tried(records), records),)
+        runs, left = self._race(self._tried(records), records)
+        return () if records.missing(runs) else left
 
     def _tried(self, records: Records) -> tuple[float, ...]:
         """No arm is judged at the edge of what was tried: the best rate has one on either side."""
@@ -86,9 +88,9 @@ class Cell:
         )
         while True:
             tried = WIDER[low : high + 1]
-            if records.missing(run for rate in tried for run in self._tuned_at(rate)):
+            runs, (best, *_) = self._race(tried, records)
+            if records.missing(runs):
                 return tried
-            best = self._best(tried, records)
             if best == tried[0] and low > 0:
                 low -= 1
             elif best == tried[-1] and high < len(WIDER) - 1:
@@ -96,16 +98,30 @@ class Cell:
             else:
                 return tried
 
-    def _best(self, tried: tuple[float, ...], records: Records) -> float:
-        def accuracy(rate: float) -> float:
-            return mean(records.accuracy(run) for run in self._tuned_at(rate))
+    def _race(
+        self, tried: tuple[float, ...], records: Records
+    ) -> tuple[list[Run], tuple[float, ...]]:
+        """The runs that choose among the rates, and the rates that are left: one at the end.
 
-        return max(tried, key=accuracy)
+        A rate that is behind the best by more than the question's margin runs on no further seed.
+        """
+        runs: list[Run] = []
+        left = tried
+        for count in range(1, len(TUNING_SEEDS) + 1):
+            if len(left) == 1 < count:
+                break
+            own = {rate: self._tuned(rate, TUNING_SEEDS[:count]) for rate in left}
+            runs += [each[-1] for each in own.values()]
+            if records.missing(runs):
+                return runs, left
+            means = {rate: mean(map(records.accuracy, each)) for rate, each in own.items()}
+            best = max(means.values())
+            left = tuple(rate for rate in left if means[rate] >= best - self.question.margin)
+        return runs, (max(left, key=means.__getitem__),)
 
-    def _tuned_at(self, rate: float) -> list[Run]:
-        asked = self.question
-        fields = {"rate": rate, "held": "validation", **asked.tuned_on}
-        return [self._run(seed=seed, **fields) for seed in asked.tuning_seeds]
+    def _tuned(self, rate: float, seeds: tuple[int, ...]) -> list[Run]:
+        fields = {"rate": rate, "held": "validation", **self.question.tuned_on}
+        return [self._run(seed=seed, **fields) for seed in seeds]
 
     def base(self) -> Cell:
         """What it is compared with."""
@@ -153,7 +169,7 @@ _TOO_SMALL: dict[str, Any] = {"train": 60_000, "batch": 128, "width": 4}
 _FASHION: dict[str, Any] = {
     "data": "fashion",
     "rates": (0.1, 0.3, 1.0),
-    "tuning_seeds": TUNING_SEEDS[:1],
+    "margin": 0.5,
     "tuned_on": {"train": 50_000},
 }
 _ADAMW: dict[str, Any] = {"optimizer": "AdamW", "weight_decay": 0.01}
@@ -187,18 +203,18 @@ FASHION_QUESTIONS: dict[str, Question] = {
     ),
     "preconditioner": Question(
         "Is it a preconditioner?",
-        "Four epochs; the plain net with the block's first-order effect on a step, and no block.",
+        "The plain net with the block's first-order effect on a step, and no block.",
         _ONE_NET,
         ("plain", DEFAULT, "gradient", "gradient, diagonal"),
-        settings=_budgets(4),
+        settings=_budgets(1, 4),
         **_FASHION,
     ),
     "adamw": Question(
         "And with AdamW?",
-        "Four epochs, each arm at its own rate.",
+        "Each arm at its own rate.",
         _ONE_NET,
         ("plain", DEFAULT),
-        settings={_epochs(4): {**_TOO_SMALL, **_ADAMW, "epochs": 4}},
+        settings={_epochs(n): {**_TOO_SMALL, **_ADAMW, "epochs": n} for n in (1, 4)},
         **{**_FASHION, "rates": (0.003, 0.01, 0.03)},
     ),
     "blocks": Question(

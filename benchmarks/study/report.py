@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
@@ -185,15 +185,23 @@ def _says(line: Line) -> str:
 
 
 def section(name: str, question: Question, records: Records) -> str:
-    """A question's part of the page; it says how many of its runs are still missing."""
+    """An answered question's part of the page; it says how many of its runs are missing."""
     found = lines(question, records)
     made, total = progress(question, records)
     text = [f"### {question.title}", "", f"{question.asks} `--question {name}`", ""]
     if made < total:
         text += [f"{made} of {total} runs are made; what is not made is not shown.", ""]
-    if found:
-        text += [markdown(table(found)), ""]
-    return "\n".join(text)
+    return "\n".join((*text, markdown(table(found)), ""))
+
+
+def open_questions(asked: Mapping[str, Question], records: Records) -> str:
+    """Those of which nothing is known yet, and how many runs they need, as far as can be said."""
+    heads = ("question", "asks", "runs")
+    rows = [
+        (f"`{name}`", f"{question.title} {question.asks}", str(progress(question, records)[1]))
+        for name, question in asked.items()
+    ]
+    return "\n".join(("### Not answered yet", "", markdown([heads, *rows]), ""))
 
 
 def markdown(cells: list[tuple[str, ...]]) -> str:

@@ -35,6 +35,7 @@ from orepa_compiler.blocks import LinearBlock
 
 RUN = Run("digits", "ResNet-8", "plain", 0.1, 0, epochs=1, train=100)
 SMALL = [name for name in NETS if name != "EfficientNet-Lite0"]  # 3 M parameters, and 64 x 64
+OTHERWISE = {"loss": 0.5, "similarity": None}
 MARKS = (
     "<!-- study: small nets: begin -->\nold\n<!-- study: small nets: end -->\nbetween\n"
     "<!-- study: few images: begin -->\n<!-- study: few images: end -->\n"
@@ -199,6 +200,24 @@ def test_each_arm_is_measured_at_the_rate_that_its_own_tuning_chose(tmp_path: Pa
         name for name in COLUMNS if name not in ("setting", "similarity", "pairs")
     )
     assert other[8:10] == ("10", "better")
+
+
+def test_a_rate_that_is_behind_by_more_than_the_margin_gets_no_further_seed(
+    tmp_path: Path,
+) -> None:
+    asked = replace(ASKED, arms=("plain",), rates=(0.03, 0.1, 0.3), margin=1.0)
+    made, behind = Records(tmp_path / "lines.jsonl"), {0.03: 3.0, 0.1: 0.0, 0.3: 0.9, 1.0: 3.0}
+    while runs := needed(asked, made):
+        for run in runs:
+            turned = 2.0 * (run.rate == 0.3 and run.seed > TUNING_SEEDS[0])
+            made.add(run, {"accuracy": 90 + turned - behind[run.rate], **OTHERWISE})
+    tuned = [(run.rate, run.seed) for run in made.known if run.held == "validation"]
+    first, *others = TUNING_SEEDS
+    assert sorted(tuned) == sorted(
+        [*((rate, first) for rate in behind), *((r, s) for r in (0.1, 0.3) for s in others)]
+    )
+    assert {run.rate for run in made.known if run.held == "test"} == {0.3}
+    assert progress(asked, made) == (8 + len(SEEDS), 8 + len(SEEDS))
 
 
 def test_lines_on_disk_are_gone_on_with(tmp_path: Path) -> None:
@@ -415,11 +434,11 @@ def test_a_gain_at_equal_time_is_read_between_two_budgets_seed_by_seed() -> None
     base = Form({n: {seed: 80 + log2(n) + seed for seed in range(4)} for n in (1, 2, 4)}, 10.0)
     own = Form({2: {seed: 83.0 + 1.5 * seed for seed in range(3)}}, 20.0)
     equal = at_equal_time(own, base, 2, 1.0)
-    twice = at_equal_time(own, base, 2, 2**0.5)
+    dearer = at_equal_time(own, base, 2, 2**0.25)
     assert equal is not None
-    assert twice is not None
+    assert dearer is not None
     assert (equal.mean, equal.n) == (pytest.approx(2.5), 3)
-    assert twice.mean == pytest.approx(2.0)
+    assert dearer.mean == pytest.approx(2.25)
     assert at_equal_time(own, base, 2, 2.1) is None
     assert epochs_for(base, 82.5) == pytest.approx(2.0)
     assert epochs_for(base, 81.75) == pytest.approx(2**0.25)
