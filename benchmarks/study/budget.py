@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import log2
 from statistics import mean, median
 
-from benchmarks.study.questions import Cell, Question
+from benchmarks.study.cells import Cell, Question
 from benchmarks.study.report import FEWEST, interval, markdown
 from benchmarks.study.runs import Records
 from benchmarks.study.statistics import Difference, paired

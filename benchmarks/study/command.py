@@ -17,17 +17,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.study.budget import time_section
+from benchmarks.study.cells import SEEDS, Question, needed
 from benchmarks.study.data import FASHION, FASHION_FOLDER, SOURCES
 from benchmarks.study.figures import draw
 from benchmarks.study.nets import NETS
-from benchmarks.study.questions import (
-    FASHION_QUESTIONS,
-    QUESTIONS,
-    SEEDS,
-    SMALL_QUESTIONS,
-    Question,
-    needed,
-)
+from benchmarks.study.questions import FASHION_QUESTIONS, QUESTIONS, SMALL_QUESTIONS
 from benchmarks.study.report import legend, lines, open_questions, proposition, section, table
 from benchmarks.study.runs import Record, Records, Run
 from benchmarks.study.training import train

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 from benchmarks.study.arms import ARMS
+from benchmarks.study.cells import SEEDS, Cell, Question, progress
 from benchmarks.study.proposition import BRANCHES, STEPS, largest_departure
-from benchmarks.study.questions import SEEDS, Cell, Question, progress
 from benchmarks.study.runs import Record, Records
 from benchmarks.study.statistics import Difference, paired
 

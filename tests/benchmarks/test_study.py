@@ -21,12 +21,13 @@ import orepa_compiler as orepa
 from benchmarks.study import command, training
 from benchmarks.study.arms import ARMS
 from benchmarks.study.budget import Form, at_equal_time, epochs_for
+from benchmarks.study.cells import SEEDS, TUNING_SEEDS, Question, needed, progress
 from benchmarks.study.data import FASHION_FOLDER, GIVEN_TEST, flipped, load, shifted, split
 from benchmarks.study.nets import NETS
 from benchmarks.study.normalized import normalized
 from benchmarks.study.preconditioned import diagonally_preconditioned, preconditioned
 from benchmarks.study.proposition import largest_departure
-from benchmarks.study.questions import QUESTIONS, SEEDS, TUNING_SEEDS, Question, needed, progress
+from benchmarks.study.questions import QUESTIONS
 from benchmarks.study.report import COLUMNS, lines, rows, section, table
 from benchmarks.study.runs import Records, Run
 from benchmarks.study.statistics import paired
