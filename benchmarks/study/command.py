@@ -155,7 +155,8 @@ def _marks(part: str) -> tuple[str, str]:
 def _sections(asked: Mapping[str, Question], known: Records, page: Path) -> Iterator[str]:
     unanswered: dict[str, Question] = {}
     for name, question in asked.items():
-        if not (found := lines(question, known)):
+        found = lines(question, known)
+        if not any(line.difference for line in found):
             unanswered[name] = question
             continue
         yield section(name, question, known)
