@@ -195,7 +195,7 @@ def section(name: str, question: Question, records: Records) -> str:
 
 
 def open_questions(asked: Mapping[str, Question], records: Records) -> str:
-    """Those in which nothing is compared yet, and how many runs they need, as far as can be said."""
+    """Those in which nothing is compared yet, and how many runs they need, as far as known."""
     heads = ("question", "asks", "runs")
     rows = [
         (f"`{name}`", f"{question.title} {question.asks}", str(progress(question, records)[1]))
