@@ -136,14 +136,14 @@ class Cell:
 
 
 def needed(question: Question, records: Records) -> list[Run]:
-    """The runs that can be made now: those that tune, then those at the rates that are known."""
+    """The runs that can be made now: those that tune; once all are there, those that compare."""
     cells = list(question.cells())
     tuning = [run for cell in cells for run in cell.tuning(records)]
     measured = [
         run for cell in cells for rate in cell.rates(records) for run in cell.measured(rate)
     ]
     # seed by seed: where a study is stopped, the runs that it made are pairs
-    return records.missing([*tuning, *sorted(measured, key=lambda run: run.seed)])
+    return records.missing(tuning) or records.missing(sorted(measured, key=lambda run: run.seed))
 
 
 def progress(question: Question, records: Records) -> tuple[int, int]:
