@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from benchmarks.study.normalized import normalized
+from benchmarks.study.preconditioned import diagonally_preconditioned, preconditioned
 from orepa_compiler.blocks import Block, LinearBlock, initialization
 
 # A plain net and a batch of images -> the net that is trained.
@@ -104,6 +105,29 @@ ARMS: dict[str, Arm] = {
     "OREPA, one conv": Arm(
         _preserving(initialization.REDUCTION, block=orepa.OREPA, where=_spatial),
         "OREPA from the plain net's kernels on all k x k convs, also without residual connections",
+    ),
+    "OREPA, branch norms": Arm(
+        _expanded(block=orepa.OREPA_VGG), "explicit branches, each with a norm, in all nets"
+    ),
+    **{
+        name: Arm(_expanded(block=block, init="paper", where=_spatial), means)
+        for name, block, means in (
+            (
+                "MobileOne",
+                orepa.MOBILEONE,
+                "four k x k, 1 x 1, identity, each with a norm (offline)",
+            ),
+            ("ACNet", orepa.ACNET, "k x k, 1 x k, k x 1, each with a norm (offline)"),
+            ("ExpandNet", orepa.EXPAND_NET, "1 x 1 - k x k - 1 x 1, four times as wide inside"),
+            ("DO-Conv", orepa.DO_CONV, "the kernel times a depthwise one"),
+        )
+    },
+    "gradient": Arm(
+        preconditioned,
+        "the plain net; each kernel's gradient times the J J^T of OREPA's block at its start",
+    ),
+    "gradient, diagonal": Arm(
+        diagonally_preconditioned, "the same with the diagonal of J J^T alone: a rate per weight"
     ),
     "DBB": Arm(
         _expanded(block=orepa.DBB, init="paper", where=_spatial), "branches with norms (offline)"

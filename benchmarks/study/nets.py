@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 CLASSES = 10
+WIDTH = 16
 PRETRAINED_SIZE = 64  # pixels that the net from ImageNet sees
 _LARGE_IMAGE = 16  # from this many pixels on, the stem halves them
 
@@ -85,12 +87,16 @@ Stage = Callable[[int, int, int], nn.Module]
 
 
 def staged(stage: Stage, blocks: int, widths: tuple[int, ...], *, stem: int = 3) -> Builder:
-    """A function from the images' size to a net with so many blocks at each width."""
+    """A function from the images' size to a net with so many blocks at each width.
 
-    def build(size: int) -> nn.Module:
-        inputs, stride = widths[0], 2 if size >= _LARGE_IMAGE else 1
+    The widths are those of a net of width 16; one of width w has w sixteenths of each.
+    """
+
+    def build(size: int, width: int = WIDTH) -> nn.Module:
+        own = [channels * width // WIDTH for channels in widths]
+        inputs, stride = own[0], 2 if size >= _LARGE_IMAGE else 1
         layers: list[nn.Module] = [*conv_norm(1, inputs, stem, stride), nn.ReLU()]
-        for number, outputs in enumerate(widths):
+        for number, outputs in enumerate(own):
             for index in range(blocks):
                 halves = number > 0 and index == 0
                 layers.append(stage(inputs, outputs, 2 if halves else 1))
@@ -101,12 +107,16 @@ def staged(stage: Stage, blocks: int, widths: tuple[int, ...], *, stem: int = 3)
     return build
 
 
-Builder = Callable[[int], nn.Module]
+class Builder(Protocol):
+    """Makes a net for images of a size, with so many channels in its first k x k convs."""
+
+    def __call__(self, size: int, width: int = WIDTH) -> nn.Module: ...
 
 
-def _pretrained(size: int) -> nn.Module:
+def _pretrained(size: int, width: int = WIDTH) -> nn.Module:
     """EfficientNet-Lite0 with the weights of ImageNet that a package carries; a new last layer.
 
+    It has the widths of its weights, whatever `width` says.
     The weights are TensorFlow's: timm's tf_efficientnet_lite0 has the layers in the same order.
     """
     from importlib.resources import files

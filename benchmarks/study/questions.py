@@ -1,147 +1,87 @@
-"""The questions, as the runs that answer them."""
+"""What is asked, as values: on Fashion-MNIST, and on 500 images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from statistics import mean
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.study.arms import REDUCTIONS
-from benchmarks.study.runs import Records, Run
+from benchmarks.study.cells import Question
 from orepa_compiler.blocks.catalogue import OREPA
-
-# A rate is chosen on other splits than those that are compared, and never on the test images.
-TUNING_SEEDS = (100, 101, 102)
-SEEDS = tuple(range(10))
-RATES = (0.03, 0.1, 0.3, 1.0)
-WIDER = (0.001, 0.003, 0.01, *RATES, 3.0, 10.0)
 
 PRESERVED = tuple(f"OREPA, preserve {factor:g}" for factor in REDUCTIONS)
 DEFAULT = "OREPA, preserve 0.1"
 
-
-@dataclass(frozen=True)
-class Question:
-    """Which arms, on which nets.
-
-    base: the arm that the others are compared with, in the same setting; or base_setting: each arm
-    with itself in that one. rates: what each arm chooses its learning rate from, all with the same
-    budget, and the next ones beside them while the best is the last of them; where is_tuned is
-    False, what each arm is shown at. settings: name -> the fields of a
-    Run that differ.
-    """
-
-    title: str
-    asks: str
-    nets: tuple[str, ...]
-    arms: tuple[str, ...]
-    base: str = "plain"
-    base_setting: str | None = None
-    rates: tuple[float, ...] = RATES
-    is_tuned: bool = True
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
-    data: str = "mnist"
-
-    def cells(self) -> Iterator[Cell]:
-        """What is compared: each arm on each net in each setting."""
-        for net in self.nets:
-            for setting, fields in self.settings.items():
-                for arm in self.arms:
-                    yield Cell(self, net, setting, {"data": self.data, "net": net, **fields}, arm)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One arm on one net in one setting."""
-
-    question: Question
-    net: str
-    setting: str
-    fields: Mapping[str, Any]
-    arm: str
-
-    def tuning(self, records: Records) -> list[Run]:
-        """The runs that choose the rate, as far as they are known to be needed."""
-        return [run for rate in self._tried(records) for run in self._tuned_at(rate)]
-
-    def rates(self, records: Records) -> tuple[float, ...]:
-        """The rates that it is measured at: the chosen one, or all; empty while it is tuned."""
-        if not self.question.is_tuned:
-            return self.question.rates
-        if records.missing(self.tuning(records)):
-            return ()
-        return (self._best(self._tried(records), records),)
-
-    def _tried(self, records: Records) -> tuple[float, ...]:
-        """No arm is judged at the edge of what was tried: the best rate has one on either side."""
-        if not self.question.is_tuned:
-            return ()
-        low, high = (
-            WIDER.index(rate) for rate in (self.question.rates[0], self.question.rates[-1])
-        )
-        while True:
-            tried = WIDER[low : high + 1]
-            if records.missing(run for rate in tried for run in self._tuned_at(rate)):
-                return tried
-            best = self._best(tried, records)
-            if best == tried[0] and low > 0:
-                low -= 1
-            elif best == tried[-1] and high < len(WIDER) - 1:
-                high += 1
-            else:
-                return tried
-
-    def _best(self, tried: tuple[float, ...], records: Records) -> float:
-        def accuracy(rate: float) -> float:
-            return mean(records.accuracy(run) for run in self._tuned_at(rate))
-
-        return max(tried, key=accuracy)
-
-    def _tuned_at(self, rate: float) -> list[Run]:
-        return [self._run(rate=rate, seed=seed, held="validation") for seed in TUNING_SEEDS]
-
-    def base(self) -> Cell:
-        """What it is compared with."""
-        question = self.question
-        if question.base_setting is None:
-            return replace(self, arm=question.base)
-        fields = {"data": question.data, "net": self.net}
-        fields |= question.settings[question.base_setting]
-        return replace(self, setting=question.base_setting, fields=fields)
-
-    def measured(self, rate: float) -> list[Run]:
-        """The paired runs at a rate."""
-        return [self._run(rate=rate, seed=seed) for seed in SEEDS]
-
-    def _run(self, **fields: Any) -> Run:
-        return Run(arm=self.arm, **{**self.fields, **fields})
-
-
-def needed(question: Question, records: Records) -> list[Run]:
-    """The runs that can be made now: those that tune, then those at the rates that are known."""
-    cells = list(question.cells())
-    tuning = [run for cell in cells for run in cell.tuning(records)]
-    measured = [
-        run for cell in cells for rate in cell.rates(records) for run in cell.measured(rate)
-    ]
-    return records.missing([*tuning, *measured])
-
-
-def progress(question: Question, records: Records) -> tuple[int, int]:
-    """How many runs are made, of how many."""
-    cells = list(question.cells())
-    rates = 1 if question.is_tuned else len(question.rates)
-    total = sum(len(cell.tuning(records)) + rates * len(SEEDS) for cell in cells)
-    known = {run for cell in cells for run in cell.tuning(records)}
-    known |= {run for cell in cells for rate in cell.rates(records) for run in cell.measured(rate)}
-    return len(known & records.known.keys()), total
-
-
 _ONE_NET = ("ResNet-8",)
 _BRANCHES = tuple(f"without {name}" for name in OREPA.branches if name != "origin")
 
-QUESTIONS: dict[str, Question] = {
+# The regime in which a net is too small for its images: none of these fits what it trains on.
+_TOO_SMALL: dict[str, Any] = {"train": 60_000, "batch": 128, "width": 4}
+_FASHION: dict[str, Any] = {
+    "data": "fashion",
+    "rates": (0.1, 0.3, 1.0),
+    "margin": 0.5,
+    "tuned_on": {"train": 50_000},
+}
+_ADAMW: dict[str, Any] = {"optimizer": "AdamW", "weight_decay": 0.01}
+
+
+def _budgets(*every: int) -> dict[str, Mapping[str, Any]]:
+    return {_epochs(n): {**_TOO_SMALL, "epochs": n} for n in every}
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"
+
+
+FASHION_QUESTIONS: dict[str, Question] = {
+    "budget": Question(
+        "Where does it help: at which budget?",
+        "Plain and the default on nets of width 4, too small for the 60,000 images they see.",
+        ("ResNet-8", "VGG-7", "MobileNet-7", "Bottleneck-11"),
+        ("plain", DEFAULT),
+        settings=_budgets(1, 2, 4, 8, 16, 32),
+        is_over_budgets=True,
+        **_FASHION,
+    ),
+    "width": Question(
+        "At which width?",
+        "The same, four epochs.",
+        ("ResNet-8", "VGG-7"),
+        ("plain", DEFAULT),
+        settings={f"width {n}": {**_TOO_SMALL, "epochs": 4, "width": n} for n in (4, 8, 16)},
+        **_FASHION,
+    ),
+    "preconditioner": Question(
+        "Is it a preconditioner?",
+        "The plain net with the block's first-order effect on a step, and no block.",
+        _ONE_NET,
+        ("plain", DEFAULT, "gradient", "gradient, diagonal"),
+        settings=_budgets(1, 4),
+        **_FASHION,
+    ),
+    "adamw": Question(
+        "And with AdamW?",
+        "Each arm at its own rate.",
+        _ONE_NET,
+        ("plain", DEFAULT),
+        settings={_epochs(n): {**_TOO_SMALL, **_ADAMW, "epochs": n} for n in (1, 4)},
+        **{**_FASHION, "rates": (0.003, 0.01, 0.03)},
+    ),
+    "blocks": Question(
+        "Which block?",
+        "Four epochs, every block with its own start.",
+        ("ResNet-8", "VGG-7"),
+        (
+            *("plain", DEFAULT, "OREPA, paper", "OREPA, branch norms", "DBB", "RepVGG"),
+            *("MobileOne", "ACNet", "ExpandNet", "DO-Conv"),
+        ),
+        settings=_budgets(4),
+        **_FASHION,
+    ),
+}
+
+SMALL_QUESTIONS: dict[str, Question] = {
     "forms": Question(
         "Does it help?",
         "Plain, OREPA with both starts, and the offline block, at equal inference cost.",
@@ -242,3 +182,5 @@ QUESTIONS: dict[str, Question] = {
         data="digits",
     ),
 }
+
+QUESTIONS: dict[str, Question] = {**FASHION_QUESTIONS, **SMALL_QUESTIONS}

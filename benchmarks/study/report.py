@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 from benchmarks.study.arms import ARMS
+from benchmarks.study.cells import SEEDS, Cell, Question, progress
 from benchmarks.study.proposition import BRANCHES, STEPS, largest_departure
-from benchmarks.study.questions import Cell, Question, progress
-from benchmarks.study.runs import Records
+from benchmarks.study.runs import Record, Records
 from benchmarks.study.statistics import Difference, paired
 
 ALL_NETS = "all nets"
@@ -18,25 +18,31 @@ COLUMNS = (
     "setting",
     "arm",
     "rate",
+    "loss",
     "accuracy",
     "difference",
     "95 % interval",
+    "pairs",
     "says",
     "similarity",
 )
+_PAIRS = COLUMNS.index("pairs")
+FEWEST = 2  # runs of which a spread is known
 
 
 @dataclass(frozen=True)
 class Line:
     """What is known of a cell at a rate, or over all nets.
 
-    rate: None over all nets, for each has its own. difference: None for the base itself.
-    diverged: runs whose loss was not finite at the end.
+    rate: None over all nets, for each has its own. accuracies: of the seeds that were run. loss:
+    the mean over the last epoch of those that did not diverge. difference: None for the base
+    itself. diverged: runs whose loss was not finite at the end.
     """
 
     cell: Cell
     rate: float | None
     accuracies: tuple[float, ...]
+    loss: float | None
     similarity: float | None
     diverged: int
     difference: Difference | None
@@ -47,7 +53,7 @@ class Line:
 
 
 def lines(question: Question, records: Records) -> list[Line]:
-    """The cells whose runs are all there; a base that is missing leaves its difference out."""
+    """The cells with two runs or more; a base that is missing leaves a difference out."""
     found = list(_lines(question, records))
     return [*found, *_over_nets(question, found)]
 
@@ -55,17 +61,16 @@ def lines(question: Question, records: Records) -> list[Line]:
 def _lines(question: Question, records: Records) -> Iterator[Line]:
     for cell in question.cells():
         for rate in cell.rates(records):
-            runs = cell.measured(rate)
-            if records.missing(runs):
+            found = [records.known[run] for run in cell.measured(rate) if run in records.known]
+            if len(found) < FEWEST:
                 continue
-            found = [records.known[run] for run in runs]
-            similar = [r["similarity"] for r in found if r["similarity"] is not None]
             yield Line(
                 cell,
                 rate,
-                tuple(records.accuracy(run) for run in runs),
-                mean(similar) if similar else None,
-                sum(r["loss"] is None for r in found),
+                tuple(record["accuracy"] for record in found),
+                _mean_known(found, "loss"),
+                _mean_known(found, "similarity"),
+                sum(record["loss"] is None for record in found),
                 _difference(cell, rate, records),
             )
 
@@ -76,16 +81,25 @@ def _difference(cell: Cell, rate: float, records: Records) -> Difference | None:
     if base == cell:
         return None
     rates = base.rates(records) if cell.question.is_tuned else (rate,)
-    if not rates or records.missing(runs := base.measured(rates[0])):
+    if not rates:
         return None
-    own = [records.accuracy(run) for run in cell.measured(rate)]
-    return paired(own, [records.accuracy(run) for run in runs])
+    pairs = [
+        (records.accuracy(own), records.accuracy(other))
+        for own, other in zip(cell.measured(rate), base.measured(rates[0]), strict=True)
+        if own in records.known and other in records.known
+    ]
+    return paired(*zip(*pairs, strict=True)) if len(pairs) >= FEWEST else None
+
+
+def _mean_known(found: list[Record], name: str) -> float | None:
+    values = [record[name] for record in found if record[name] is not None]
+    return mean(values) if values else None
 
 
 def _over_nets(question: Question, found: list[Line]) -> Iterator[Line]:
     """Each arm's mean over the nets, seed by seed: all nets share the seeds, which stay the pairs.
 
-    Only where there are several, and an arm was measured on each.
+    Only where there are several, and an arm was measured on each with all seeds.
     """
     if len(question.nets) < 2 or not question.is_tuned:
         return
@@ -95,18 +109,20 @@ def _over_nets(question: Question, found: list[Line]) -> Iterator[Line]:
         name: tuple(map(mean, zip(*(line.accuracies for line in every), strict=True)))
         for name, every in own.items()
         if len(every) == len(question.nets)
+        and all(len(line.accuracies) == len(SEEDS) for line in every)
     }
     for cell in cells:
         if (name := _name(cell)) not in means:
             continue
         base = cell.base()
         known = None if base == cell else means.get(_name(base))
-        similar = [line.similarity for line in own[name] if line.similarity is not None]
+        every = [{"loss": line.loss, "similarity": line.similarity} for line in own[name]]
         yield Line(
             replace(cell, net=ALL_NETS),
             None,
             means[name],
-            mean(similar) if similar else None,
+            _mean_known(every, "loss"),
+            _mean_known(every, "similarity"),
             sum(line.diverged for line in own[name]),
             paired(means[name], known) if known else None,
         )
@@ -124,9 +140,11 @@ def rows(found: list[Line]) -> list[tuple[str, ...]]:
             line.cell.setting or "-",
             line.cell.arm,
             "-" if line.rate is None else f"{line.rate:g}",
+            "-" if line.loss is None else f"{line.loss:.3f}",
             f"{line.mean:.2f} ± {stdev(line.accuracies):.2f}",
             _difference_of(line),
-            _interval(line.difference),
+            interval(line.difference),
+            _pairs(line),
             _says(line),
             "-" if line.similarity is None else f"{line.similarity:.3f}",
         )
@@ -135,8 +153,13 @@ def rows(found: list[Line]) -> list[tuple[str, ...]]:
 
 
 def table(found: list[Line]) -> list[tuple[str, ...]]:
-    """The heads and the rows, without the columns in which nothing stands."""
+    """The heads and the rows, without the columns in which nothing stands.
+
+    Nor how many pairs there are, where each line has all of them.
+    """
     every = rows(found)
+    if all(line.difference is None or line.difference.n == len(SEEDS) for line in found):
+        every = [(*row[:_PAIRS], "-", *row[_PAIRS + 1 :]) for row in every]
     kept = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in every)]
     return [tuple(row[i] for i in kept) for row in (COLUMNS, *every)]
 
@@ -147,8 +170,12 @@ def _difference_of(line: Line) -> str:
     return "base" if line.cell.base() == line.cell else "-"  # - : the base was not made yet
 
 
-def _interval(difference: Difference | None) -> str:
+def interval(difference: Difference | None) -> str:
     return f"{difference.low:+.2f} to {difference.high:+.2f}" if difference else "-"
+
+
+def _pairs(line: Line) -> str:
+    return str(line.difference.n) if line.difference else "-"
 
 
 def _says(line: Line) -> str:
@@ -158,23 +185,26 @@ def _says(line: Line) -> str:
 
 
 def section(name: str, question: Question, records: Records) -> str:
-    """A question's part of the page; it says how many of its runs are still missing."""
+    """An answered question's part of the page; it says how many of its runs are missing."""
     found = lines(question, records)
     made, total = progress(question, records)
-    text = [f"## {question.title}", "", question.asks, ""]
+    text = [f"### {question.title}", "", f"{question.asks} `--question {name}`", ""]
     if made < total:
         text += [f"{made} of {total} runs are made; what is not made is not shown.", ""]
-    if found:
-        text += [
-            _markdown(table(found)),
-            "",
-            f"![{question.title}](evidence/{name}.svg)",
-        ]
-        text += [""]
-    return "\n".join([*text, f"    python -m benchmarks.study --question {name}", ""])
+    return "\n".join((*text, markdown(table(found)), ""))
 
 
-def _markdown(cells: list[tuple[str, ...]]) -> str:
+def open_questions(asked: Mapping[str, Question], records: Records) -> str:
+    """Those in which nothing is compared yet, and how many runs they need, as far as known."""
+    heads = ("question", "asks", "runs")
+    rows = [
+        (f"`{name}`", f"{question.title} {question.asks}", str(progress(question, records)[1]))
+        for name, question in asked.items()
+    ]
+    return "\n".join(("### Not answered yet", "", markdown([heads, *rows]), ""))
+
+
+def markdown(cells: list[tuple[str, ...]]) -> str:
     head, *body = cells
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ("---",) * len(head), *body])
 
@@ -184,7 +214,7 @@ def proposition() -> str:
     without, with_scales = (largest_departure(scales=scales) for scales in (False, True))
     return "\n".join(
         (
-            "## Without scaling layers, branches are a learning rate",
+            "### Without scaling layers, branches are a learning rate",
             "",
             f"Proposition 1: over {STEPS} steps of SGD in float64, {BRANCHES} branches without",
             f"scaling layers stay within {without:.0e} of one conv that learns {BRANCHES} times as",
@@ -196,4 +226,4 @@ def proposition() -> str:
 
 def legend() -> str:
     """What each arm is."""
-    return _markdown([("arm", "what it is"), *((name, arm.means) for name, arm in ARMS.items())])
+    return markdown([("arm", "what it is"), *((name, arm.means) for name, arm in ARMS.items())])

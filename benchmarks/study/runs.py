@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Held = Literal["validation", "test"]
+Optimizer = Literal["SGD", "AdamW"]
 Record = dict[str, Any]
 
 
@@ -17,7 +18,8 @@ class Run:
     """One training. Runs that differ in arm and rate alone see the same images in the same order.
 
     held: what it is measured on; "validation" for the choice of a rate. train: images. warmup: in
-    epochs. scaling_decays: whether weight decay acts on the scaling layers too.
+    epochs. scaling_decays: whether weight decay acts on the scaling layers too. width: channels of
+    the first stage's k x k convs.
     """
 
     data: str
@@ -32,6 +34,8 @@ class Run:
     weight_decay: float = 1e-4
     warmup: int = 0
     scaling_decays: bool = False
+    width: int = 16
+    optimizer: Optimizer = "SGD"
 
 
 class Records:
