@@ -283,8 +283,8 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a hook": (
         hooked,
-        "conv: the plan does not fit this model: it has a hook, which a rewrite would no longer "
-        "call; remove the hook first",
+        "conv: the plan does not fit: it has a hook, which a rewrite would no longer call; remove "
+        "the hook first",
     ),
     "expanded already": (
         lambda: orepa.expand(stem_net()),
