@@ -96,7 +96,8 @@ def beside_channels(value: Tensor, form: Form) -> Tensor:
         raise NotLinear("the number of channels that it sees is not known")
     rank = maps.axes.rank
     # (1, C, 1, 1): like a norm, a constant with an axis for the batch is taken to read batches
-    has_batch = rank is not None and value.dim() == rank + 2 and value.shape[0] == 1
+    has_batch = rank is not None and value.dim() == rank + 2 and value.numel() > 1
+    has_batch = has_batch and value.shape[0] == 1
     if value.dim() > min(form.counts) and not has_batch:
         raise NotLinear(
             f"a constant with {value.dim()} axes beside a map that may have {min(form.counts)}, "

@@ -191,9 +191,7 @@ def test_a_constant_of_another_axis_stays(run: Run, shape: tuple[int, ...]) -> N
 
 
 UNBATCHED: dict[str, tuple[Run, tuple[int, ...]]] = {
-    "a batch's axis": (lambda m, x: m.conv(x) * m.g, (1, SIZE, 1, 1)),
     "a batch's axis, added": (lambda m, x: m.g - m.conv(x), (1, 1, 1, 1)),
-    "in a module": (lambda m, x: m.gains(m.conv(x)), ()),
     "rows": (lambda m, x: m.conv(x) * m.g, (SIZE, 1)),
     "the channels": (lambda m, x: m.conv(x) * m.g, (SIZE, 1, 1)),
     "a crop": (lambda m, x: m.point(m.conv(x)[:, :, 1:-1]), ()),

@@ -186,11 +186,6 @@ NOT_LINEAR: dict[str, tuple[Run, str]] = {
         lambda m, x: m.point(x) + m.matrix.sum(0).reshape(1, 4, 1),
         "a constant of shape (1, 4, 1) is not one number for each of the 4 channels",
     ),
-    "a batch's axis, where there may be no batch": (
-        lambda m, x: m.point(x) * m.gamma.reshape(1, 4, 1, 1),
-        "a constant with 4 axes beside a map that may have 3, without a batch, would give it "
-        "another shape",
-    ),
     "rows cut, where there may be no batch": (
         lambda m, x: m.point(x)[:, :, 2:],
         "an index that counts axes from the left cuts others of a map without a batch; write it as "

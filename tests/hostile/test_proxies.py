@@ -138,7 +138,7 @@ QUESTIONS = {
     "type is": lambda y: type(y) is not Tensor,
     "__class__": lambda y: y.__class__.__name__ != "Tensor",
     "match": named,
-    "callable": callable,
+    "callable": lambda y: callable(y),
     "bool in a try": tried(lambda y: y.abs().max() > 50),
     "float in a try": tried(lambda y: float(y.mean()) > 50),
     "len in a try": tried(lambda y: len(y) > 50),
