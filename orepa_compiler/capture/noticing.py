@@ -20,7 +20,7 @@ _FORM = {
     "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_meta",
     "requires_grad", "stride", "layout", "is_complex", "__len__", "_version", "is_inference",
     "is_cuda", "is_cpu", "grad_fn", "is_leaf", "ndimension", "nelement", "get_device", "itemsize",
-    "element_size", "is_contiguous", "type", "is_sparse", "is_quantized", "names",
+    "element_size", "is_contiguous", "is_sparse", "is_quantized", "names",
 }  # fmt: skip
 _WRITING = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "data",
             "set_"}  # fmt: skip

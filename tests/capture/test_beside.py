@@ -121,6 +121,7 @@ CHILDREN = {
         lambda m, y: m.norm(y) * m.conv.state_dict()["weight"].mean(),
         lambda m, y: m.norm(y) + functional_call(m.conv, {"bias": m.conv.bias * 2}, (y[:, :3],)),
         lambda m, y: m.norm(y) * m.conv._parameters["weight"].mean(),
+        lambda m, y: m.norm(y) * next(m.conv.parameters()).type(torch.float64).mean(),
     ],
 }
 
