@@ -108,7 +108,12 @@ def stale_modules(stock: Behaviour, made: Behaviour, places: Iterable[str]) -> D
 def training_difference(
     stock: Behaviour, made: Behaviour, origin: Origin, product: nn.Module
 ) -> Disagreement | None:
-    """What a step would train otherwise: strange tensors, or parameters without a gradient."""
+    """What a step would train otherwise: strange tensors, or parameters without a gradient.
+
+    Nothing is told of a model that raises in train mode itself, as a detector without targets.
+    """
+    if stock.raised:
+        return None
     if made.raised:
         return Disagreement(f"in train mode it raised {made.raised}", float("inf"))
     if len(made.strangers) > len(stock.strangers):

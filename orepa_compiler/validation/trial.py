@@ -321,7 +321,10 @@ class _Trial:
 
     def _checked(self) -> str:
         count = len(self.batches)
-        return f"checked on {count} batch{'es' if count != 1 else ''}"
+        text = f"checked on {count} batch{'es' if count != 1 else ''}"
+        if self.stock.trained is None or not self.stock.trained.raised:
+            return text
+        return f"{text}, not in train mode: there the model raised {self.stock.trained.raised}"
 
 
 def _reason(

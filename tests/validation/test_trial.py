@@ -380,3 +380,22 @@ def test_a_model_without_state_is_called_once_in_each_way() -> None:
     net = randomise_norms(nn.Sequential(Watched(3, 4))).eval()
     orepa.collapse(net, inputs=images())
     assert calls == [True, False] * 2
+
+
+class NeedsTargets(nn.Sequential):
+    """Raises in train mode, as a detector does that is given no targets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise AssertionError("targets should not be none")
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_raises_in_train_mode_itself_is_checked_in_eval_mode() -> None:
+    model = NeedsTargets(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    expanded = orepa.expand(model, inputs=torch.randn(2, 3, 6, 6))
+    (plan,) = recorded_plans(expanded)
+    assert len(plan.of("expand").edits) == 1
+    checked = str(plan.checked)
+    assert checked.startswith("checked on 1 batch, not in train mode: there the model raised")
+    assert "targets should not be none" in checked
