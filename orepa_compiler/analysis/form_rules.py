@@ -19,8 +19,8 @@ from orepa_compiler.algebra.layers import (
     has_torch_forward,
     is_activation,
     is_batch_norm,
-    is_tracked_instance_norm,
     is_dropout,
+    is_tracked_instance_norm,
     linear_part,
     norm_maps,
 )

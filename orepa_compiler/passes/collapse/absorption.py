@@ -82,7 +82,7 @@ def _around_conv(conv: _ConvNd) -> list[str] | None:
 
 
 def _without_bias(graph: fx.Graph, conv: fx.Node) -> list[str]:
-    """What a graph computes, in words, its nodes numbered, but for the bias that a conv is given."""
+    """What a graph computes, in words, its nodes numbered, but for the bias of a conv."""
     gone: set[fx.Node] = set()  # the bias, and what is asked for its sake alone
     for node in reversed(graph.nodes):
         if _is_of_bias(node) or (node.users and gone.issuperset(node.users)):

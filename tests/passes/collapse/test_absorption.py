@@ -105,7 +105,8 @@ def test_a_norm_goes_into_the_one_conv_that_a_forward_ends_in(
 ) -> None:
     net, x = made(kind)
     flat = orepa.collapse(orepa.expand(net) if expands else net)
-    assert isinstance(flat[0], kind) and isinstance(flat[1], nn.Identity)
+    assert isinstance(flat[0], kind)
+    assert isinstance(flat[1], nn.Identity)
     torch.testing.assert_close(flat(x), net(x))
 
 
