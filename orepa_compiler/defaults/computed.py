@@ -201,6 +201,8 @@ def _kind_of(function: Function, shape: tuple[int, ...]) -> str:
     y = function(x.clone())
     if not isinstance(y, Tensor) or y.shape != x.shape or not y.isfinite().all():
         return ""
+    if y.dtype != x.dtype:  # rounded, as by x.half().float()
+        return ""
     if not _near(function(x.clone()), y):  # drawn at random
         return ""
     mask = torch.rand(shape, generator=generator) < 0.5

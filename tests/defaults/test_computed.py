@@ -154,6 +154,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "layer norm": (lambda x: F.layer_norm(x, x.shape[1:]), NORMALIZES),
     "unit length": (lambda x: F.normalize(x, dim=1), NORMALIZES),
     "drawn": (lambda x: x * torch.rand_like(x), ""),
+    "rounded": (lambda x: x.half().float(), ""),
     "pooled": (lambda x: F.avg_pool2d(x, 3, 1, 1), ""),
     "flipped": (lambda x: x.flip(1), ""),
     "smaller": (lambda x: x[:, :2], ""),
