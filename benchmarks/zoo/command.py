@@ -30,6 +30,7 @@ declare_torchvision_operators()  # before anything imports torchvision
 
 with warnings.catch_warnings():  # timm's and torchvision's own, of models that they deprecate
     warnings.simplefilter("ignore")
+    from benchmarks.libraries.report import with_section
     from benchmarks.zoo import detection, values
     from benchmarks.zoo.building import subjects
     from benchmarks.zoo.examining import Limits, Row, examine
@@ -88,7 +89,8 @@ def zoo(
                 display.finished(row)
         finally:
             results.save()
-            write_whole(docs, report(results.rows.values(), results.environment))
+            page = report(results.rows.values(), results.environment)
+            write_whole(docs, with_section(page))
             draw([*results.rows.values()], docs.with_suffix(""))
     bad = [row for row in results.rows.values() if row["status"] in FAILED]
     display.console.print(f"{len(results.rows)} rows, {len(bad)} failed: {output}, {docs}")
