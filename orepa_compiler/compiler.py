@@ -366,13 +366,15 @@ def _recording(model: nn.Module, inputs: Inputs) -> Recording:
     calls = calls_with(model, batches_of(inputs))
     if any(parameter.is_meta for parameter in model.parameters()):
         return Recording(arguments=calls)
-    owners = untraced_owners(model, is_leaf=is_leaf, calls=calls)
-    if not owners:
-        return Recording(arguments=calls)
     side = Side("model", model, hint="; give inputs= that it takes")
-    with random_state_kept(), state_kept(model), evaluation_mode(model):
-        seen = record(model, owners, lambda: evaluate(side, batches_of(inputs)))
-    return replace(seen, arguments=calls)
+    seen, owners = Recording(arguments=calls), set[str]()
+    # Each recording may show another call of a forward, that cannot be traced as it is called.
+    while new := untraced_owners(model, is_leaf=is_leaf, recording=seen) - owners:
+        owners |= new
+        with random_state_kept(), state_kept(model), evaluation_mode(model):
+            found = record(model, owners, lambda: evaluate(side, batches_of(inputs)))
+        seen = replace(found, arguments=calls)
+    return seen
 
 
 def _copy(model: nn.Module) -> nn.Module:

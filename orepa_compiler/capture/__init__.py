@@ -60,18 +60,19 @@ def untraced_owners(
     model: nn.Module,
     *,
     is_leaf: Callable[[nn.Module], bool],
-    calls: tuple[Arguments, ...] = (),
+    recording: Recording | None = None,
 ) -> set[str]:
     """The modules whose forward cannot be traced, in eval or in train mode.
 
-    calls: the ways in which the model is called; the usual one where there are none.
+    recording: what is known of real calls, and the ways in which the model is called; the usual one
+    where there are none.
     """
     skeleton = meta_copy(model)
     owners: set[str] = set()
     for training in (False, True):
         skeleton.train(training)
         with torch.random.fork_rng(devices=[]):
-            captured = _captured(skeleton, is_leaf, Recording(arguments=calls))
+            captured = _captured(skeleton, is_leaf, recording or Recording())
             owners |= captured.untraced.keys()
     return owners
 

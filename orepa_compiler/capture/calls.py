@@ -187,7 +187,7 @@ class Capture:
         for user in call.node.users:
             if user.op == "output":
                 yield from self._returned(call.owner, user.args[0] is call.node, user)
-            elif user.op == "call_module" and (inside := self._entry(Call(call.owner, user), call)):
+            elif user.op == "call_module" and (inside := self.entry(Call(call.owner, user), call)):
                 yield from self.consumers(inside)
             else:
                 yield Call(call.owner, user)
@@ -202,7 +202,7 @@ class Capture:
             else:
                 yield Call(owner, output)
 
-    def _entry(self, user: Call, value: Call) -> Call | None:
+    def entry(self, user: Call, value: Call) -> Call | None:
         """The placeholder through which a value enters the module that a node calls.
 
         A value inside a list enters with the list.
