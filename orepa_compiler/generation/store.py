@@ -157,7 +157,7 @@ class _Life:
         if not leaf.requires_grad:
             return leaf
         trained = [tensor for tensor in tensors if tensor.requires_grad]
-        passed: Tensor = _Bridge.apply(leaf, self, *trained)  # type: ignore[no-untyped-call]
+        passed: Tensor = _Bridge.apply(leaf, self, *trained)
         return passed
 
     def check_gathers(self, leaf_node: Any) -> None:
