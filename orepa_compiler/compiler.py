@@ -283,10 +283,13 @@ def _collapsed(
     target, done = _run(first, target, inputs=inputs, kept=kept)
     adopt = Pipeline(pipeline.passes[at : at + 1])
     adopted = Plan()
-    while paths := _unfinished(last, target, inputs, adopted):
+    left = _left_by(last, target, inputs)
+    while paths := unfinished(left, adopted) if left is not None else ():
         own = adopt.configured(paths=paths, inputs=inputs)
         target, more = _run(own, target, inputs=inputs, kept=kept)
         adopted += more
+        if more.edits:  # else the passes would leave what they left before
+            left = _left_by(last, target, inputs)
     target, rest = _run(last, target, inputs=inputs, kept=kept)
     return target, done + adopted + rest
 
@@ -345,18 +348,15 @@ def _run(
         return pipeline.run(target, plan=plan, recording=recording, kept=kept)
 
 
-def _unfinished(
-    pipeline: Pipeline, model: nn.Module, inputs: Inputs, done: Plan
-) -> tuple[str, ...]:
-    """The modules with a way of their own to collapse that the passes would not finish.
+def _left_by(pipeline: Pipeline, model: nn.Module, inputs: Inputs) -> nn.Module | None:
+    """What the passes would leave of the model, tried on a copy without values.
 
-    The passes are tried on a copy without values.
+    None where no module has a way of its own to collapse, so that nobody asks.
     """
     if not any(map(own_method, model.modules())):
-        return ()
+        return None
     recording = _recording(model, inputs)
-    left, _ = pipeline.run(meta_copy(model), recording=recording, retraces=False)
-    return unfinished(left, done)
+    return pipeline.run(meta_copy(model), recording=recording, retraces=False)[0]
 
 
 def _recording(model: nn.Module, inputs: Inputs) -> Recording:
