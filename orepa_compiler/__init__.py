@@ -30,7 +30,10 @@ from orepa_compiler.checkpoints import load as load
 from orepa_compiler.checkpoints import save as save
 from orepa_compiler.compiler import collapse as collapse
 from orepa_compiler.compiler import cut as cut
+from orepa_compiler.compiler import drop_ranges as drop_ranges
 from orepa_compiler.compiler import expand as expand
+from orepa_compiler.compiler import fake_quantize as fake_quantize
+from orepa_compiler.compiler import freeze_ranges as freeze_ranges
 from orepa_compiler.compiler import plan as plan
 from orepa_compiler.errors import CheckpointError as CheckpointError
 from orepa_compiler.errors import ExportError as ExportError
