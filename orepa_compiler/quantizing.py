@@ -23,7 +23,7 @@ from orepa_compiler.passes.collapse.folds import (
 from orepa_compiler.passes.fake_quantize import FakeQuantize
 from orepa_compiler.planning import Plan
 from orepa_compiler.quantization.layers import Rounded, rounded_layers
-from orepa_compiler.quantization.quantizers import NEW_RANGE, Preset, Quantizer
+from orepa_compiler.quantization.quantizers import NEW_RANGE, Preset, Quantizer, switch
 from orepa_compiler.selection import Where
 from orepa_compiler.validation.state import random_state_kept, state_kept
 from orepa_compiler.verification.evaluation import evaluation_mode
@@ -80,20 +80,44 @@ def _reason(fold: Any, path: str, kernels: list[str], modules: dict[str, nn.Modu
 
 
 @torch.no_grad()
-def observe(model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> None:
-    """Gives the maps of the layers that round the mean of their ranges on these batches."""
+def observe(model: nn.Module, batches: Sequence[tuple[Any, ...]], *, widest: bool = False) -> None:
+    """Gives the maps of the layers that round the mean of their ranges on these batches.
+
+    widest: the widest range instead, as an export with calibration data takes it.
+    """
     inputs = [layer.input_quantizer for layer in rounded_layers(model).values()]
     with random_state_kept(), state_kept(model):
         with evaluation_mode(model):
+            switch(model, on=False)  # ranges are those of the float maps
             for quantizer in inputs:
                 quantizer.train()
             for number, batch in enumerate(batches, 1):
-                _weigh(inputs, 1 / number)
+                _weigh(inputs, 1.0 if widest else 1 / number)
+                known = [_range(quantizer) for quantizer in inputs]
                 _run(model, batch, number - 1)
+                if widest:
+                    _widen(inputs, known)
         found = [{k: v.clone() for k, v in q.state_dict().items()} for q in inputs]
     _weigh(inputs, NEW_RANGE)
     for quantizer, state in zip(inputs, found, strict=True):
         quantizer.load_state_dict(state)
+    switch(model, on=True)
+
+
+def _range(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    observer = quantizer.activation_post_process
+    return observer.min_val.clone(), observer.max_val.clone()
+
+
+def _widen(quantizers: Sequence[Quantizer], known: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """The range of what is new and of what was known."""
+    for quantizer, (low, high) in zip(quantizers, known, strict=True):
+        observer = quantizer.activation_post_process
+        observer.min_val.copy_(torch.minimum(low, observer.min_val))
+        observer.max_val.copy_(torch.maximum(high, observer.max_val))
+        step, point = quantizer.calculate_qparams()
+        quantizer.scale.copy_(step)
+        quantizer.zero_point.copy_(point)
 
 
 def _weigh(quantizers: Sequence[Quantizer], part: float) -> None:

@@ -38,6 +38,7 @@ FLOORS = (
             "export",
         ),
         *("certificate", "locating", "report", "sides", "testing", "quantizing", "int8_sides"),
+        *("equalizing", "int8_analysis"),
     ),
     ("__init__", "cli"),
 )

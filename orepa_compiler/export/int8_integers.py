@@ -62,7 +62,7 @@ def check_integers(path: Path, layers: Mapping[str, TrainedLayer]) -> int:
     """
     count, seen = 0, set()
     for found in file_layers(path):
-        if found.place not in layers:
+        if found.place is None or found.place not in layers:
             raise ExportError(
                 f"{path}: node {found.node} is int8, and the model does not round there",
                 path=found.place,

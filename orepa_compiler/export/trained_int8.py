@@ -87,7 +87,7 @@ def write_trained(path: Path, layers: Mapping[str, TrainedLayer]) -> None:
     writing = _Writing(model)
     for node in model.graph.node:
         place = torch_module(node)
-        if node.op_type in QUANTIZED and place in layers:
+        if node.op_type in QUANTIZED and place is not None and place in layers:
             writing.quantize(node, place, layers[place])
         writing.nodes.append(node)
     missing = [place for place in layers if place not in writing.written]

@@ -61,7 +61,9 @@ class Quantizer(FakeQuantize):
         return self.rounded(x).to(X.dtype)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """The values on the steps that are known, nothing observed."""
+        """The values on the steps that are known, nothing observed; where it is off, as given."""
+        if self.fake_quant_enabled[0] == 0:
+            return x
         # torch takes steps in float32, whatever .double() or .half() made of them
         steps, points = self.scale.float(), self.zero_point.int()
         if not self.is_per_channel:
@@ -148,6 +150,13 @@ def check_range(quantizer: Quantizer, path: str) -> None:
             f"it in float32 with where=['!{path}']",
             path=path,
         )
+
+
+def switch(module: nn.Module, *, on: bool) -> None:
+    """Lets all quantizers in a module round, or pass values on as they are."""
+    for part in module.modules():
+        if isinstance(part, Quantizer):
+            part.enable_fake_quant(on)
 
 
 def freeze(module: nn.Module) -> None:
