@@ -41,6 +41,7 @@ from orepa_compiler.export.quantization import (
     quantize_file,
 )
 from orepa_compiler.export.readiness import Inputs, check_ready, first_batch, norm_left_reason
+from orepa_compiler.export.session import PRESET_KEY
 from orepa_compiler.export.simplification import simplify_file
 from orepa_compiler.export.tracing import (
     foldable_norms,
@@ -125,6 +126,8 @@ def export_onnx(
         )
         step("translating it to ONNX")
         properties = _model_properties(model, program, precision, kept)
+        if precision == "int8":
+            properties[PRESET_KEY] = "tensorrt" if trained is None else trained.preset
         if certificate is not None:
             properties[CERTIFICATE_KEY] = certificate.to_json()
         _write(program, draft, expected, properties)

@@ -86,10 +86,9 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _fits(first: nn.Module, second: nn.Module) -> bool:
     """Whether one gives the channels that the other reads; both of one kind, as Conv2d."""
-    return type(first) is type(second) and (
-        first.weight.shape[0] == _inputs(second)  # type: ignore[union-attr]
-    )
+    return type(first) is type(second) and _width(first, "out") == _width(second, "in")
 
 
-def _inputs(layer: nn.Module) -> int:
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
+def _width(layer: nn.Module, side: str) -> int:
+    kind = "features" if isinstance(layer, nn.Linear) else "channels"
+    return int(getattr(layer, f"{side}_{kind}"))

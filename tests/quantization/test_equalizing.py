@@ -107,7 +107,9 @@ def test_a_channel_of_zeros_keeps_its_scale() -> None:
 
 
 def test_what_does_not_scale_after_all_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orepa_compiler.equalizing._factor", lambda peak, reader: -torch.ones(8))
+    monkeypatch.setattr(
+        "orepa_compiler.equalizing._factor", lambda peak, reader: -torch.ones_like(peak)
+    )
     with pytest.raises(
         orepa.ReparamError, match=r"gives another output on batch 0 \(off by .*hand"
     ):
