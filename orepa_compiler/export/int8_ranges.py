@@ -74,7 +74,12 @@ def lost_channels(
             handle.remove()
     total = sum(weight.numel() for weight in model.parameters()) or 1
     found = [_lost(path, peak, layers[path], total) for path, peak in peaks.items()]
-    return [layer for layer in found if layer.lost > MOST_LOST * layer.channels]
+    return [layer for layer in found if is_named(layer)]
+
+
+def is_named(layer: LostChannels) -> bool:
+    """Whether so many channels are lost that the layer is spoken of."""
+    return layer.lost > MOST_LOST * layer.channels
 
 
 def _lost(path: str, peak: Tensor, layer: nn.Module, total: int) -> LostChannels:

@@ -102,9 +102,13 @@ class Adopt:
         except Exception as error:  # the method is the user's code
             return f"its {method}() raised {type(error).__name__}: {_line(error)}"
         after = (result if isinstance(result, nn.Module) else after).double().eval()
-        if self.checks and (reason := _difference(before, after, method, call)):
+        # A copy runs: a forward may keep what it made in float64 (the grid of a YOLO's head).
+        if self.checks and (reason := _difference(before, copy.deepcopy(after), method, call)):
             return reason
-        return like(after, list(module.parameters())).train(module.training)
+        parameters = list(module.parameters())
+        if parameters:  # what the module's own _apply casts beside parameters comes back by it
+            after = after.to(parameters[0].dtype)
+        return like(after, parameters).train(module.training)
 
     def _calls(self, model: nn.Module, paths: list[str]) -> dict[str, Call]:
         """What each module is first called on, in float64, when the model runs on the inputs."""

@@ -23,6 +23,7 @@ from tests.own_way_nets import (
     Broken,
     Copies,
     Fuses,
+    Heads,
     OwnWay,
     Reparameterizes,
     Rounds,
@@ -51,6 +52,17 @@ def test_what_a_method_makes_is_taken_where_it_agrees(kind: type[OwnWay], given:
     assert edit.after.endswith(f"by its {method}()")
     assert edit.parameters == (384, 330)
     assert not made.refusals
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["a random map", "inputs"])
+def test_plain_tensors_have_the_type_they_had(given: bool) -> None:
+    net, x = net_of(Heads).float(), batch().float()
+    deploy = orepa.collapse(net, inputs=x if given else None)
+    assert "adopt" in {edit.done_by for edit in orepa.recorded_plans(deploy)[0].edits}
+    head = deploy.get_submodule("2.0")
+    assert (head.stride.dtype, head.grid.dtype) == (torch.float32, torch.float32)
+    assert given or head.grid.shape == (0,)  # what the check made is not handed out
+    assert orepa.verify(net, deploy, x, stress=True)
 
 
 @pytest.mark.parametrize("kind", [Copies, Broken])
