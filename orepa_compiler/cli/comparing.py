@@ -51,11 +51,12 @@ def compare_sides(
     junit: Path | None,
     picture: Path | None,
     page: Path | None = None,
+    command: str = "",
 ) -> ExitCode:
     """The exit code of a comparison, after all of it is shown and written.
 
-    reference, candidate: what each is, and its checkpoint. Raises ReparamError for a mistake, and
-    NotVerified where the comparison cannot be made.
+    reference, candidate: what each is, and its checkpoint. command: as it was given.
+    Raises ReparamError for a mistake, and NotVerified where the comparison cannot be made.
     """
     for side in (reference, candidate):
         check_checkpoint(*side)
@@ -79,13 +80,15 @@ def compare_sides(
     _show(report, found)
     if json:
         first = {} if found is None else {"divergence": divergence_data(found)}
-        about = {"reference": reference[0], "candidate": candidate[0], "versions": versions()}
-        write_json(json, {**report.to_dict(), **first, **about})
+        given = {"reference": reference[0], "candidate": candidate[0], "versions": versions()}
+        write_json(json, {**report.to_dict(), **first, **given})
     if junit:
         write_junit(junit, "orepa-verify", cases_of_report(report, found))
     if page:
         sides = (reference[0], left), (candidate[0], right)
-        write_page(page_of_comparison(*sides, inputs=inputs, report=report, found=found), page)
+        about = {"report": report, "found": found, "precision": precision}
+        about |= {"command": command}
+        write_page(page_of_comparison(*sides, inputs=inputs, **about), page)
     if picture and isinstance(found, Divergence):
         save_picture(found, picture)
     return ExitCode.PASS if report else ExitCode.MISMATCH

@@ -85,7 +85,7 @@ def test_a_wrong_model_and_wrong_weights_fail(trained: nn.Module, files: tuple[P
     float32, int8 = files
     wrong = copy.deepcopy(orepa.collapse(trained))
     with torch.no_grad():
-        wrong.get_submodule("block.2").weight.mul_(2)
+        wrong.get_parameter("block.2.weight").mul_(2)
     assert not orepa.verify(wrong, int8, images(8), precision="int8")
     assert not orepa.verify(float32, shuffled(int8), images(8), precision="int8")
     with pytest.raises(AssertionError, match="FAIL"):
