@@ -86,9 +86,10 @@ def compare_sides(
         write_junit(junit, "orepa-verify", cases_of_report(report, found))
     if page:
         sides = (reference[0], left), (candidate[0], right)
-        about = {"report": report, "found": found, "precision": precision}
-        about |= {"command": command}
-        write_page(page_of_comparison(*sides, inputs=inputs, **about), page)
+        shown = page_of_comparison(
+            *sides, inputs=inputs, report=report, found=found, precision=precision, command=command
+        )
+        write_page(shown, page)
     if picture and isinstance(found, Divergence):
         save_picture(found, picture)
     return ExitCode.PASS if report else ExitCode.MISMATCH

@@ -13,7 +13,8 @@ from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.interface import Interface
 from orepa_compiler.verification import Report
 
-Facts = tuple[tuple[str, tuple[str, ...]], ...]
+Fact = tuple[str, tuple[str, ...]]
+Facts = tuple[Fact, ...]
 
 
 def export_facts(request: ExportRequest, steps: Sequence[Step]) -> Facts:
@@ -21,7 +22,10 @@ def export_facts(request: ExportRequest, steps: Sequence[Step]) -> Facts:
     by_name = {step.name: step for step in steps}
     written = by_name.get("write onnx")
     kept = f", but {', '.join(request.keep_fp32)} in fp32" if request.keep_fp32 else ""
-    facts = [("command", (request.command,)), ("precision", (f"{request.precision}{kept}",))]
+    facts: list[Fact] = [
+        ("command", (request.command,)),
+        ("precision", (f"{request.precision}{kept}",)),
+    ]
     if written is not None and written.file is not None:
         facts += file_facts(written.file)
     timings = [f"{step.name.removeprefix('check ')}: {step.latency}" for step in steps
@@ -46,7 +50,7 @@ def comparison_facts(command: str, precision: str | None, report: Report) -> Fac
     return _filled((*facts, ("int8 agreement", said)))
 
 
-def file_facts(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+def file_facts(path: Path) -> list[Fact]:
     """Of an ONNX file; nothing of one that cannot be read, which a step says."""
     try:
         model = load_graph(path)
