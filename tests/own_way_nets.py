@@ -74,6 +74,25 @@ class Rounds(Switches):
         return conv.float()
 
 
+class Heads(Switches):
+    """Its stride and its grid are plain tensors: its own _apply casts them, a forward makes one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.stride, self.grid = torch.tensor(8.0), torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.grid.shape != x.shape[2:]:
+            self.grid = torch.ones(x.shape[2:], dtype=x.dtype)
+        return y * self.stride + self.grid
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self.stride, self.grid = fn(self.stride), fn(self.grid)
+        return self
+
+
 class Copies(Switches):
     """A method that fills a layer of torch's default dtype, as timm's do."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from orepa_compiler import __version__
 from orepa_compiler.cli.arguments import EXIT_CODES, ExitCode, NotVerified
 from orepa_compiler.cli.bench import bench_command
 from orepa_compiler.cli.export import export_command
+from orepa_compiler.cli.int8 import int8_command
 from orepa_compiler.cli.plan import plan_command
 from orepa_compiler.cli.verify import verify_command
 from orepa_compiler.errors import ReparamError
@@ -36,6 +38,7 @@ export_app = _typer("")
 app.command("plan", epilog=EXIT_CODES)(plan_command)
 app.command("export", epilog=EXIT_CODES)(export_command)
 app.command("verify", epilog=EXIT_CODES)(verify_command)
+app.command("int8", epilog=EXIT_CODES)(int8_command)
 app.command("bench", epilog=EXIT_CODES)(bench_command)
 export_app.command(epilog=EXIT_CODES)(export_command)
 
@@ -70,7 +73,10 @@ def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
 
     command = typer.main.get_command(commands)
     try:
-        return int(command.main(list(arguments), prog_name=name, standalone_mode=False) or 0)
+        # The whole line, for pages: what an option became does not tell how it was given.
+        line = shlex.join([name, *arguments])
+        code = command.main(list(arguments), prog_name=name, standalone_mode=False, obj=line)
+        return int(code or 0)
     except _UsageError as error:
         message = error.format_message().rstrip(".")
         return stop(f"{message}; see {name} --help", ExitCode.USAGE)

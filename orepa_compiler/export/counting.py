@@ -84,9 +84,17 @@ class Counts:
             return None
         return cls(**{name: int(properties[key]) for name, key in _KEYS.items()})
 
+    def __str__(self) -> str:
+        return f"{self.convs} convs, {self.sums} sums of maps, {self.norms} norms"
+
     def properties(self) -> dict[str, str]:
         """The metadata that says so."""
         return {key: str(getattr(self, name)) for name, key in _KEYS.items()}
+
+
+def node_count(model: Any) -> int:
+    """How many nodes a graph holds, those inside If and Loop bodies included."""
+    return sum(1 for _ in walk(model.graph))
 
 
 def check_counts(found: Counts, wanted: Counts) -> None:

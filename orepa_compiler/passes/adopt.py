@@ -107,9 +107,13 @@ class Adopt:
             return f"its {method}() changes nothing"
         del alive
         after = made.double().eval()
-        if self.checks and (reason := _difference(before, after, method, call)):
+        # A copy runs: a forward may keep what it made in float64 (the grid of a YOLO's head).
+        if self.checks and (reason := _difference(before, copy.deepcopy(after), method, call)):
             return reason
-        return like(after, list(module.parameters())).train(module.training)
+        parameters = list(module.parameters())
+        if parameters:  # what the module's own _apply casts beside parameters comes back by it
+            after = after.to(parameters[0].dtype)
+        return like(after, parameters).train(module.training)
 
     def _calls(self, model: nn.Module, paths: list[str]) -> dict[str, Call]:
         """What each module is first called on, in float64, when the model runs on the inputs."""

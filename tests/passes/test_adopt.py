@@ -24,6 +24,7 @@ from tests.own_way_nets import (
     Broken,
     Copies,
     Fuses,
+    Heads,
     Nothing,
     OwnWay,
     Reparameterizes,
@@ -73,6 +74,17 @@ def test_a_method_that_does_nothing_is_not_taken_and_asked_once(
     assert refusal.reason == "its switch_to_deploy() changes nothing"
     # what the passes would leave, the pass adopt, the passes
     assert asked == [False, True, True]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["a random map", "inputs"])
+def test_plain_tensors_have_the_type_they_had(given: bool) -> None:
+    net, x = net_of(Heads).float(), batch().float()
+    deploy = orepa.collapse(net, inputs=x if given else None)
+    assert "adopt" in {edit.done_by for edit in orepa.recorded_plans(deploy)[0].edits}
+    head = deploy.get_submodule("2.0")
+    assert (head.stride.dtype, head.grid.dtype) == (torch.float32, torch.float32)
+    assert given or head.grid.shape == (0,)  # what the check made is not handed out
+    assert orepa.verify(net, deploy, x, stress=True)
 
 
 @pytest.mark.parametrize("kind", [Copies, Broken])
