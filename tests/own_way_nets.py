@@ -117,6 +117,13 @@ class Broken(Switches):
         raise ValueError("no kernel\nat all")
 
 
+class Nothing(Switches):
+    """As the head of a detector, whose fuse() has something to do in another version."""
+
+    def switch_to_deploy(self) -> None:
+        return None
+
+
 class Wider(Switches):
     """After its method, it runs no more."""
 

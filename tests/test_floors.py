@@ -24,12 +24,21 @@ FLOORS = (
     ("blocks",),
     (
         *("analysis", "defaults", "planning", "overlaps", "verification", "validation"),
-        *("cost", "step_cost", "training"),
+        *("cost", "step_cost", "training", "quantization"),
     ),
     ("passes",),
     (
-        *("preconditions", "compiler", "checkpoints", "model_source", "reference", "export"),
-        *("certificate", "locating", "report", "sides", "testing"),
+        *(
+            "preconditions",
+            "quantizing",
+            "compiler",
+            "checkpoints",
+            "model_source",
+            "reference",
+            "export",
+        ),
+        *("certificate", "locating", "report", "sides", "testing", "quantizing", "int8_sides"),
+        *("equalizing", "int8_analysis"),
     ),
     ("__init__", "cli"),
 )

@@ -14,6 +14,7 @@ from orepa_compiler import __version__
 from orepa_compiler.cli.arguments import EXIT_CODES, ExitCode, NotVerified
 from orepa_compiler.cli.bench import bench_command
 from orepa_compiler.cli.export import export_command
+from orepa_compiler.cli.int8 import int8_command
 from orepa_compiler.cli.plan import plan_command
 from orepa_compiler.cli.verify import verify_command
 from orepa_compiler.errors import ReparamError
@@ -37,6 +38,7 @@ export_app = _typer("")
 app.command("plan", epilog=EXIT_CODES)(plan_command)
 app.command("export", epilog=EXIT_CODES)(export_command)
 app.command("verify", epilog=EXIT_CODES)(verify_command)
+app.command("int8", epilog=EXIT_CODES)(int8_command)
 app.command("bench", epilog=EXIT_CODES)(bench_command)
 export_app.command(epilog=EXIT_CODES)(export_command)
 

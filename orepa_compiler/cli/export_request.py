@@ -62,12 +62,13 @@ class ExportRequest:
         return full if self.static_batch else batches
 
 
-def calibration_of(request: ExportRequest) -> list[tuple[Tensor, ...]]:
+def calibration_of(request: ExportRequest, *, is_trained: bool) -> list[tuple[Tensor, ...]]:
     """The batches of calibration data; none where none are named.
 
+    is_trained: the model has the ranges that it was trained with, so int8 needs none.
     Raises ReparamError for int8 without any, and for batches of other shapes than the inputs.
     """
-    if request.calibration is None and request.precision == "int8":
+    if request.calibration is None and request.precision == "int8" and not is_trained:
         raise ReparamError(
             "--precision int8 takes the ranges of the values from your data: give --calibration "
             "FOLDER of .npy files, or path/to/file.py:function that gives batches"

@@ -49,11 +49,12 @@ def plan_command(
     if json:
         typer.echo(found.to_json())
     else:
-        _show(found)
+        show(found)
     return ExitCode.PASS
 
 
-def _show(found: object) -> None:
+def show(found: object) -> None:
+    """Prints what has a table: as wide as the terminal, or as its own text."""
     console = Console()
     # A pipe has no width; the text of a plan or a report has one of its own.
     console.print(found) if console.is_terminal else typer.echo(str(found))
