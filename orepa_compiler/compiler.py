@@ -366,10 +366,13 @@ def _collapsed(
     target, done = _run(first, target, inputs=inputs, kept=kept)
     adopt = Pipeline(pipeline.passes[at : at + 1])
     adopted = Plan()
-    while paths := _unfinished(last, target, inputs, adopted):
+    left = _left_by(last, target, inputs)
+    while paths := unfinished(left, adopted) if left is not None else ():
         own = adopt.configured(paths=paths, inputs=inputs)
         target, more = _run(own, target, inputs=inputs, kept=kept)
         adopted += more
+        if more.edits:  # else the passes would leave what they left before
+            left = _left_by(last, target, inputs)
     target, rest = _run(last, target, inputs=inputs, kept=kept)
     return target, done + adopted + rest
 
@@ -428,18 +431,15 @@ def _run(
         return pipeline.run(target, plan=plan, recording=recording, kept=kept)
 
 
-def _unfinished(
-    pipeline: Pipeline, model: nn.Module, inputs: Inputs, done: Plan
-) -> tuple[str, ...]:
-    """The modules with a way of their own to collapse that the passes would not finish.
+def _left_by(pipeline: Pipeline, model: nn.Module, inputs: Inputs) -> nn.Module | None:
+    """What the passes would leave of the model, tried on a copy without values.
 
-    The passes are tried on a copy without values.
+    None where no module has a way of its own to collapse, so that nobody asks.
     """
     if not any(map(own_method, model.modules())):
-        return ()
+        return None
     recording = _recording(model, inputs)
-    left, _ = pipeline.run(meta_copy(model), recording=recording, retraces=False)
-    return unfinished(left, done)
+    return pipeline.run(meta_copy(model), recording=recording, retraces=False)[0]
 
 
 def _recording(model: nn.Module, inputs: Inputs) -> Recording:
@@ -449,13 +449,15 @@ def _recording(model: nn.Module, inputs: Inputs) -> Recording:
     calls = calls_with(model, batches_of(inputs))
     if any(parameter.is_meta for parameter in model.parameters()):
         return Recording(arguments=calls)
-    owners = untraced_owners(model, is_leaf=is_leaf, calls=calls)
-    if not owners:
-        return Recording(arguments=calls)
     side = Side("model", model, hint="; give inputs= that it takes")
-    with random_state_kept(), state_kept(model), evaluation_mode(model):
-        seen = record(model, owners, lambda: evaluate(side, batches_of(inputs)))
-    return replace(seen, arguments=calls)
+    seen, owners = Recording(arguments=calls), set[str]()
+    # Each recording may show another call of a forward, that cannot be traced as it is called.
+    while new := untraced_owners(model, is_leaf=is_leaf, recording=seen) - owners:
+        owners |= new
+        with random_state_kept(), state_kept(model), evaluation_mode(model):
+            found = record(model, owners, lambda: evaluate(side, batches_of(inputs)))
+        seen = replace(found, arguments=calls)
+    return seen
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.int8_verdict import verify_int8
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.int8_sides import verify_rounded
 from orepa_compiler.quantization.layers import rounded_layers
@@ -66,7 +67,9 @@ def verify(
     a tensor, a tuple of positional arguments, or a list of such batches; arguments may be nested.
     truth: the module to evaluate in float64, where it is not the reference. precision: fp32, fp16
     or bf16, where the candidate computes in another type than the reference; its floating inputs
-    then come in that type, and the noise is that of the truth's module in that type. factor: how
+    then come in that type, and the noise is that of the truth's module in that type; int8 where it
+    is an int8 ONNX file, whose noise is made with its ranges (give inputs of the kind that these
+    were taken on), and which has to decide as often alike as that noise does. factor: how
     many times the noise a candidate's error may be. stress: compare also on inputs made from the
     first batch (random, constant, ten times and a hundredth of it); where the reference itself
     gives nothing finite there, a note says so, and no row.
@@ -87,6 +90,14 @@ def verify(
         path = Path(candidate) if is_file else None  # type: ignore[arg-type]
         other = runner_of(candidate)
         return verify_rounded(reference, other, inputs, path=path, factor=factor, stress=stress)
+    if precision == "int8":
+        if stress:
+            raise ReparamError(
+                "precision='int8' holds the ranges of its calibration data: what stress=True makes "
+                "is beyond them. Give stress=False"
+            )
+        sides = runner_of(reference), runner_of(candidate)
+        return verify_int8(*sides, inputs, truth=truth, factor=factor)
     options: dict[str, Any] = {"truth": truth, "precision": precision, "factor": factor}
     return verify_functions(
         runner_of(reference), runner_of(candidate), inputs, stress=stress, **options

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from orepa_compiler.algebra.operators import Padding, identity
+from orepa_compiler.algebra.geometry import Padding
+from orepa_compiler.algebra.operators import identity
 from orepa_compiler.algebra.padding import padded_with_bias, padding_operator
 from orepa_compiler.analysis.forms import Form, at_least, beside_channels
 from orepa_compiler.analysis.linear import Linear, absorbable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -72,7 +73,10 @@ def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
 
     command = typer.main.get_command(commands)
     try:
-        return int(command.main(list(arguments), prog_name=name, standalone_mode=False) or 0)
+        # The whole line, for pages: what an option became does not tell how it was given.
+        line = shlex.join([name, *arguments])
+        code = command.main(list(arguments), prog_name=name, standalone_mode=False, obj=line)
+        return int(code or 0)
     except _UsageError as error:
         message = error.format_message().rstrip(".")
         return stop(f"{message}; see {name} --help", ExitCode.USAGE)

@@ -48,6 +48,7 @@ from orepa_compiler.report import write_page
 
 
 def export_command(
+    context: typer.Context,
     model: Model,
     checkpoint: Checkpoint = None,
     onnx: Annotated[Path | None, typer.Option(metavar="OUT.onnx")] = None,
@@ -124,6 +125,7 @@ def export_command(
         tf32=tf32,
         timing_cache=timing_cache,
         report=page,
+        command=str(context.find_root().obj or ""),
     )
     steps = export_steps(request)
     if json:

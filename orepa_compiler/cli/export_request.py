@@ -48,6 +48,7 @@ class ExportRequest:
     tf32: bool = False
     timing_cache: Path | None = None
     report: Path | None = None
+    command: str = ""
 
     def inputs(self) -> list[tuple[Tensor, ...]]:
         batch = self.batch or (1 if self.static_batch else 2)

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -22,9 +23,10 @@ from orepa_compiler.export.audit import HALVES, audit_half
 from orepa_compiler.export.dithering import with_int8_noise
 from orepa_compiler.export.external_data import external_files
 from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.latency import timed
 from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
 from orepa_compiler.export.onnx import export_onnx
-from orepa_compiler.export.precision import PRECISIONS, cast, kept_modules
+from orepa_compiler.export.precision import PRECISIONS, cast, cast_tensors, kept_modules
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine
@@ -36,6 +38,7 @@ from orepa_compiler.report import block_branches, measure_model
 from orepa_compiler.sides import verify
 from orepa_compiler.verification import Samples, take_samples
 from orepa_compiler.verification.evaluation import Side, evaluate
+from orepa_compiler.verification.nesting import tensors_in
 from orepa_compiler.verification.sample_file import save_samples
 
 # The calibration batches on which an int8 file is compared with the model.
@@ -181,7 +184,7 @@ class _Export:
     def check_onnx(self) -> Step:
         with announced("running the ONNX file"):
             runner = OnnxRunner(self.request.onnx)
-            step = judged("check onnx", self.samples(), runner)
+            step = self._timed(judged("check onnx", self.samples(), runner), runner)
         # Every module of an int8 file is off by more than the noise of float32.
         if step.report or self.request.precision == "int8":
             return step
@@ -244,7 +247,17 @@ class _Export:
             note = f"{NOT_RUN_ON_A_GPU} (there is no GPU here)"
             return Step("check engine", "not run", note=note, is_required=False)
         with announced("running the engine"):
-            return judged("check engine", self.samples(), TensorRTRunner(self.request.engine))
+            runner = TensorRTRunner(self.request.engine)
+            return self._timed(judged("check engine", self.samples(), runner), runner)
+
+    def _timed(self, step: Step, runner: Callable[..., Any]) -> Step:
+        """With the latency of what was run, where a page is to show it."""
+        if self.request.report is None:
+            return step
+        batch = self.samples().batches[0]
+        dtype = PRECISIONS[self.request.precision]
+        tensors = [cast_tensors(leaf, dtype) for leaf in tensors_in(batch)]
+        return replace(step, latency=timed(runner, tensors, len(tensors[0])))
 
     def write_manifest(self, steps: list[Step]) -> Step:
         request, path = self.request, manifest_path(self.request.onnx)

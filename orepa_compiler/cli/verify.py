@@ -37,6 +37,7 @@ from orepa_compiler.report import write_page
 
 
 def verify_command(
+    context: typer.Context,
     reference: Annotated[
         str, typer.Argument(metavar="A", help=f"{SIDES}. Or alone: FILE.manifest.json")
     ],
@@ -79,6 +80,7 @@ def verify_command(
     machine with a GPU what was not run before.
     """
     page, json = report_files(report, json)
+    command = str(context.find_root().obj or "")
     for path in (json, junit, picture, page):
         check_folder(path)
     if is_manifest(reference):
@@ -89,7 +91,7 @@ def verify_command(
         if json:
             write_json(json, recheck_report(steps))
         if page:
-            write_page(page_of_recheck(Path(reference), steps), page)
+            write_page(page_of_recheck(Path(reference), steps, command), page)
         return finish("orepa-verify", steps, junit, debug)
     if candidate is None:
         raise ReparamError(
@@ -109,4 +111,5 @@ def verify_command(
             junit=junit,
             picture=picture,
             page=page,
+            command=command,
         )

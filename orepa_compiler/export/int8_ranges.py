@@ -51,7 +51,7 @@ def lost_channels(
     peaks = input_peaks(model, batches, keep=keep)
     total = sum(weight.numel() for weight in model.parameters()) or 1
     found = [_lost(path, peak, model.get_submodule(path), total) for path, peak in peaks.items()]
-    return [layer for layer in found if layer.lost > MOST_LOST * layer.channels]
+    return [layer for layer in found if is_named(layer)]
 
 
 @torch.no_grad()
@@ -84,6 +84,11 @@ def input_peaks(
         for handle in handles:
             handle.remove()
     return peaks
+
+
+def is_named(layer: LostChannels) -> bool:
+    """Whether so many channels are lost that the layer is spoken of."""
+    return layer.lost > MOST_LOST * layer.channels
 
 
 def _lost(path: str, peak: Tensor, layer: nn.Module, total: int) -> LostChannels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
@@ -21,7 +21,7 @@ from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, Int8RangeWarning
 from orepa_compiler.export.annotation import annotate, name_values
 from orepa_compiler.export.artifact import Expected, check_artifact
-from orepa_compiler.export.counting import Counts
+from orepa_compiler.export.counting import Counts, check_counts
 from orepa_compiler.export.external_data import name_by_content, remove_stale
 from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.int8_integers import check_integers
@@ -134,7 +134,7 @@ def export_onnx(
             properties[PRESET_KEY] = preset
         if certificate is not None:
             properties[CERTIFICATE_KEY] = certificate.to_json()
-        _write(program, draft, expected, properties)
+        expected = replace(expected, counts=_write(program, draft, expected, properties))
         if simplify:
             step("simplifying the file")
             check_artifact(draft, expected)
@@ -243,14 +243,14 @@ def _model_properties(
         "orepa.precision": precision,
         "orepa.keep_fp32": " ".join(kept),
         "orepa.model_dtype": str(floats[0]) if floats else "none",
-        **Counts.of_program(program).properties(),
         "orepa.outputs": "dict" if returns_mapping(program) else "tensors",
     }
 
 
 def _write(
     program: ExportedProgram, draft: Path, expected: Expected, properties: dict[str, str]
-) -> None:
+) -> Counts:
+    """What the written file holds, counted; ExportError where that is more than was traced."""
     onnx = import_extra("onnx", extra="onnx")
     translated = _translate(program, expected.opset)
     name_values(translated.model.graph, expected.outputs)
@@ -258,11 +258,17 @@ def _write(
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     translated.save(draft, external_data=size > EMBED_LIMIT_BYTES)
     graph = load_graph(draft)
+    # The program that torch translated: its own pooling, for one, is many sums in there already.
+    check_counts(
+        Counts.of_graph(graph, translated=True), Counts.of_program(translated.exported_program)
+    )
+    counts = Counts.of_graph(graph)
     name_by_content(graph, draft)
-    annotate(graph, properties)
+    annotate(graph, properties | counts.properties())
     if expected.element_type == "BFLOAT16":
         widen(graph, REFUSED_IN_BF16, keep=expected.kept)
     onnx.save(graph, draft)
+    return counts
 
 
 def _translate(program: ExportedProgram, opset: int) -> Any:
