@@ -194,7 +194,7 @@ def _checked_preset(asked: str | None, precision: str, trained: _Trained | None)
         )
     if asked not in (None, *PRESETS):
         raise ExportError(f"int8_preset={asked!r} is not one of {', '.join(PRESETS)}")
-    return asked or own  # type: ignore[return-value]
+    return asked or own
 
 
 def _check_packages(runs: bool, simplify: bool) -> None:
