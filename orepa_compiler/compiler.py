@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.blocks.catalogue import named
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
@@ -63,7 +64,7 @@ NOT_CHECKED = "not checked: give inputs="
 def plan(
     model: nn.Module,
     *,
-    block: Block | Literal["auto"] = "auto",
+    block: Block | str = "auto",
     init: Init = "preserve",
     where: Where = None,
     post_norm: PostNorm = "auto",
@@ -91,7 +92,7 @@ def plan(
 def expand(
     model: nn.Module,
     *,
-    block: Block | Literal["auto"] = "auto",
+    block: Block | str = "auto",
     init: Init = "preserve",
     where: Where = None,
     post_norm: PostNorm = "auto",
@@ -105,16 +106,17 @@ def expand(
 
     W_e = sum_m diag(v_m) W_m, made anew at each step     (Hu et al. 2022, Eq. 3 and 4, Fig. 6)
 
-    block: which block; "auto" chooses by the kernel's size, and by whether the net has residual
-    connections. init: "preserve" starts at the present kernels, so outputs do not change; "paper"
-    is the published from-scratch recipe and discards them. where: a glob on paths, several, or a
-    predicate (path, module). post_norm: "auto" inserts a BatchNorm behind an expanded conv that no
-    norm follows, "none" does not. plan: apply this plan, made with the same init. inputs: a batch,
-    or a list of them, to calibrate inserted norms, to record the forwards that cannot be traced,
-    and to check what was made: outputs in eval mode, and what a step trains. What does not agree is
-    left alone, with the error as the reason. max_cost: how much dearer blocks may make the
-    arithmetic of the convs of a training step at the batch in inputs, 0.15 for 15 %: the dearest
-    are left out. inplace: rewrite the model itself. pipeline: which passes run, with these options.
+    block: which block, by its name or as a value; "auto" chooses by the kernel's size, and by
+    whether the net has residual connections. init: "preserve" starts at the present kernels, so
+    outputs do not change; "paper" is the published from-scratch recipe and discards them. where: a
+    glob on paths, several, or a predicate (path, module). post_norm: "auto" inserts a BatchNorm
+    behind an expanded conv that no norm follows, "none" does not. plan: apply this plan, made with
+    the same init. inputs: a batch, or a list of them, to calibrate inserted norms, to record the
+    forwards that cannot be traced, and to check what was made: outputs in eval mode, and what a
+    step trains. What does not agree is left alone, with the error as the reason. max_cost: how much
+    dearer blocks may make the arithmetic of the convs of a training step at the batch in inputs,
+    0.15 for 15 %: the dearest are left out. inplace: rewrite the model itself. pipeline: which
+    passes run, with these options.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then. Warns
@@ -237,15 +239,20 @@ def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "au
 
 
 def _expansion_options(
-    *, block: Block | Literal["auto"], init: Init, where: Where, post_norm: PostNorm
+    *, block: Block | str, init: Init, where: Where, post_norm: PostNorm
 ) -> dict[str, Any]:
     """The options of expand, as the passes of its pipeline take them."""
     if init not in ("preserve", "paper"):
         raise ReparamError(f"init={init!r} is neither 'preserve' nor 'paper'")
     if post_norm not in ("auto", "none"):
         raise ReparamError(f"post_norm={post_norm!r} is neither 'auto' nor 'none'")
-    if block != "auto" and not isinstance(block, Block):
-        raise ReparamError(f"block={block!r} is neither 'auto' nor a Block such as orepa.OREPA")
+    if isinstance(block, str):
+        try:
+            block = named(block)
+        except ReparamError as error:
+            raise ReparamError(f"block={block!r}: {error.reason}, or a Block of yours") from error
+    elif not isinstance(block, Block):
+        raise ReparamError(f"block={block!r} is neither a name nor a Block such as orepa.OREPA")
     if where is not None and not callable(where) and not isinstance(where, str):
         where = tuple(where) if isinstance(where, Iterable) else where  # each pass reads it
     return {"block": block, "init": init, "where": where, "post_norm": post_norm}

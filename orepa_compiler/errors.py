@@ -49,3 +49,7 @@ class Int8RangeWarning(UserWarning):
 
 class NotRun(ExportError):
     """What is needed to run an artifact is not here (a GPU, a provider): no verdict on it."""
+
+
+class Interrupted(ReparamError):
+    """A command that Ctrl-C ended; the message says what it had written by then."""

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from orepa_compiler.choices import ENGINES as ENGINES
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.verification import NOISE_FACTOR, Report
 from orepa_compiler.verification import verify as verify_functions
-
-ENGINES = (".engine", ".plan", ".trt")
 
 Side = Callable[..., Any] | str | PathLike[str]
 

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "dependencies", "atomic", "schemas", "algebra"),
+    ("errors", "choices", "dependencies", "atomic", "schemas", "algebra"),
     ("capture", "branches"),
     ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),
@@ -28,13 +28,22 @@ FLOORS = (
     ),
     ("passes",),
     (
-        *("preconditions", "compiler", "checkpoints", "model_source", "reference", "export"),
+        *(
+            "preconditions",
+            "compiler",
+            "checkpoints",
+            "model_source",
+            "preprocessing",
+            "reference",
+            "export",
+        ),
         *("certificate", "locating", "report", "sides", "testing"),
     ),
-    ("__init__", "cli"),
+    ("__init__", "__main__", "public", "cli"),
 )
 
 OPTIONAL = {
+    "PIL",
     "jinja2",
     "lightning",
     "matplotlib",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from orepa_compiler.atomic import staged
 from orepa_compiler.blocks import Block
 from orepa_compiler.capture.skeleton import is_sharded, value_copy
-from orepa_compiler.checkpoints.weights import PLAN_KEY, has_plan, load_weights
+from orepa_compiler.checkpoints.reading import PLAN_KEY, has_plan
+from orepa_compiler.checkpoints.weights import load_weights
 from orepa_compiler.compiler import replay
 from orepa_compiler.errors import CheckpointError, ReparamError
 from orepa_compiler.planning import Plan, recorded_plans

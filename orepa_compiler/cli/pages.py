@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from orepa_compiler.certificate import LIMIT
-from orepa_compiler.cli.arguments import ExitCode, NotVerified
 from orepa_compiler.cli.export_request import ExportRequest
+from orepa_compiler.cli.options import ExitCode, NotVerified
 from orepa_compiler.cli.sides import side_file
 from orepa_compiler.cli.steps import Step
 from orepa_compiler.cli.summary import complaints, verdict
@@ -160,6 +160,8 @@ def _found(steps: Sequence[Step]) -> dict[str, Any]:
     checks = [Check(s.name, s.verdict, _finite(s.error), _note(s)) for s in steps]
     open_checks = [s for s in steps if s.verdict == "not run"]
     summary = "; ".join(complaints(steps)) or "everything that was compared agrees"
+    scores = [f"{s.name.removeprefix('evaluate ')}: {s.note}" for s in steps if s.scores]
+    summary = "; ".join([summary, *scores])
     divergences = [s.divergence for s in steps if s.divergence is not None]
     return {
         "verdict": outcome,

@@ -8,22 +8,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orepa_compiler.cli.arguments import NotVerified, load_source
+from orepa_compiler.choices import Weights
+from orepa_compiler.cli.arguments import load_source
+from orepa_compiler.cli.options import SIDES as SIDES
+from orepa_compiler.cli.options import NotVerified
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ExportError, MissingPackage, NotRun, ReparamError
 from orepa_compiler.export.latency import example_inputs
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
-from orepa_compiler.model_source import FORMS
 from orepa_compiler.sides import ENGINES
-
-SIDES = f"FILE.onnx, FILE.onnx@cuda, FILE.engine, {FORMS}, or such a model with @collapsed"
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def load_side(
-    source: str, checkpoint: Path | None, *, inputs: tuple[Tensor, ...], allow_pickle: bool
+    source: str,
+    checkpoint: Path | None,
+    *,
+    inputs: tuple[Tensor, ...],
+    allow_pickle: bool,
+    weights: Weights | None = None,
 ) -> Callable[..., Any]:
     """One side of a comparison.
 
@@ -33,7 +38,13 @@ def load_side(
     """
     name, form = _split(source)
     if not (name.endswith(".onnx") or name.endswith(ENGINES)):
-        model: nn.Module = load_source(name, checkpoint, inputs=inputs, allow_pickle=allow_pickle)
+        model: nn.Module = load_source(
+            name,
+            checkpoint,
+            inputs=inputs,
+            allow_pickle=allow_pickle,
+            weights=weights if checkpoint else None,
+        )
         if form != "collapsed":
             _refuse(source, form)
             return model

@@ -233,7 +233,7 @@ def test_something_unforeseen_is_one_line_and_no_pass(
     def stumble(*args: Any, **options: Any) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr("orepa_compiler.cli.plan.plan", stumble)
+    monkeypatch.setattr("orepa_compiler.compiler.plan", stumble)
     code, _, err = run(main, "plan nets.py:tiny", capsys)
     assert code == 4
     assert err == ["orepa: stopped by ZeroDivisionError: division by zero; --debug shows where"]

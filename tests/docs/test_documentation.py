@@ -72,7 +72,7 @@ def test_a_picture_of_a_sum_of_feature_maps() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     pages = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
     blocks = (DOCS / "blocks.md").read_text()
-    for name in vars(orepa):
+    for name in vars(orepa.public):
         value = getattr(orepa, name)
         if name.startswith("_") or type(value).__name__ == "module":
             continue
