@@ -56,10 +56,12 @@ def export_command(
     pretrained: Pretrained = False,
     num_classes: Classes = None,
     expanded: Expanded = None,
-    onnx: Annotated[Path | None, typer.Option(metavar="OUT.onnx")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="OUT.onnx", help="Write the collapsed model here.")
+    ] = None,
     trt: Annotated[
         Path | None,
-        typer.Option(metavar="OUT.engine", help="Without --onnx, OUT.onnx is written beside it."),
+        typer.Option(metavar="OUT.engine", help="Build an engine; its ONNX goes beside it."),
     ] = None,
     input_shape: Shapes = None,
     batch: Annotated[
