@@ -18,7 +18,7 @@ from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
 from orepa_compiler.cost import conv_costs
-from orepa_compiler.errors import NothingExpandedWarning, ReparamError
+from orepa_compiler.errors import NormsLeftWarning, NothingExpandedWarning, ReparamError
 from orepa_compiler.passes import (
     COLLAPSE,
     EXPAND,
@@ -57,6 +57,10 @@ from orepa_compiler.verification.evaluation import (
 
 Inputs = Any
 Made = tuple[nn.Module, Plan]
+
+# The layers that collapse folds into the conv before them, and how a reason begins where none is.
+_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "BatchNormAct2d")
+_NO_CONV = "no conv alone feeds it"
 
 NOT_CHECKED = "not checked: give inputs="
 
@@ -202,6 +206,7 @@ def collapse(
     alone. What was made is checked on them: what does not agree is left alone, with the error as
     the reason. pipeline: which passes run, with these options.
     Raises ReparamError for a model without convs or without values. The model is then untouched.
+    Warns of norms that stay behind the convs that feed them.
     """
     check_model(model, also_functional=True)
     check_inputs(inputs)
@@ -213,6 +218,8 @@ def collapse(
 
     deploy, applied = _made(make, model, inputs, wanted=Wanted(), inplace=inplace)
     record_plan(deploy, applied)
+    if fold_norm:
+        _warn_of_norms(applied, has_inputs=inputs is not None)
     return deploy
 
 
@@ -317,6 +324,23 @@ def _warn_of_nothing(applied: Plan) -> None:
     warnings.warn(
         f"nothing was expanded, so the model trains as it was. Layers left alone: {why}",
         NothingExpandedWarning,
+        stacklevel=3,
+    )
+
+
+def _warn_of_norms(applied: Plan, *, has_inputs: bool) -> None:
+    """Norms that a conv alone feeds and that stay: a cost at inference that nobody asked for."""
+    norms = [r for r in applied.refusals if r.layer in _NORMS and not r.reason.startswith(_NO_CONV)]
+    if not norms:
+        return
+    first, reason = ", ".join(norm.path for norm in norms[:3]), norms[0].reason
+    more = f" and {len(norms) - 3} more" if len(norms) > 3 else ""
+    asks = not has_inputs and any("inputs=" in norm.reason for norm in norms)
+    helps = "inputs= may help: real calls are then recorded" if asks else "inputs= does not help"
+    warnings.warn(
+        f"{len(norms)} {'norm stays' if len(norms) == 1 else 'norms stay'} behind convs: "
+        f"{first}{more} ({reason}); {helps}",
+        NormsLeftWarning,
         stacklevel=3,
     )
 

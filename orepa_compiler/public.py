@@ -27,6 +27,7 @@ from orepa_compiler.errors import CheckpointError as CheckpointError
 from orepa_compiler.errors import ExportError as ExportError
 from orepa_compiler.errors import Int8RangeWarning as Int8RangeWarning
 from orepa_compiler.errors import MissingPackage as MissingPackage
+from orepa_compiler.errors import NormsLeftWarning as NormsLeftWarning
 from orepa_compiler.errors import NothingExpandedWarning as NothingExpandedWarning
 from orepa_compiler.errors import NotLinear as NotLinear
 from orepa_compiler.errors import NoVerdict as NoVerdict

@@ -21,7 +21,7 @@ from orepa_compiler.cli.evaluating import Evaluation
 from orepa_compiler.cli.export_request import ExportRequest
 from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, compared, judged
 from orepa_compiler.compiler import collapse
-from orepa_compiler.errors import Int8RangeWarning, Interrupted, ReparamError
+from orepa_compiler.errors import Int8RangeWarning, Interrupted, NormsLeftWarning, ReparamError
 from orepa_compiler.export.audit import HALVES, audit_half
 from orepa_compiler.export.dithering import with_int8_noise
 from orepa_compiler.export.external_data import external_files
@@ -116,9 +116,11 @@ class _Export:
         return Step("load", "done", self.request.checkpoint, note=self.origin)
 
     def collapse(self) -> Step:
-        with announced("collapsing"):
+        with announced("collapsing"), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", NormsLeftWarning)
             self.deploy = collapse(self.model, inputs=self.inputs)
-        step = Step("collapse", "done")
+        left = [str(w.message) for w in told if issubclass(w.category, NormsLeftWarning)]
+        step = Step("collapse", "done", note="; ".join(left))
         if self.request.report is None:
             return step
         sizes = (
