@@ -16,5 +16,8 @@ Flavor = Literal["auto", "trt", "rtx"]
 # What a trainer's file may hold both of: the weights themselves, and their running average.
 Weights = Literal["model", "ema"]
 
+# The ending of OpenVINO's files.
+OPENVINO = ".xml"
+
 # The endings of engines.
 ENGINES = (".engine", ".plan", ".trt")

@@ -35,6 +35,8 @@ from orepa_compiler.errors import ReparamError as ReparamError
 from orepa_compiler.errors import TrainingFormWarning as TrainingFormWarning
 from orepa_compiler.export.audit import audit_half as audit_half
 from orepa_compiler.export.onnx import export_onnx as export_onnx
+from orepa_compiler.export.openvino import OpenVINORunner as OpenVINORunner
+from orepa_compiler.export.openvino import write_openvino as write_openvino
 from orepa_compiler.export.runners import OnnxRunner as OnnxRunner
 from orepa_compiler.export.runners import TensorRTRunner as TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine as build_engine

@@ -51,6 +51,7 @@ OPTIONAL = {
     "onnxruntime",
     "onnxscript",
     "onnxsim",
+    "openvino",
     "tensorrt",
     "tensorrt_rtx",
     "timm",

@@ -63,6 +63,9 @@ def export_command(
         Path | None,
         typer.Option(metavar="OUT.engine", help="Build an engine; its ONNX goes beside it."),
     ] = None,
+    openvino: Annotated[
+        Path | None, typer.Option(metavar="OUT.xml", help="Write it for OpenVINO too, on CPUs.")
+    ] = None,
     input_shape: Shapes = None,
     batch: Annotated[
         int | None,
@@ -119,13 +122,27 @@ def export_command(
     numerics: not run".
     OUT.onnx.manifest.json, written beside the ONNX, lets orepa verify check it all again elsewhere.
     """
-    target = onnx or (trt and trt.with_suffix(".onnx"))
+    other = trt or openvino
+    target = onnx or (other and other.with_suffix(".onnx"))
     if target is None:
-        raise ReparamError("nothing to write: give --onnx OUT.onnx or --trt OUT.engine")
+        raise ReparamError(
+            "nothing to write: give --onnx OUT.onnx, --trt OUT.engine or --openvino OUT.xml"
+        )
     shapes = profile(min_shapes, opt_shapes, max_shapes)
-    written = {"onnx": target, "trt": trt, "json": json, "junit": junit, "report": report}
+    written = {
+        "onnx": target,
+        "trt": trt,
+        "openvino": openvino,
+        "json": json,
+        "junit": junit,
+        "report": report,
+    }
     check_written(**written, timing_cache=timing_cache)
     page, json = report_files(report, json)
+    if openvino is not None and openvino.suffix != ".xml":
+        raise ReparamError(f"--openvino {openvino}: OpenVINO's files end in .xml; name it so")
+    if openvino is not None and precision == "bf16":
+        raise ReparamError("--openvino: takes fp32, fp16 and int8; export bf16 without it")
     check_there(checkpoint=checkpoint)
     check_engine_options(
         trt is not None,
@@ -157,6 +174,7 @@ def export_command(
             "expanded": expanded,
             "onnx": target,
             "engine": trt,
+            "openvino": openvino,
             "shapes": tuple(input_shape or ()),
             "batch": batch,
             "precision": precision,

@@ -46,6 +46,7 @@ class ExportRequest:
     num_classes: int | None = None
     expanded: str | None = None
     engine: Path | None = None
+    openvino: Path | None = None
     shapes: tuple[str, ...] = ()
     batch: int | None = None
     precision: Precision = "fp32"
@@ -90,6 +91,7 @@ class ExportRequest:
     def _check_packages(self) -> None:
         packages = {"onnx": "onnx", "onnxscript": "onnx"}
         packages |= {"onnxsim": "simplify"} if self.simplify else {}
+        packages |= {"openvino": "openvino"} if self.openvino else {}
         for package, extra in packages.items():
             import_extra(package, extra=extra)
         if self.engine is not None:

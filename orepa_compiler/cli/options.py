@@ -11,7 +11,10 @@ import typer
 from orepa_compiler.choices import FORMS, Weights
 from orepa_compiler.errors import ReparamError
 
-SIDES = f"FILE.onnx, FILE.onnx@cuda, FILE.engine, {FORMS}, or such a model with @collapsed"
+SIDES = (
+    f"FILE.onnx, FILE.onnx@cuda, FILE.onnx@openvino, FILE.xml, FILE.engine, {FORMS}, or such a "
+    "model with @collapsed"
+)
 
 
 class ExitCode(IntEnum):

@@ -49,6 +49,8 @@ def page_of_export(request: ExportRequest, steps: Sequence[Step]) -> Page:
         _link(by_name, "ONNX file", "collapsed model", "check onnx"),
         _link(by_name, "TensorRT engine", "collapsed model", "check engine"),
     ]
+    if request.openvino is not None:
+        links.insert(2, _link(by_name, "OpenVINO file", "collapsed model", "check openvino"))
     if request.engine is None:
         links[-1] = Link("TensorRT engine", "collapsed model", "not run", note="no engine was made")
     file = by_name["write manifest"].file if "write manifest" in by_name else None
@@ -196,6 +198,7 @@ def _collapse_link(step: Step) -> Link:
 
 def _file_sizes(steps: Sequence[Step]) -> list[ModelSize]:
     forms = {"write onnx": "ONNX file", "build engine": "TensorRT engine"}
+    forms |= {"write openvino": "OpenVINO file"}
     made = [(forms[step.name], step.file) for step in steps if step.name in forms]
     return [ModelSize.of_file(form, file) for form, file in made if file is not None]
 

@@ -28,6 +28,7 @@ from orepa_compiler.export.external_data import external_files
 from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
 from orepa_compiler.export.onnx import export_onnx
+from orepa_compiler.export.openvino import OpenVINORunner, write_openvino
 from orepa_compiler.export.precision import PRECISIONS, cast, kept_modules
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
@@ -102,8 +103,13 @@ class _Export:
             *([("audit half", True, self.audit)] if request.precision in HALVES else []),
             ("write onnx", False, self.write_onnx),
             ("check onnx", True, self.check_onnx),
-            *self.evaluations(),
         ]
+        if request.openvino is not None:
+            stages += [
+                ("write openvino", False, self.write_openvino),
+                ("check openvino", True, self.check_openvino),
+            ]
+        stages += self.evaluations()
         if self.request.engine is not None:
             stages += [
                 ("build engine", False, self.build_engine),
@@ -224,6 +230,18 @@ class _Export:
             )
             return with_int8_noise(samples, float32, self.request.onnx, Path(folder))
 
+    def write_openvino(self) -> Step:
+        assert self.request.openvino is not None
+        with announced("writing OpenVINO's file"):
+            path = write_openvino(self.request.onnx, self.request.openvino)
+        return Step("write openvino", "done", path)
+
+    def check_openvino(self) -> Step:
+        assert self.request.openvino is not None
+        with announced("running OpenVINO"):
+            runner = OpenVINORunner(self.request.openvino)
+            return judged("check openvino", self.samples(), runner)
+
     def evaluations(self) -> list[tuple[str, bool, Callable[[], Step]]]:
         """Where a function tells how good a form is: the model, the collapsed one, the file."""
         if self.evaluation is None:
@@ -235,6 +253,8 @@ class _Export:
             ("collapsed model", lambda: self.deploy),
             ("ONNX file", lambda: OnnxRunner(self.request.onnx)),
         ]
+        if (file := self.request.openvino) is not None:
+            forms.append(("OpenVINO file", lambda: OpenVINORunner(file)))
         return [
             (f"evaluate {form}", True, partial(self.evaluate, form, side)) for form, side in forms
         ]
