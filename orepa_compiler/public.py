@@ -21,8 +21,12 @@ from orepa_compiler.checkpoints import load as load
 from orepa_compiler.checkpoints import save as save
 from orepa_compiler.compiler import collapse as collapse
 from orepa_compiler.compiler import cut as cut
+from orepa_compiler.compiler import drop_ranges as drop_ranges
 from orepa_compiler.compiler import expand as expand
+from orepa_compiler.compiler import fake_quantize as fake_quantize
+from orepa_compiler.compiler import freeze_ranges as freeze_ranges
 from orepa_compiler.compiler import plan as plan
+from orepa_compiler.equalizing import equalize as equalize
 from orepa_compiler.errors import CheckpointError as CheckpointError
 from orepa_compiler.errors import ExportError as ExportError
 from orepa_compiler.errors import Int8RangeWarning as Int8RangeWarning
@@ -40,6 +44,7 @@ from orepa_compiler.export.openvino import write_openvino as write_openvino
 from orepa_compiler.export.runners import OnnxRunner as OnnxRunner
 from orepa_compiler.export.runners import TensorRTRunner as TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine as build_engine
+from orepa_compiler.int8_analysis import int8_loss as int8_loss
 from orepa_compiler.passes import COLLAPSE as COLLAPSE
 from orepa_compiler.passes import EXPAND as EXPAND
 from orepa_compiler.passes import Pipeline as Pipeline

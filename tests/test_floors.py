@@ -24,12 +24,13 @@ FLOORS = (
     ("blocks",),
     (
         *("analysis", "defaults", "planning", "overlaps", "verification", "validation"),
-        *("cost", "step_cost", "training"),
+        *("cost", "step_cost", "training", "quantization"),
     ),
     ("passes",),
     (
         *(
             "preconditions",
+            "quantizing",
             "compiler",
             "checkpoints",
             "model_source",
@@ -37,7 +38,8 @@ FLOORS = (
             "reference",
             "export",
         ),
-        *("certificate", "locating", "report", "sides", "testing"),
+        *("certificate", "locating", "report", "sides", "testing", "quantizing", "int8_sides"),
+        *("equalizing", "int8_analysis"),
     ),
     ("__init__", "__main__", "public", "cli"),
 )

@@ -11,6 +11,7 @@ import typer
 from orepa_compiler.cli import app
 from orepa_compiler.cli.bench import bench_command
 from orepa_compiler.cli.export import export_command
+from orepa_compiler.cli.int8 import int8_command
 from orepa_compiler.cli.options import EXIT_CODES
 from orepa_compiler.cli.plan import plan_command
 from orepa_compiler.cli.verify import verify_command
@@ -22,11 +23,12 @@ VERBS: dict[str, Any] = {
     "export": export_command,
     "verify": verify_command,
     "bench": bench_command,
+    "int8": int8_command,
 }
 
 HEAD = """# Command line
 
-Four commands; `orepa-export` is `orepa export`, and `python -m orepa_compiler` is `orepa`. Results
+Five commands; `orepa-export` is `orepa export`, and `python -m orepa_compiler` is `orepa`. Results
 go to stdout, warnings and errors to stderr. All options are checked before anything runs.
 
 A model is named by

@@ -170,6 +170,8 @@ def compose_biases(outer: ConvOperator, inner: ConvOperator) -> Tensor | None:
     """b_2 + sum_taps W_2 b_1."""
     if inner.bias is None:
         return outer.bias
+    if inner.bias.is_meta:
+        return inner.bias.new_empty(outer.out_channels)
     taps = outer.weight.flatten(2).sum(2) if outer.rank else outer.weight
     taps = taps.reshape(outer.groups, -1, taps.shape[1])
     carried = torch.einsum("got,gt->go", taps, inner.bias.reshape(outer.groups, -1)).flatten()

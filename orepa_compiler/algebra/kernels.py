@@ -45,6 +45,9 @@ def convolve(outer: Tensor, inner: Tensor) -> Tensor:
     """
     blocks, out, middle = outer.shape[:3]
     k2, k1 = outer.shape[3:], inner.shape[3:]
+    if outer.is_meta:
+        sizes = (a + b - 1 for a, b in zip(k2, k1, strict=True))
+        return outer.new_empty(blocks, out, inner.shape[2], *sizes)
     if prod(k1) == 1:
         full = torch.einsum("botk,bti->boik", outer.flatten(3) if k2 else outer[..., None],
                             inner.flatten(2).reshape(blocks, middle, -1))  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from orepa_compiler.algebra.maps import ANYTHING, Axes, Maps, second
 from orepa_compiler.algebra.operators import ConvOperator, Padding, identity
@@ -41,6 +42,9 @@ _RANKS: dict[type | None, tuple[int, ...]] = {
     nn.BatchNorm2d: (2,),
     nn.BatchNorm3d: (3,),
     nn.SyncBatchNorm: (),
+    nn.InstanceNorm1d: (1,),
+    nn.InstanceNorm2d: (2,),
+    nn.InstanceNorm3d: (3,),
 }
 
 
@@ -148,7 +152,13 @@ def is_norm(layer: nn.Module) -> bool:
 def is_batch_norm(layer: nn.Module) -> bool:
     """Whether the layer is a norm that is affine in eval mode, so that a conv can absorb it."""
     name = qualified_name(layer)
-    return name in _FROZEN_NORMS | _NORMS_WITH_ACTIVATION or isinstance(layer, _BatchNorm)
+    is_known = name in _FROZEN_NORMS | _NORMS_WITH_ACTIVATION or isinstance(layer, _BatchNorm)
+    return is_known or is_tracked_instance_norm(layer)
+
+
+def is_tracked_instance_norm(layer: nn.Module) -> bool:
+    """Whether the layer normalizes each image in train mode, and by running statistics in eval."""
+    return isinstance(layer, _InstanceNorm) and isinstance(layer.running_mean, Tensor)
 
 
 def norm_maps(layer: nn.Module) -> Maps | None:
@@ -266,6 +276,16 @@ def _(layer: _BatchNorm, in_channels: int | None = None) -> ConvOperator:
     return _norm_operator(layer)
 
 
+@conv_operator.register(nn.InstanceNorm1d)
+@conv_operator.register(nn.InstanceNorm2d)
+@conv_operator.register(nn.InstanceNorm3d)
+def _(layer: _InstanceNorm, in_channels: int | None = None) -> ConvOperator:
+    check_torch_forward(layer)
+    if not layer.track_running_stats:
+        raise NotLinear(f"{type(layer).__name__} takes the statistics of each image in eval mode")
+    return _norm_operator(layer)
+
+
 @conv_operator.register(nn.Identity)
 @conv_operator.register(_DropoutNd)
 def _(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
@@ -314,10 +334,13 @@ def norm_operator(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, axes: Axes
 ) -> ConvOperator:
     """y = weight (x - mean) / sqrt(var + eps) + bias; all are (C,). axes: of the maps it takes."""
-    factor = torch.rsqrt(var + eps)
-    if weight is not None:
-        factor = factor * weight
-    shift = -mean * factor if bias is None else bias - mean * factor
+    if var.is_meta:  # arithmetic without values takes torch a hundred times as long
+        factor = shift = torch.empty_like(var)
+    else:
+        factor = torch.rsqrt(var + eps)
+        if weight is not None:
+            factor = factor * weight
+        shift = -mean * factor if bias is None else bias - mean * factor
     weight = factor.reshape(-1, 1, *(1,) * (axes.rank or 0))
     return ConvOperator(weight, shift, groups=factor.shape[0], axes=axes)
 

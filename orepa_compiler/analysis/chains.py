@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from orepa_compiler.algebra.layers import conv_operator, is_batch_norm
+from orepa_compiler.algebra.layers import conv_operator, is_batch_norm, is_tracked_instance_norm
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter
@@ -85,6 +85,9 @@ class _ChainWalk(Walk):
         if value is None or value.operator is None:
             return value
         module = self.interpreter.read(path)
+        if is_tracked_instance_norm(module):
+            self.interpreter.reasons[path, ""] = "it normalizes each image in train mode"
+            return None
         is_norm = is_batch_norm(module)
         is_fixed = not is_norm and not any(True for _ in module.parameters())
         layer = Layer(type(module).__name__, value.operator, path, is_norm, is_fixed)

@@ -20,6 +20,7 @@ from orepa_compiler.algebra.layers import (
     is_activation,
     is_batch_norm,
     is_dropout,
+    is_tracked_instance_norm,
     linear_part,
     norm_maps,
 )
@@ -121,6 +122,8 @@ def _linear_rule(layer: nn.Module, operand: fx.Node) -> Rule:
     if isinstance(layer, LinearBlock):
         channels, rank = (layer.in_channels, layer.out_channels), len(layer.kernel_size)
         return _conv_rule(operand, channels, rank, next(layer.parameters()).dtype)
+    if is_tracked_instance_norm(layer):  # it takes a map without a batch too
+        return Rule(operand)
     if is_batch_norm(layer):
         is_known = not has_handler(layer) or has_torch_forward(layer) or has_activation(layer)
         maps = norm_maps(layer) if is_known else None

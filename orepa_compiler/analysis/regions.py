@@ -13,12 +13,13 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.inference import Forms
 from orepa_compiler.analysis.linear import Linear, joined, maximal
 from orepa_compiler.analysis.walk import Walk
-from orepa_compiler.capture import Call, Capture, ancestors
+from orepa_compiler.capture import Call, ancestors
 from orepa_compiler.capture.forwards import Forwards, Read
 from orepa_compiler.errors import ReparamError
 
@@ -45,13 +46,17 @@ class Interpreter(Forwards):
     """Interprets the graphs of a capture, each module once.
 
     at_any_cost: joins also where one conv costs more than two. reasons: call node -> why it was
-    not joined with what comes before it; (path, "") -> why a module is no layer.
+    not joined with what comes before it; (path, "") -> why a module is no layer. operators: of the
+    layers, by their path and the channels that they see; what is left to do after each.
     """
 
     walk: ClassVar[type[Walk]] = Walk  # how one forward is gone over
 
     at_any_cost: bool = False
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
+    operators: dict[tuple[str, int | None], tuple[ConvOperator, nn.Module | None]] = field(
+        default_factory=dict
+    )
     _whole: dict[str, Linear | None] = field(default_factory=dict)
     _values: dict[str, dict[fx.Node, Linear]] = field(default_factory=dict)
     _open: set[str] = field(default_factory=set)
@@ -99,11 +104,6 @@ class Interpreter(Forwards):
                 return tensor.device
         return torch.device("cpu")
 
-    @cached_property
-    def kept_training(self) -> frozenset[str]:
-        """The modules that stay in train mode when the model's own eval() was called."""
-        return kept_training(self.capture)
-
     @property
     def freely(self) -> Interpreter:
         """The same forwards, joined at any cost: what a sum may come to as a whole."""
@@ -115,6 +115,8 @@ class Interpreter(Forwards):
         """Another one of the same kind, with other values for the modules, that joins freely."""
         other = type(self)(self.capture, read, at_any_cost=True)
         other.__dict__["forms"] = self.forms
+        if read is self.read:
+            other.operators = self.operators
         return other
 
     def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> Linear:
@@ -187,13 +189,3 @@ class Interpreter(Forwards):
         value = self.values(path).get(output)
         whole = value is not None and value.source in placeholders[:1] and value.rest is None
         return value if whole else None
-
-
-def kept_training(capture: Capture) -> frozenset[str]:
-    """The modules of a captured model that its own eval() leaves in train mode."""
-    model = capture.skeleton
-    mode = model.training
-    model.eval()
-    found = frozenset(path for path, module in model.named_modules() if module.training)
-    model.train(mode)
-    return found

@@ -62,8 +62,8 @@ class OwnForwardConv(ReparamConv):
 
 
 def own_conv(module: nn.Module) -> nn.Module:
-    """The conv whose forward a module runs: the block's, or the module itself."""
-    return module.conv if isinstance(module, OwnForwardConv) else module
+    """The conv whose forward a module runs: what the block stands for, or the module itself."""
+    return module.plain() if isinstance(module, OwnForwardConv) else module
 
 
 def _without_kernel(conv: _ConvNd) -> nn.Module:

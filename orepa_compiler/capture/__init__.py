@@ -37,16 +37,17 @@ def capture(
     is_leaf: Callable[[nn.Module], bool],
     recording: Recording | None = None,
     flips: bool = False,
+    copies: bool = True,
 ) -> Capture:
     """The capture of a model as it runs in train or in eval mode; None: as it is, no graph made.
 
     is_leaf: modules whose inside is of no interest, though they have children. recording: graphs
     for the forwards that cannot be traced. flips: as it runs where gradients are off, in inference
-    mode and under autocast.
+    mode and under autocast. copies: False for a model without values, which is taken as it is.
     Raises ReparamError for a model that is wrapped, scripted, or cannot be copied.
     """
     check_wrapper(model)
-    skeleton = meta_copy(model)
+    skeleton = meta_copy(model) if copies else model
     if training is None:
         return _captured(skeleton, lambda module: True, Recording())
     skeleton.train(training)
@@ -59,18 +60,19 @@ def untraced_owners(
     model: nn.Module,
     *,
     is_leaf: Callable[[nn.Module], bool],
-    calls: tuple[Arguments, ...] = (),
+    recording: Recording | None = None,
 ) -> set[str]:
     """The modules whose forward cannot be traced, in eval or in train mode.
 
-    calls: the ways in which the model is called; the usual one where there are none.
+    recording: what is known of real calls, and the ways in which the model is called; the usual one
+    where there are none.
     """
     skeleton = meta_copy(model)
     owners: set[str] = set()
     for training in (False, True):
         skeleton.train(training)
         with torch.random.fork_rng(devices=[]):
-            captured = _captured(skeleton, is_leaf, Recording(arguments=calls))
+            captured = _captured(skeleton, is_leaf, recording or Recording())
             owners |= captured.untraced.keys()
     return owners
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -67,6 +68,16 @@ class Capture:
 
     def module(self, path: str) -> nn.Module:
         return self.skeleton.get_submodule(path)
+
+    @cached_property
+    def kept_training(self) -> frozenset[str]:
+        """The modules that the model's own eval() leaves in train mode."""
+        mode = self.skeleton.training
+        self.skeleton.eval()
+        paths = (path for path, module in self.skeleton.named_modules() if module.training)
+        found = frozenset(paths)
+        self.skeleton.train(mode)
+        return found
 
     def path_of(self, call: Call) -> str:
         """The module that a call_module node calls, by its first path."""
@@ -176,7 +187,7 @@ class Capture:
         for user in call.node.users:
             if user.op == "output":
                 yield from self._returned(call.owner, user.args[0] is call.node, user)
-            elif user.op == "call_module" and (inside := self._entry(Call(call.owner, user), call)):
+            elif user.op == "call_module" and (inside := self.entry(Call(call.owner, user), call)):
                 yield from self.consumers(inside)
             else:
                 yield Call(call.owner, user)
@@ -191,7 +202,7 @@ class Capture:
             else:
                 yield Call(owner, output)
 
-    def _entry(self, user: Call, value: Call) -> Call | None:
+    def entry(self, user: Call, value: Call) -> Call | None:
         """The placeholder through which a value enters the module that a node calls.
 
         A value inside a list enters with the list.

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Iterable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from orepa_compiler.capture.kinds import READ
+from orepa_compiler.capture.kinds import READ, WRITES
+from orepa_compiler.capture.nested import tensors
+from orepa_compiler.capture.proxies import write_
 from orepa_compiler.errors import NotLinear
 
 # Of a map, without a look at its values: known to be that of the constant beside it.
@@ -24,14 +28,15 @@ _CASTS = {"to", "type_as"}
 _VIEWS = {"view", "reshape", torch.reshape}
 _RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "poisson")
 _PURE = {"torch", "_operator", "builtins", "math"}
-_WRITES = {
-    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
-    "__ipow__", "__iand__", "__ior__", "__ixor__",
-}  # fmt: skip
+OF_NUMBERS = "of_numbers"  # the meta of a get_attr node that plain numbers were made for
 
 
-class _NoRandomNumbers(TorchDispatchMode):
-    """Refuses to compute what is another at each call: operators that draw random numbers."""
+class _Ahead(TorchDispatchMode):
+    """Computes constants, of weights in float64, wherever these lie.
+
+    Numbers that the forward makes itself are of the type and on the device that it says: they join
+    the weights. Refuses what is another at each call: operators that draw random numbers.
+    """
 
     def __torch_dispatch__(
         self,
@@ -43,7 +48,19 @@ class _NoRandomNumbers(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             name = getattr(func, "overloadpacket", func).__name__
             raise NotLinear(f"what it takes is drawn at random at each call ({name})")
+        given = [t for t in tensors((args, kwargs)) if t.is_floating_point()]
+        is_mixed = len({(t.dtype, t.device) for t in given}) > 1
+        if is_mixed and not func._schema.is_mutable:
+            widest = _together(given)
+            args, kwargs = tree_map_only(Tensor, widest, (args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def _together(given: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Takes tensors to the widest of some types, and to where those that are not on the CPU lie."""
+    dtype = reduce(torch.promote_types, (t.dtype for t in given))
+    device = next((t.device for t in given if t.device.type != "cpu"), given[0].device)
+    return lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype)
 
 
 def constants_of(graph: fx.Graph, written: Container[str] = ()) -> frozenset[fx.Node]:
@@ -97,12 +114,30 @@ def reads_form(node: fx.Node) -> bool:
 def writes(node: fx.Node) -> bool:
     """Whether a call writes over its first operand, by its name: mul_, __setitem__, __iadd__."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    return name in WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
+def writes_over_numbers(node: fx.Node) -> bool:
+    """Whether a node writes into a tensor that the forward made of numbers, and nobody else sees.
+
+    Such writes stand one behind the other, and each can be computed ahead like any constant.
+    """
+    target = node.args[0] if node.target is write_ else None
+    if not isinstance(target, fx.Node):
+        return False
+    is_own = target.target is write_ or OF_NUMBERS in target.meta
+    return is_own and list(target.users) == [node] and node.args[2] is not target
 
 
 def _is_constant(node: fx.Node, found: set[fx.Node]) -> bool:
     if node.op == "get_attr":  # what a trace made up is not the module's own
-        return not str(node.target).startswith("_tensor_constant")
+        return OF_NUMBERS in node.meta or not str(node.target).startswith("_tensor_constant")
+    if node.target is write_:
+        return (
+            writes_over_numbers(node)
+            and node.args[0] in found
+            and found.issuperset(node.all_input_nodes)
+        )
     if node.op not in ("call_function", "call_method"):
         return False
     if _is_fact(node) or _is_width(node):
@@ -147,15 +182,18 @@ def _computed(
     node: fx.Node, value: Callable[[fx.Node], Any], attribute: Callable[[str], Any]
 ) -> Any:
     if node.op == "get_attr":
-        return attribute(str(node.target))
+        made = node.meta.get(OF_NUMBERS)
+        return attribute(str(node.target)) if made is None else made.clone()
     if _is_width(node):
         return -1
     if node.target in _CASTS and not _is_made_of_constants(node):
         return value(node.args[0])  # type: ignore[arg-type]
-    args = fx.node.map_arg(node.args, value)
+    args: Any = fx.node.map_arg(node.args, value)
     kwargs = fx.node.map_arg(node.kwargs, value)
     call: Any = node.target
-    with _NoRandomNumbers():
+    if call is write_ and isinstance(args[2], Tensor):  # numbers become what is written over them
+        args = (_together([args[0], args[2]])(args[0]), *args[1:])
+    with _Ahead():
         if node.op == "call_method":
             return getattr(args[0], call)(*args[1:], **kwargs)
         return call(*args, **kwargs)

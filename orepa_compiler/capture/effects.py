@@ -106,6 +106,7 @@ class Effects:
         self.buffers = {id(buffer) for buffer in module.buffers()}
         self.written_outside: set[str] = set()
         self.asked: dict[str, Any] = {}
+        self.tensors = TensorsUsed(self.read)
 
     def look(self) -> None:
         """To be called whenever something is computed."""
@@ -123,7 +124,7 @@ class Effects:
                 ambient(self.around.flips),
                 autocast_entered(lambda: self.found.setdefault("switches autocast")),
                 attributes_set(self.set_on),
-                TensorsUsed(self.read),
+                self.tensors,
             ):
                 yield
         finally:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from orepa_compiler.algebra.layers import has_torch_forward, is_idle, is_norm
 from orepa_compiler.capture import Call
-from orepa_compiler.capture.constants import writes
+from orepa_compiler.capture.constants import writes, writes_over_numbers
 from orepa_compiler.capture.effects import written_buffers
 from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS
 
@@ -66,7 +66,8 @@ class Memory:
         nodes = _nodes(graph)
         if not any(node.op == "get_attr" for node in nodes):
             return set()
-        targets = [target for node in nodes for target in self.targets(owner, node)]
+        kept = [node for node in nodes if not writes_over_numbers(node)]
+        targets = [target for node in kept for target in self.targets(owner, node)]
         roots = {root for target in targets for root in self._roots(owner, target)}
         return {str(r.target) for r in roots if r.op == "get_attr"} | written_buffers(graph)
 

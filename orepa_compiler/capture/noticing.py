@@ -10,10 +10,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import autocast
 from torch.overrides import TorchFunctionMode
 
+from orepa_compiler.capture.nested import tensors
 from orepa_compiler.capture.state import held_proxies
 
 _FORM = {
@@ -24,18 +25,35 @@ _FORM = {
 }  # fmt: skip
 _WRITING = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "data",
             "set_"}  # fmt: skip
+# What makes a tensor of plain numbers, the same at each call.
+_OF_NUMBERS = {"tensor", "arange", "linspace", "full", "zeros", "ones", "eye"}
+_RANDOM = ("rand", "dropout", "bernoulli", "normal", "uniform", "multinomial", "poisson", "empty")
 
 
 class TensorsUsed(TorchFunctionMode):
     """Tells of the use of tensors that are no stand-ins: weights reached in other ways.
 
     used: is given the tensor, and whether it is written over. made: what was made meanwhile.
+    of_numbers: those of them that plain numbers alone went into. stand_ins: tensor -> what stands
+    for it from now on, since a value that is not known was written into it.
     """
 
     def __init__(self, used: Callable[[Tensor, bool], None]) -> None:
         super().__init__()
         self.used = used
         self.made: dict[int, Tensor] = {}  # kept alive, so that no other gets its identity
+        self.of_numbers: set[int] = set()
+        self.stand_ins: dict[int, fx.Proxy] = {}
+
+    def is_of_numbers(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made of plain numbers, and holds these alone."""
+        return id(tensor) in self.of_numbers
+
+    def is_alone(self, tensor: Tensor) -> bool:
+        """Whether no other tensor that was made meanwhile shares the memory of this one."""
+        memory = tensor.untyped_storage()._cdata
+        others = (other for key, other in self.made.items() if key != id(tensor))
+        return all(other.untyped_storage()._cdata != memory for other in others)
 
     def __torch_function__(
         self,
@@ -50,10 +68,38 @@ class TensorsUsed(TorchFunctionMode):
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         if name not in _FORM:
             self._look(name, args, kwargs)
+            if self.stand_ins and any(id(t) in self.stand_ins for t in tensors((args, kwargs))):
+                return self._standing_in(func, name, args, kwargs)
         made = func(*args, **kwargs)
-        if isinstance(made, Tensor):
-            self.made[id(made)] = made
+        self._remember(name, made, args, kwargs)
         return made
+
+    def _standing_in(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """The call, written into the graph, of what stands for tensors that hold unknown values."""
+
+        def told(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(told, value))
+            return self.stand_ins.get(id(value), value)
+
+        args, kwargs = told(args), {key: told(value) for key, value in kwargs.items()}
+        if name == "__setitem__" and isinstance(args[0], fx.Proxy):
+            args[0].__setitem__(*args[1:])
+            return None
+        proxy = next(p for p in self.stand_ins.values())
+        return type(proxy).__torch_function__(func, (), args, kwargs)
+
+    def _remember(self, name: str, made: Any, args: Any, kwargs: Any) -> None:
+        """What was made, and whether of plain numbers alone."""
+        given = list(tensors((args, kwargs)))
+        is_plain = (bool(given) or name in _OF_NUMBERS) and not any(r in name for r in _RANDOM)
+        is_plain = is_plain and all(id(t) in self.of_numbers for t in given)
+        for tensor in tensors(made):
+            self.made[id(tensor)] = tensor
+            if is_plain:
+                self.of_numbers.add(id(tensor))
+            else:
+                self.of_numbers.discard(id(tensor))
 
     def _look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(True for _ in held_proxies((args, kwargs))):

@@ -10,14 +10,13 @@ import builtins
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
-from orepa_compiler.capture.kinds import kind_of
+from orepa_compiler.capture.kinds import WRITES, kind_of
 
 # What `x += y` and its kin call: they write over their first operand.
 IN_PLACE_OPERATORS = (
@@ -40,6 +39,11 @@ _CONVERSIONS = (
     "__dlpack__",
 )  # fmt: skip
 _OF_A_PROXY = {"tracer", "node", "root", "attr", "_node"}
+
+# What a weight says of its form is the same at each call, whatever its values are.
+_OF_A_WEIGHT = {
+    "shape", "ndim", "size", "dim", "ndimension", "numel", "nelement",
+}  # fmt: skip
 
 _isinstance, _hasattr, _getattr, _callable = (
     builtins.isinstance,
@@ -97,7 +101,30 @@ class Proxy(fx.Proxy):
             raise AttributeError(name)
         if kind is not None and not _hasattr(kind, name):
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}")
+        if name in _OF_A_WEIGHT and (weight := self.tracer.attribute_of(self.node)) is not None:
+            return _getattr(weight, name)
         return Attribute(self, name)
+
+    @classmethod
+    def __torch_function__(
+        cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None
+    ) -> Any:
+        """A function that is given a stand-in, as a node; also where it writes over a tensor."""
+        args, kwargs = tuple(args or ()), dict(kwargs or {})
+        if args and _isinstance(args[0], Tensor) and _writes(orig_method):
+            found: list[Proxy] = []
+            _find(found, (args[1:], kwargs))
+            written = found[0].tracer.written_over(args[0])
+            if written is not None and orig_method is Tensor.__setitem__:
+                written[args[1]] = args[2]
+                return None
+            args = args if written is None else (written, *args[1:])
+        out = kwargs.get("out")
+        if _isinstance(out, Tensor):
+            found = []
+            _find(found, (args, kwargs))
+            raise found[0].tracer.stopped("it writes over a tensor that is no value of its graph")
+        return super().__torch_function__(orig_method, types, args, kwargs)
 
 
 def _written(self: Proxy, *specification: Any) -> str:
@@ -127,7 +154,28 @@ class Attribute(Proxy):
         self._node = node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attr == "get_device" and not _hangs_on_input(self.root.node):
+            return -1  # on which GPU a kernel is made decides nothing of what it is
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+def _hangs_on_input(node: fx.Node) -> bool:
+    """Whether a value is made of more than weights and numbers."""
+    seen, open_ends = {node}, [node]
+    while open_ends:
+        value = open_ends.pop()
+        if value.op in ("placeholder", "call_module"):
+            return True
+        new = [source for source in value.all_input_nodes if source not in seen]
+        seen.update(new)
+        open_ends += new
+    return False
+
+
+def _writes(function: Any) -> bool:
+    """Whether a function of torch writes over its first operand, by its name."""
+    name = str(_getattr(function, "__name__", ""))
+    return name in WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def _in_place(function: Callable[..., object]) -> Callable[[Proxy, object], fx.Proxy]:
@@ -159,13 +207,18 @@ def answering() -> Iterator[None]:
     isinstance and its kin alone are told so, and never C++ code, which would take a stand-in that
     says it is a tensor for the memory of one.
     """
-    with ExitStack() as stack:
-        for name, function in _QUESTIONS.items():
-            stack.enter_context(mock.patch.object(builtins, name, function))
-        for name in _FACTORIES:
-            made = _recording(_getattr(torch, name))
-            stack.enter_context(mock.patch.object(torch, name, made))
+    if builtins.isinstance is _is_instance:  # a trace inside a trace
         yield
+        return
+    own = {name: _getattr(torch, name) for name in _FACTORIES}
+    asked = {name: _getattr(builtins, name) for name in _QUESTIONS}
+    try:
+        vars(torch).update({name: _recording(factory) for name, factory in own.items()})
+        vars(builtins).update(_QUESTIONS)
+        yield
+    finally:
+        vars(builtins).update(asked)
+        vars(torch).update(own)
 
 
 def _asked_of_a_value(value: Any, caller: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.arguments import Arguments, AskedFor, bound_forward, usual_arguments
 from orepa_compiler.capture.bytecode import type_reason
+from orepa_compiler.capture.constants import OF_NUMBERS
 from orepa_compiler.capture.effects import Effects, Surroundings, keep_, output
 from orepa_compiler.capture.kinds import kind_of, kind_of_leaf
 from orepa_compiler.capture.proxies import Proxy, answering
@@ -65,8 +66,12 @@ class _ChildrenAreLeaves(fx.Tracer):
         """What a get_attr node stands for; None for any other node."""
         if node.op != "get_attr":
             return None
-        holder, _, name = str(node.target).rpartition(".")
-        return getattr(self.root.get_submodule(holder), name)
+        *path, name = str(node.target).split(".")
+        holder = self.root
+        for part in path:
+            holder = holder._modules[part]  # type: ignore[assignment]
+        held = (holder._parameters, holder._buffers, vars(holder))  # asked, it gives a stand-in
+        return next((own[name] for own in held if name in own), None)
 
     def create_arg(self, a: Any) -> Any:
         """As fx; but a weight of the model that is not inside of this module is a node too."""
@@ -75,7 +80,27 @@ class _ChildrenAreLeaves(fx.Tracer):
             self.effects.read(a, False)
             self.effects.found[f"uses {name}, which is not inside of it"] = None
             return self.create_node("call_function", outside, (name,), {})
-        return super().create_arg(a)
+        used = self.effects.tensors if self.effects and isinstance(a, Tensor) else None
+        if used is not None and (stand_in := used.stand_ins.get(id(a))):
+            return stand_in.node
+        node: Any = super().create_arg(a)
+        if used is not None and used.is_of_numbers(a):
+            node.meta[OF_NUMBERS] = a.detach().clone()
+        return node
+
+    def written_over(self, tensor: Tensor) -> Proxy | None:
+        """What stands for a tensor into which a stand-in is written; None for one of the model's.
+
+        Its numbers go into the graph, and what is written over them.
+        """
+        used = self.effects.tensors if self.effects else None
+        if used is None or not used.is_of_numbers(tensor):
+            return None
+        if not used.is_alone(tensor):
+            raise self.stopped("it writes into a part of a tensor that it makes")
+        proxy = Proxy(self.create_arg(tensor), self)
+        used.stand_ins[id(tensor)] = proxy
+        return proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -269,8 +294,8 @@ def _traced(tracer: _ChildrenAreLeaves, module: nn.Module) -> fx.Graph | str:
     _keep(graph, [proxy.node for proxy in effects.kept])
     effects.note(graph)
     for node in reversed(graph.nodes):
-        if node.target is operator.getitem and not node.users:  # a part that nobody takes
-            graph.erase_node(node)
+        if not node.users and (node.target is operator.getitem or node.op == "get_attr"):
+            graph.erase_node(node)  # a part that nobody takes, a weight whose form was asked for
         elif "is_wrapped" in node.meta:
             node.target = _unwrapped(node.target)
     return graph

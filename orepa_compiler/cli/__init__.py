@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import typer
 from orepa_compiler import __version__
 from orepa_compiler.cli.bench import bench_command
 from orepa_compiler.cli.export import export_command
+from orepa_compiler.cli.int8 import int8_command
 from orepa_compiler.cli.options import EXIT_CODES, ExitCode, NotVerified
 from orepa_compiler.cli.plan import plan_command
 from orepa_compiler.cli.project import project_options
@@ -52,6 +54,7 @@ export_app = _typer("")
 app.command("plan", epilog=EXIT_CODES)(plan_command)
 app.command("export", epilog=EXIT_CODES)(export_command)
 app.command("verify", epilog=EXIT_CODES)(verify_command)
+app.command("int8", epilog=EXIT_CODES)(int8_command)
 app.command("bench", epilog=EXIT_CODES)(bench_command)
 export_app.command(epilog=EXIT_CODES)(export_command)
 
@@ -84,10 +87,16 @@ def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
 
     command = typer.main.get_command(commands)
     try:
+        # The whole line, for pages: what an option became does not tell how it was given.
+        line = shlex.join([name, *arguments])
         defaults = project_options(command)
         with _silence(arguments):
             found = command.main(
-                list(arguments), prog_name=name, standalone_mode=False, default_map=defaults
+                list(arguments),
+                prog_name=name,
+                standalone_mode=False,
+                default_map=defaults,
+                obj=line,
             )
         return int(found or 0)
     except _UsageError as error:

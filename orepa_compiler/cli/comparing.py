@@ -29,7 +29,8 @@ from orepa_compiler.export.progress import announced
 from orepa_compiler.locating import explain_report
 from orepa_compiler.report import write_page
 from orepa_compiler.report.picture import save_picture
-from orepa_compiler.verification import Report, verify
+from orepa_compiler.sides import verify
+from orepa_compiler.verification import Report
 from orepa_compiler.verification.divergence import Divergence
 
 Batch = tuple[Tensor, ...]
@@ -53,33 +54,45 @@ def compare_sides(
     junit: Path | None,
     picture: Path | None,
     page: Path | None = None,
+    command: str = "",
 ) -> ExitCode:
     """The exit code of a comparison, after all of it is shown and written.
 
-    reference, candidate: what each is, and its checkpoint. Raises ReparamError for a mistake, and
-    NotVerified where the comparison cannot be made.
+    reference, candidate: what each is, and its checkpoint. command: as it was given.
+    Raises ReparamError for a mistake, and NotVerified where the comparison cannot be made.
     """
     for side in (reference, candidate):
         check_checkpoint(*side)
+    if precision == "int8" and data is None:
+        raise ReparamError(
+            "--precision int8 is judged on your own data, which its ranges were taken on: give "
+            "--inputs"
+        )
     inputs = _inputs((reference[0], candidate[0]), data, shapes, batch)
     left = load_side(*reference, inputs=inputs[0], allow_pickle=allow_pickle, weights=weights)
     right = load_side(*candidate, inputs=inputs[0], allow_pickle=allow_pickle, weights=weights)
     with announced("comparing"):
         try:
+            stress = stress and precision != "int8"  # its ranges are those of the user's data
             report = verify(left, right, inputs, precision=precision, stress=stress)
         except ReparamError as error:
             raise NotVerified(str(error)) from error
-    found = None if report else _explained(left, right, inputs, report, precision)
+    # Every module of an int8 file is off; a note of the report names those that lose most.
+    is_explained = bool(report) or precision == "int8"
+    found = None if is_explained else _explained(left, right, inputs, report, precision)
     _show(report, found)
     if json:
         first = {} if found is None else {"divergence": divergence_data(found)}
-        about = {"reference": reference[0], "candidate": candidate[0], "versions": versions()}
-        write_json(json, {**report.to_dict(), **first, **about})
+        given = {"reference": reference[0], "candidate": candidate[0], "versions": versions()}
+        write_json(json, {**report.to_dict(), **first, **given})
     if junit:
         write_junit(junit, "orepa-verify", cases_of_report(report, found))
     if page:
         sides = (reference[0], left), (candidate[0], right)
-        write_page(page_of_comparison(*sides, inputs=inputs, report=report, found=found), page)
+        shown = page_of_comparison(
+            *sides, inputs=inputs, report=report, found=found, precision=precision, command=command
+        )
+        write_page(shown, page)
     if picture and isinstance(found, Divergence):
         save_picture(found, picture)
     return ExitCode.PASS if report else ExitCode.MISMATCH

@@ -50,6 +50,7 @@ from orepa_compiler.errors import ReparamError
 
 
 def export_command(
+    context: typer.Context,
     model: Model,
     checkpoint: Checkpoint = None,
     weights: Which = None,
@@ -78,6 +79,9 @@ def export_command(
     simplify: Annotated[
         bool, typer.Option("--simplify", help="Run onnxsim over the ONNX.")
     ] = False,
+    opset: Annotated[
+        int | None, typer.Option(help="Operator set of the ONNX file: 18 or newer; 20 by default.")
+    ] = None,
     keep_fp32: KeepFp32 = None,
     calibration: Calibration = None,
     trt_flavor: TrtFlavor = "auto",
@@ -143,6 +147,9 @@ def export_command(
         raise ReparamError(f"--openvino {openvino}: OpenVINO's files end in .xml; name it so")
     if openvino is not None and precision == "bf16":
         raise ReparamError("--openvino: takes fp32, fp16 and int8; export bf16 without it")
+    oldest = 22 if precision == "bf16" else 18
+    if opset is not None and not oldest <= opset:
+        raise ReparamError(f"--opset {opset}: {precision} needs {oldest} or newer")
     check_there(checkpoint=checkpoint)
     check_engine_options(
         trt is not None,
@@ -180,6 +187,7 @@ def export_command(
             "precision": precision,
             "static_batch": static_batch,
             "simplify": simplify,
+            "opset": opset,
             "flavor": trt_flavor,
             "compute_capability": compute_capability,
             "allow_pickle": allow_pickle,
@@ -193,6 +201,7 @@ def export_command(
             "tf32": tf32,
             "timing_cache": timing_cache,
             "report": page,
+            "command": str(context.find_root().obj or ""),
         },
         json=json,
         junit=junit,

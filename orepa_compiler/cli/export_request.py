@@ -52,6 +52,7 @@ class ExportRequest:
     precision: Precision = "fp32"
     static_batch: bool = False
     simplify: bool = False
+    opset: int | None = None
     flavor: Flavor = "auto"
     compute_capability: str | None = None
     allow_pickle: bool = False
@@ -65,6 +66,7 @@ class ExportRequest:
     tf32: bool = False
     timing_cache: Path | None = None
     report: Path | None = None
+    command: str = ""
 
     def check(self) -> None:
         """Raises ReparamError for what can be seen to be wrong before the model is loaded."""
@@ -73,12 +75,6 @@ class ExportRequest:
         check_options(self.model, self.pretrained, self.num_classes)
         if self.expanded is not None:
             named_block(self.expanded, option="--expanded")
-        if self.precision == "int8" and self.calibration is None:
-            raise ReparamError(
-                "--precision int8 takes the ranges of the values from your data: give "
-                "--calibration FOLDER of images or .npy files, or path/to/file.py:function that "
-                "gives batches"
-            )
         for option, source in (("--inputs", self.data), ("--calibration", self.calibration)):
             if source is not None:
                 check_source(source, option)
@@ -116,11 +112,18 @@ class ExportRequest:
             known = known.at(typed_shape(self.shapes[0])[0])
         return self.images.over(known)
 
-    def calibrating(self, model: nn.Module, like: Batch) -> list[Batch]:
+    def calibrating(self, model: nn.Module, like: Batch, *, is_trained: bool) -> list[Batch]:
         """The batches of calibration data; none where none are named.
 
-        Raises ReparamError for batches of other shapes than the inputs.
+        is_trained: the model has the ranges that it was trained with, so int8 needs none.
+        Raises ReparamError for int8 without any, and for batches of other shapes than the inputs.
         """
+        if self.calibration is None and self.precision == "int8" and not is_trained:
+            raise ReparamError(
+                "--precision int8 takes the ranges of the values from your data: give "
+                "--calibration FOLDER of images or .npy files, or path/to/file.py:function that "
+                "gives batches"
+            )
         if self.calibration is None:
             return []
         size = _size(like) if self.static_batch else CALIBRATION_BATCH

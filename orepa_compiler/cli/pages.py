@@ -12,6 +12,7 @@ from torch import nn
 
 from orepa_compiler.certificate import LIMIT
 from orepa_compiler.cli.export_request import ExportRequest
+from orepa_compiler.cli.facts import comparison_facts, export_facts, recheck_facts
 from orepa_compiler.cli.options import ExitCode, NotVerified
 from orepa_compiler.cli.sides import side_file
 from orepa_compiler.cli.steps import Step
@@ -60,13 +61,14 @@ def page_of_export(request: ExportRequest, steps: Sequence[Step]) -> Page:
         links=tuple(links),
         sizes=(*collapsed.sizes, *_file_sizes(steps)),
         branches=collapsed.branches,
+        facts=export_facts(request, steps),
         manifest=read_manifest(file) if file else None,
         absent=(("branches", _NO_BLOCKS), *_why_no_certificate(by_name.get("certify collapse"))),
         **_found(steps),
     )
 
 
-def page_of_recheck(path: Path, steps: Sequence[Step]) -> Page:
+def page_of_recheck(path: Path, steps: Sequence[Step], command: str = "") -> Page:
     """The page of a manifest that was checked again."""
     by_name = {step.name: step for step in steps}
     links = [
@@ -77,12 +79,15 @@ def page_of_recheck(path: Path, steps: Sequence[Step]) -> Page:
     ]
     if "engine" not in by_name:
         links[-1] = Link("TensorRT engine", "collapsed model", "not run", note="no engine was made")
+    manifest = read_manifest(path)
+    onnx = path.parent / next((record.name for record in manifest.of("onnx")), "")
     return Page(
         title=f"orepa verify {path}",
         first="model as loaded",
         links=tuple(links),
+        facts=recheck_facts(command, str(manifest.options.get("precision", "")), onnx, steps),
         sizes=_recorded_sizes(path, steps),
-        manifest=read_manifest(path),
+        manifest=manifest,
         absent=(
             ("sizes", _NOT_LOADED),
             ("branches", _NOT_LOADED),
@@ -100,6 +105,8 @@ def page_of_comparison(
     inputs: Any,
     report: Report,
     found: Divergence | str | None,
+    precision: str | None = None,
+    command: str = "",
 ) -> Page:
     """The page of orepa verify A B. Each side: what it is called, and what runs it."""
     first, second = reference[0], candidate[0]
@@ -124,6 +131,7 @@ def page_of_comparison(
         first=first,
         links=(Link.of(second, first, report),),
         divergence=found,
+        facts=comparison_facts(command, precision, report),
         sizes=tuple(sizes),
         branches=branches,
         absent=(

@@ -26,17 +26,22 @@ from orepa_compiler.export.audit import HALVES, audit_half
 from orepa_compiler.export.dithering import with_int8_noise
 from orepa_compiler.export.external_data import external_files
 from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.latency import timed
 from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
 from orepa_compiler.export.onnx import export_onnx
 from orepa_compiler.export.openvino import OpenVINORunner, write_openvino
-from orepa_compiler.export.precision import PRECISIONS, cast, kept_modules
+from orepa_compiler.export.precision import PRECISIONS, cast, cast_tensors, kept_modules
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine
 from orepa_compiler.locating import explain_report
+from orepa_compiler.quantization.flips import with_flips
+from orepa_compiler.quantization.layers import rounded_layers
 from orepa_compiler.report import block_branches, measure_model
-from orepa_compiler.verification import Samples, take_samples, verify
+from orepa_compiler.sides import verify
+from orepa_compiler.verification import Samples, take_samples
 from orepa_compiler.verification.evaluation import Side, evaluate
+from orepa_compiler.verification.nesting import tensors_in
 from orepa_compiler.verification.sample_file import save_samples
 
 # The calibration batches on which an int8 file is compared with the model.
@@ -86,7 +91,10 @@ class _Export:
         warn_of_random_weights(request.model, self.origin)
         self.inputs = request.inputs(self.model)
         check_it_runs(request.model, self.model, self.inputs[0])
-        self.calibration = request.calibrating(self.model, self.inputs[0])
+        self.is_trained = bool(rounded_layers(self.model))  # to round to int8
+        self.calibration = request.calibrating(
+            self.model, self.inputs[0], is_trained=self.is_trained
+        )
         kept_modules(self.model, request.keep_fp32)  # a pattern that matches nothing stops here
         self.evaluation = Evaluation(request.evaluate) if request.evaluate else None
         self.certificate: Certificate | None = None
@@ -145,6 +153,9 @@ class _Export:
         return replace(step, divergence=found)
 
     def certify(self) -> Step:
+        if self.is_trained:
+            note = "it rounds to int8: its integers are compared with the file's, one by one"
+            return Step("certify collapse", "done", note=note)
         with announced("certifying the collapse"):
             certificate = certify(self.model, self.deploy, self.inputs)
         if not certificate.blocks:
@@ -179,6 +190,7 @@ class _Export:
                 dynamic_batch=not request.static_batch,
                 precision=request.precision,
                 simplify=request.simplify,
+                opset=request.opset,
                 certificate=self.certificate,
                 keep_fp32=request.keep_fp32,
                 calibration=self.calibration,
@@ -190,7 +202,7 @@ class _Export:
     def check_onnx(self) -> Step:
         with announced("running the ONNX file"):
             runner = OnnxRunner(self.request.onnx)
-            step = judged("check onnx", self.samples(), runner)
+            step = self._timed(judged("check onnx", self.samples(), runner), runner)
         # Every module of an int8 file is off by more than the noise of float32.
         if step.report or self.request.precision == "int8":
             return step
@@ -203,10 +215,12 @@ class _Export:
         """What the collapsed model gives: taken once, for every artifact and for the manifest."""
         if not hasattr(self, "_samples"):
             dtype = PRECISIONS[self.request.precision]
-            is_int8 = self.request.precision == "int8"
+            is_int8 = self.request.precision == "int8" and not self.is_trained
             given = self.calibration[:INT8_BATCHES] if is_int8 else self.inputs
             self._samples = take_samples(self.deploy, given, precision=dtype, stress=not is_int8)
-            if is_int8:
+            if self.is_trained:
+                self._samples = with_flips(self._samples, self.deploy)
+            elif is_int8:
                 self._samples = self._with_int8_noise(self._samples)
             elif self.request.precision in HALVES and self.request.keep_fp32:
                 self._samples = self._with_mixed_noise(self._samples)
@@ -296,7 +310,17 @@ class _Export:
             note = f"{NOT_RUN_ON_A_GPU} (there is no GPU here)"
             return Step("check engine", "not run", note=note, is_required=False)
         with announced("running the engine"):
-            return judged("check engine", self.samples(), TensorRTRunner(self.request.engine))
+            runner = TensorRTRunner(self.request.engine)
+            return self._timed(judged("check engine", self.samples(), runner), runner)
+
+    def _timed(self, step: Step, runner: Callable[..., Any]) -> Step:
+        """With the latency of what was run, where a page is to show it."""
+        if self.request.report is None:
+            return step
+        batch = self.samples().batches[0]
+        dtype = PRECISIONS[self.request.precision]
+        tensors = [cast_tensors(leaf, dtype) for leaf in tensors_in(batch)]
+        return replace(step, latency=timed(runner, tensors, len(tensors[0])))
 
     def write_manifest(self, steps: list[Step]) -> Step:
         request, path = self.request, manifest_path(self.request.onnx)

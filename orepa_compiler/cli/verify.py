@@ -28,6 +28,7 @@ from orepa_compiler.errors import ReparamError
 
 
 def verify_command(
+    context: typer.Context,
     reference: Annotated[
         str, typer.Argument(metavar="A", help=f"{SIDES}. Or alone: FILE.manifest.json")
     ],
@@ -72,6 +73,7 @@ def verify_command(
     machine with a GPU what was not run before.
     """
     page, json = report_files(report, json)
+    command = str(context.find_root().obj or "")
     for path in (json, junit, picture, page):
         check_folder(path)
     shapes = [shape(text) for text in input_shape or ()]
@@ -93,7 +95,7 @@ def verify_command(
         if json:
             write_json(json, recheck_report(steps))
         if page:
-            write_page(page_of_recheck(Path(reference), steps), page)
+            write_page(page_of_recheck(Path(reference), steps, command), page)
         return finish("orepa-verify", steps, junit, debug)
     if candidate is None:
         raise ReparamError(
@@ -114,4 +116,5 @@ def verify_command(
             junit=junit,
             picture=picture,
             page=page,
+            command=command,
         )

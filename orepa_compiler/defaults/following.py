@@ -5,15 +5,26 @@ It only chooses defaults. Whether a rewrite is exact never depends on what is fo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from functools import partial
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from orepa_compiler.algebra.layers import is_activation, is_conv_like, is_dropout, is_norm
+from orepa_compiler.analysis.elementwise import addition
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS
+from orepa_compiler.defaults.computed import (
+    ACTIVATES,
+    CLOSES,
+    NORMALIZES,
+    SCALES,
+    computed_behind,
+)
 
 NORM, ACTIVATION, NOTHING = "norm", "activation", "nothing reads its output"
 PASSED, GATE = "passed", "followed by the gate"
@@ -34,6 +45,9 @@ _PASSED_NAMES = (
     "permute", "transpose", "contiguous", "cat", "concat", "dropout", "max_pool2d", "avg_pool2d",
     "max_pool1d", "avg_pool1d", "max_pool3d", "avg_pool3d", "pad", "getitem",
 )  # fmt: skip
+_RETURNED = "its output is the model's"
+_COMPUTED = {ACTIVATES: ACTIVATION, NORMALIZES: NORM, SCALES: PASSED}
+_DEEPEST = 16
 _SHAPE_READS = ("getattr", "size", "dim", "numel")
 _POOLS = ("AdaptiveAvgPool", "AdaptiveMaxPool", "SelectAdaptivePool", "GlobalAvgPool")
 
@@ -41,11 +55,13 @@ _POOLS = ("AdaptiveAvgPool", "AdaptiveMaxPool", "SelectAdaptivePool", "GlobalAvg
 def followed_by(capture: Capture, path: str) -> str:
     """What reads a conv's output: NORM, ACTIVATION, or in words what does."""
     calls = capture.calls.get(path, [])
-    kinds = {kind for call in calls for kind in _kinds(capture, call, depth=0)}
+    conv = capture.module(path)
+    form = getattr(conv, "out_channels", 0), len(getattr(conv, "kernel_size", ()))
+    kinds = {kind for call in calls for kind in _kinds(capture, call, form, depth=0)}
     if len(kinds) == 1:
         return kinds.pop()
     if not path:
-        return "its output is the model's"
+        return _RETURNED
     if not kinds:
         return NOTHING
     return f"several consumers: {', '.join(sorted(kinds))}"
@@ -58,16 +74,71 @@ def reads_pooled(capture: Capture, path: str) -> bool:
     return bool(calls) and all(_is_pooled(capture, call, rank) for call in calls)
 
 
-def _kinds(capture: Capture, call: Call, depth: int) -> Iterator[str]:
-    for consumer in capture.consumers(call):
-        if consumer is None:
-            yield "its output is the model's"
-            continue
-        kind = kind_of(capture, consumer)
-        if kind == PASSED and depth < 16:
-            yield from _kinds(capture, consumer, depth + 1)
+def _kinds(capture: Capture, call: Call, form: tuple[int, int], depth: int) -> Iterator[str]:
+    """What reads a value. form: the channels of its map, and how many axes are behind these."""
+    consumers = list(capture.consumers(call))
+    kinds = [kind_of(capture, each) if each else _RETURNED for each in consumers]
+    kinds = [
+        PASSED if each and adds_per_channel(each.node, form[1]) else kind
+        for each, kind in zip(consumers, kinds, strict=True)
+    ]
+    told = {kind for kind in kinds if kind}
+    if told <= {NORM, ACTIVATION, PASSED, _RETURNED} or depth >= _DEEPEST:
+        end, found = call, ""
+    else:
+        end, found = _computed(capture, call, form)
+    if found == PASSED:
+        yield from _kinds(capture, end, form, depth + 1)
+        return
+    if found:
+        yield found
+        return
+    for consumer, kind in zip(consumers, kinds, strict=True):
+        if consumer and kind == PASSED and depth < _DEEPEST:
+            yield from _kinds(capture, consumer, form, depth + 1)
         elif kind:
             yield kind
+
+
+def adds_per_channel(node: fx.Node, rank: int) -> bool:
+    """Whether a node adds one number for each channel of each image: a time embedding.
+
+    It was given so many axes of one position: y[:, :, None, None], y.unsqueeze(-1), y.view(n, c, 1)
+    """
+    added = addition(node)
+    operands = (added.left, added.right) if added else ()
+    return any(isinstance(each, fx.Node) and _ones(each) >= max(rank, 1) for each in operands)
+
+
+def _ones(node: fx.Node) -> int:
+    """How many axes of one position a value was given behind its others."""
+    count = 0
+    while len(node.args) > 1 and isinstance(node.args[0], fx.Node):
+        name, rest = getattr(node.target, "__name__", node.target), list(node.args[1:])
+        sizes = list(rest[0]) if isinstance(rest[0], (tuple, list)) else rest
+        if name == "unsqueeze" and (rest[0] == -1 or (isinstance(rest[0], int) and rest[0] > 1)):
+            count += 1
+        elif name in ("getitem", "view", "reshape"):
+            one = None if name == "getitem" else 1
+            ones = [*takewhile(partial(operator.is_, one), reversed(sizes))]
+            if not ones or (name == "getitem" and not isinstance(rest[0], tuple)):
+                return count
+            count += len(ones)
+        else:
+            return count
+        node = node.args[0]
+    return count
+
+
+def _computed(capture: Capture, call: Call, form: tuple[int, int]) -> tuple[Call, str]:
+    """What all readers of a value compute of it together, in the one forward that they stand in."""
+    end, found = computed_behind(capture, call, *form)
+    if found == CLOSES:
+        name = end.node.target
+        if end.node.op == "call_module":
+            name = type(capture.module(capture.path_of(end))).__name__
+        return end, f"{GATE} {getattr(name, '__name__', name)}"
+    return end, _COMPUTED.get(found, "")
 
 
 def kind_of(capture: Capture, consumer: Call) -> str | None:

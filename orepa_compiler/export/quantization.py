@@ -18,6 +18,7 @@ from orepa_compiler.export.precision import lies_in
 from orepa_compiler.export.rewriting import replace_file
 from orepa_compiler.export.session import to_numpy
 from orepa_compiler.export.tracing import quiet
+from orepa_compiler.quantization.quantizers import Preset
 
 # What multiplies: all else is as fast in the precision that its neighbours have.
 QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -115,10 +116,16 @@ def _reader(quantization: Any, names: list[str], batches: Sequence[tuple[Any, ..
     return Reader()
 
 
-def check_quantized(path: Path, *, keep: Collection[str] = ()) -> None:
-    """Raises ExportError where what multiplies does not read int8 in TensorRT's form.
+def check_quantized(
+    path: Path,
+    *,
+    keep: Collection[str] = (),
+    trained: Collection[str] | None = None,
+    preset: Preset = "tensorrt",
+) -> None:
+    """Raises ExportError where what multiplies does not read int8 in the form of the preset.
 
-    Modules in `keep` must not read it at all.
+    Modules in `keep` must not read it at all; nor any but those that were trained for it.
     """
     onnx = import_extra("onnx", extra="onnx")
     model = load_graph(path)
@@ -131,7 +138,12 @@ def check_quantized(path: Path, *, keep: Collection[str] = ()) -> None:
         sources = [made.get(name) for name in node.input]
         restored = [s is not None and s.op_type == "DequantizeLinear" for s in sources]
         wanted = [True, True] + [False] * (len(restored) - 2)
-        if lies_in(torch_module(node), keep):
+        is_float = (
+            lies_in(torch_module(node), keep)
+            if trained is None
+            else (torch_module(node) not in trained)
+        )
+        if is_float:
             wanted = [False] * len(restored)
         else:
             count += 1
@@ -144,8 +156,10 @@ def check_quantized(path: Path, *, keep: Collection[str] = ()) -> None:
         for source in (s for s, is_restored in zip(sources, restored, strict=True) if is_restored):
             assert source is not None
             points = [weights[name] for name in source.input[2:] if name in weights]
-            if len(source.input) > 2 and (
-                not points or onnx.numpy_helper.to_array(points[0]).any()
+            if (
+                preset == "tensorrt"
+                and len(source.input) > 2
+                and (not points or onnx.numpy_helper.to_array(points[0]).any())
             ):
                 raise ExportError(
                     f"node {source.name} has a zero point that is not 0, which TensorRT refuses",

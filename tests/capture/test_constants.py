@@ -51,6 +51,7 @@ CONSTANTS: dict[str, tuple[Run, Callable[[Any], Tensor]]] = {
         lambda m, x: x * torch.einsum("oi,o->oi", m.weight, m.gain).exp(),
         lambda m: (m.weight * m.gain[:, None]).exp(),
     ),
+    "of numbers alone": (lambda m, x: x * torch.ones(3).add(1), lambda m: torch.full((3,), 2.0)),
     "of buffers alone": (
         lambda m, x: x * torch.sqrt(m.offset + 1),
         lambda m: torch.sqrt(m.offset + 1),
@@ -92,7 +93,8 @@ OTHERS: dict[str, Run] = {
     "the height of the map": lambda m, x: x * m.gain.view(1, x.size(2), 1, 1),
     "the width, not for a view": lambda m, x: x * (m.gain + x.size(1)),
     "the shape of the map": lambda m, x: x * m.gain.expand(x.shape),
-    "made while it was traced": lambda m, x: x * torch.ones(3).add(1),
+    "drawn while it was traced": lambda m, x: x * torch.rand(3).add(1),
+    "of memory that was not set": lambda m, x: x * torch.empty(3).add(1),
 }
 
 

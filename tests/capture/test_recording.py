@@ -302,3 +302,39 @@ def test_expand_learns_from_a_recording_what_follows_a_conv() -> None:
     assert [r.reason for r in known.refusals] == [
         "no norm follows: its output is the model's; ask for it with where="
     ]
+
+
+class Level(nn.Module):
+    """conv, norm and an inner level; the size decides, so it is traced without one alone."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.inner = inner
+
+    def forward(self, x: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+        if size is not None and x.shape[2] != size[0]:
+            x = nn.functional.interpolate(x, size=size)
+        x = torch.relu(self.norm(self.conv(x)))
+        return x if self.inner is None else self.inner(x, size=tuple(x.shape[2:]))
+
+
+class ByHeight(nn.Module):
+    """A model that cannot be traced, and calls what can, in a way in which it cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = Level(Level(Level()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] % 2:
+            raise ValueError("even sizes only")
+        return self.level(x, size=tuple(x.shape[2:]))
+
+
+def test_recording_goes_on_until_nothing_new_is_untraced() -> None:
+    net = randomise_norms(ByHeight()).eval()
+    assert list(orepa.plan(net, inputs=inputs()).of("expand").edits) != []
+    flat = orepa.collapse(net, inputs=inputs())
+    assert not any(is_batch_norm(module) for module in flat.modules())
+    torch.testing.assert_close(flat(inputs()), net(inputs()))

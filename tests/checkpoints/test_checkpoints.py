@@ -211,8 +211,8 @@ PLANS = {
     "no plans": ('{"format": 1}', r"its plan: plans is missing"),
     "a bad plan": ('{"format": 1, "plans": ["{"]}', "this is not a plan"),
     "another version": (
-        '{"format": 2, "plans": []}',
-        "has checkpoint format 2, this version reads 1",
+        '{"format": 3, "plans": []}',
+        "has checkpoint format 3, this version reads 1 and 2",
     ),
 }
 

@@ -284,6 +284,7 @@ def test_the_options_arrive(verbs: Verbs, capsys: pytest.CaptureFixture[str]) ->
         "dynamic_batch": False,
         "precision": "fp16",
         "simplify": True,
+        "opset": None,
         "certificate": None,
         "keep_fp32": (),
         "calibration": [],

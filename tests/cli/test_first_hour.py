@@ -133,6 +133,8 @@ WRONG: list[tuple[str, str, str]] = [
     ("export", f"{TINY} --timing-cache t.bin", "--timing-cache: without --trt"),
     ("export", f"{TINY} --trt a.engine --compute-capability ada", "write it as 8.9"),
     ("export", f"{TINY} --trt a.engine --workspace-gb -1", "give a positive number of GiB"),
+    ("export", f"{TINY} --opset 9", "--opset 9: fp32 needs 18 or newer"),
+    ("export", f"{TINY} --opset 20 --precision bf16", "--opset 20: bf16 needs 22 or newer"),
     ("export", f"{TINY} --keep-fp32 0", "--keep-fp32: all of it is float32; leave it out"),
     ("export", f"{TINY} --calibration cats", "--calibration: fp32 needs no ranges"),
     ("export", f"{TINY} --precision int8", "--precision int8 takes the ranges of the values"),

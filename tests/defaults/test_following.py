@@ -106,7 +106,10 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(lambda n, x: x * n.layer(n.conv(x)), nn.Sigmoid()),
         "followed by the gate Sigmoid",
     ),
-    "functional gate": (lambda: Net(lambda n, x: x * n.conv(x).sigmoid()), "followed by sigmoid"),
+    "functional gate": (
+        lambda: Net(lambda n, x: x * n.conv(x).sigmoid()),
+        "followed by the gate sigmoid",
+    ),
     "conv": (lambda: Net(lambda n, x: n.other(n.conv(x))), "followed by a conv"),
     "layer": (
         lambda: Net(lambda n, x: n.layer(n.conv(x)), nn.Flatten()),

@@ -40,9 +40,10 @@ def fold_regions(
 ) -> nn.Module:
     """All regions of one owner: first the paths, whose children are swapped, then its graph."""
     read = _in_float64(model)
+    known = Interpreter(capture, capture.module)
     replacements = []
     for fold in folds:
-        interpreter = Interpreter(capture, read, at_any_cost=True)  # the plan looked at the cost
+        interpreter = known.reading(read)  # anew, for the fold before changed the model
         value = _value(interpreter, fold)
         modules = [model.get_submodule(path) for path in fold.modules]
         direct = own_parameters(model.get_submodule(owner), value)

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from orepa_compiler.algebra.layers import own_forward_reason
 from orepa_compiler.algebra.overriding import answers_itself
-from orepa_compiler.capture import Capture
+from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.capture.calls import PARAMETRIZED
 from orepa_compiler.capture.skeleton import LAZY
 
@@ -30,6 +30,9 @@ def unsound_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
         return "its forward was replaced on this one module, which a block could not call"
     if reason := capture.swap_refusal(path):
         return reason
+    for owner in ancestors(path):
+        if isinstance(around := capture.module(owner), _ConvNd):
+            return f"it is a part of {owner or 'the model'}, which is a {type(around).__name__}"
     if path and not capture.calls.get(path) and not capture.unknown_calls(path):
         return "no forward calls it"
     return None
