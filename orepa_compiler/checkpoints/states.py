@@ -110,14 +110,15 @@ def fitted(found: Found, own: Iterable[str]) -> Found:
     `_orig_mod.module.`), and is dropped only where that makes keys fit.
     """
     names, best = set(own), found
-    state = {key: v for key, v in found.state.items() if key not in _NOT_OF_THE_MODEL}
+    state = {k: v for k, v in found.state.items() if k not in _NOT_OF_THE_MODEL or k in names}
     prefix = ""
     while (part := _shared_part(state)) is not None:
         state = {key.removeprefix(part): value for key, value in state.items()}
         prefix += part
+        fit, best_fit = len(names & state.keys()), len(names & best.state.keys())
         # Hooks may rename keys later, so the prefixes of wrappers go without any key that fits.
         is_wrapper = part in PREFIXES and not all(name.startswith(part) for name in names)
-        if is_wrapper or len(names & state.keys()) > len(names & best.state.keys()):
+        if fit > best_fit or (is_wrapper and fit == best_fit):
             best = Found(state, found.under, prefix)
     return best
 
