@@ -17,8 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from orepa_compiler.algebra.geometry import Padding
 from orepa_compiler.algebra.maps import ANYTHING, Axes, Maps, second
-from orepa_compiler.algebra.operators import ConvOperator, Padding, identity
+from orepa_compiler.algebra.operators import ConvOperator, identity
 from orepa_compiler.algebra.overriding import has_torch_forward as has_torch_forward
 from orepa_compiler.algebra.overriding import overriding_reason
 from orepa_compiler.errors import NotLinear
