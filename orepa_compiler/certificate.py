@@ -27,6 +27,7 @@ from orepa_compiler.compiler import collapsed_by
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.collapse.folds import Fold, fold_of
 from orepa_compiler.planning import Edit, Plan, recorded_plans
+from orepa_compiler.preconditions import check_unrounded
 from orepa_compiler.schemas import read_json
 from orepa_compiler.validation.agreement import largest_error, stale_modules
 from orepa_compiler.validation.behaviour import Call, behaviour
@@ -182,9 +183,10 @@ def certify(model: nn.Module, deploy: nn.Module, inputs: Any) -> Certificate:
     deploy: what collapse(model) returned, in any dtype. inputs: the blocks are compared on what
     reaches them when the model runs on the first batch, and so are the whole forwards.
 
-    Raises ReparamError where deploy is not recorded as a collapse of the model, and where the model
-    does not run in float64.
+    Raises ReparamError where deploy is not recorded as a collapse of the model, where the model
+    does not run in float64, and for one that rounds to int8: its kernels are compared by verify.
     """
+    check_unrounded(model, "certify")
     edits = _edits(model, deploy)
     batch = batches_of(inputs)[0]
     plan = Plan(tuple(edits))

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.blocks.catalogue import named
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
 from orepa_compiler.cost import conv_costs
-from orepa_compiler.errors import NothingExpandedWarning, ReparamError
+from orepa_compiler.errors import NormsLeftWarning, NothingExpandedWarning, ReparamError
 from orepa_compiler.passes import (
     COLLAPSE,
     EXPAND,
@@ -33,14 +34,19 @@ from orepa_compiler.passes import (
 )
 from orepa_compiler.passes.adopt import own_method, unfinished
 from orepa_compiler.passes.expand import Init, PostNorm
+from orepa_compiler.passes.fake_quantize import DropRanges, FakeQuantize
 from orepa_compiler.planning import Plan, record_plan
 from orepa_compiler.preconditions import (
     check_cut,
     check_inputs,
     check_model,
     check_plan,
+    check_unrounded,
     check_values,
 )
+from orepa_compiler.quantization.carrying import ranges_of, with_ranges, without_ranges
+from orepa_compiler.quantization.quantizers import Preset, check_preset, check_range, freeze
+from orepa_compiler.quantizing import check_rounds, observe, quantized
 from orepa_compiler.selection import Where
 from orepa_compiler.step_cost import affordable, with_step_costs
 from orepa_compiler.training.calibration import calibrate
@@ -57,13 +63,17 @@ from orepa_compiler.verification.evaluation import (
 Inputs = Any
 Made = tuple[nn.Module, Plan]
 
+# The layers that collapse folds into the conv before them, and how a reason begins where none is.
+_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "BatchNormAct2d")
+_NO_CONV = "no conv alone feeds it"
+
 NOT_CHECKED = "not checked: give inputs="
 
 
 def plan(
     model: nn.Module,
     *,
-    block: Block | Literal["auto"] = "auto",
+    block: Block | str = "auto",
     init: Init = "preserve",
     where: Where = None,
     post_norm: PostNorm = "auto",
@@ -80,6 +90,7 @@ def plan(
     Raises ReparamError as expand does.
     """
     check_model(model)
+    check_unrounded(model, "plan")
     check_inputs(inputs)
     options = _expansion_options(block=block, init=init, where=where, post_norm=post_norm)
     recording = _recording(model, inputs)
@@ -91,7 +102,7 @@ def plan(
 def expand(
     model: nn.Module,
     *,
-    block: Block | Literal["auto"] = "auto",
+    block: Block | str = "auto",
     init: Init = "preserve",
     where: Where = None,
     post_norm: PostNorm = "auto",
@@ -100,28 +111,34 @@ def expand(
     max_cost: float | None = None,
     inplace: bool = False,
     pipeline: Pipeline = EXPAND,
+    quantize: Literal["int8"] | None = None,
 ) -> nn.Module:
     """The model in training form: every eligible conv becomes a block, squeezed into one conv.
 
     W_e = sum_m diag(v_m) W_m, made anew at each step     (Hu et al. 2022, Eq. 3 and 4, Fig. 6)
 
-    block: which block; "auto" chooses by the kernel's size, and by whether the net has residual
-    connections. init: "preserve" starts at the present kernels, so outputs do not change; "paper"
-    is the published from-scratch recipe and discards them. where: a glob on paths, several, or a
-    predicate (path, module). post_norm: "auto" inserts a BatchNorm behind an expanded conv that no
-    norm follows, "none" does not. plan: apply this plan, made with the same init. inputs: a batch,
-    or a list of them, to calibrate inserted norms, to record the forwards that cannot be traced,
-    and to check what was made: outputs in eval mode, and what a step trains. What does not agree is
-    left alone, with the error as the reason. max_cost: how much dearer blocks may make the
-    arithmetic of the convs of a training step at the batch in inputs, 0.15 for 15 %: the dearest
-    are left out. inplace: rewrite the model itself. pipeline: which passes run, with these options.
+    block: which block, by its name or as a value; "auto" chooses by the kernel's size, and by
+    whether the net has residual connections. init: "preserve" starts at the present kernels, so
+    outputs do not change; "paper" is the published from-scratch recipe and discards them. where: a
+    glob on paths, several, or a predicate (path, module). post_norm: "auto" inserts a BatchNorm
+    behind an expanded conv that no norm follows, "none" does not. plan: apply this plan, made with
+    the same init. inputs: a batch, or a list of them, to calibrate inserted norms, to record the
+    forwards that cannot be traced, and to check what was made: outputs in eval mode, and what a
+    step trains. What does not agree is left alone, with the error as the reason. max_cost: how much
+    dearer blocks may make the arithmetic of the convs of a training step at the batch in inputs,
+    0.15 for 15 %: the dearest are left out. inplace: rewrite the model itself. pipeline: which
+    passes run, with these options. quantize: "int8" trains what an int8 file will compute, as
+    fake_quantize does.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then. Warns
     (NothingExpandedWarning) where no conv became a block, with the reasons.
     """
     check_model(model)
+    check_unrounded(model, "expand")
     check_inputs(inputs)
+    if quantize not in (None, "int8"):
+        raise ReparamError(f"quantize={quantize!r} is neither 'int8' nor None")
     if init == "preserve":
         check_values(model, "no kernel to preserve; load weights or use init='paper'")
     options = _expansion_options(block=block, init=init, where=where, post_norm=post_norm)
@@ -143,7 +160,70 @@ def expand(
     record_plan(expanded, applied)
     if not any(isinstance(module, LinearBlock) for module in expanded.modules()):
         _warn_of_nothing(applied)
-    return expanded
+    return expanded if quantize is None else fake_quantize(expanded, inputs=inputs, inplace=True)
+
+
+def fake_quantize(
+    model: nn.Module,
+    *,
+    preset: Preset = "tensorrt",
+    where: Where = None,
+    inputs: Inputs = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """The model with layers that round to int8 as the exported file will, to be trained so.
+
+    y = conv(Q_x(x), Q_W(W_e)) + b, with torch's fake quantizers: Q_W symmetric, a step for each
+    output channel, on the kernel that the branches make; Q_x one step for all of the maps
+
+    The norm that is folded in later scales the steps of Q_W, and changes no integer. Ranges follow
+    the model in train mode until freeze_ranges; eval mode changes none. collapse carries them over,
+    and export_onnx(precision="int8") writes them without calibration.
+
+    preset: "tensorrt" for symmetric maps in int8, "cpu" for maps in uint8 with a zero point, as
+    onnxruntime and OpenVINO multiply them. where: which layers; the others stay in float32. inputs:
+    a batch, or a list of them, on which the maps get their first ranges. inplace: rewrite the model
+    itself, whose optimizer goes on. Layers that are not rounded are in recorded_plans(model)[-1],
+    each with the reason.
+    Raises ReparamError for a model that rounds already, and where no layer can be rounded.
+    """
+    check_model(model, also_linear=True)
+    check_unrounded(model, "fake_quantize")
+    check_inputs(inputs)
+    check_preset(preset)
+    check_values(model, "there is no kernel to take a range of; load the weights first")
+    recording = _recording(model, inputs)
+    target = model if inplace else _copy(model)
+    target, applied = quantized(target, recording, preset=preset, where=where)
+    if inputs is not None:
+        observe(target, batches_of(inputs))
+    record_plan(target, applied)
+    return target
+
+
+def freeze_ranges(model: nn.Module) -> nn.Module:
+    """The model, in place, with its int8 ranges as they are: training goes on beneath them.
+
+    Call it for the last part of the training, when the ranges have settled.
+    Raises ReparamError for a model that does not round, and for a layer without a range: no maps
+    went through it, they were not finite, or all of them were 0.
+    """
+    for path, layer in check_rounds(model).items():
+        check_range(layer.input_quantizer, path)
+    freeze(model)
+    return model
+
+
+def drop_ranges(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The model without rounding to int8: the layers that fake_quantize found, as trained since.
+
+    Of a collapsed model the kernels stay rounded, and the maps are no longer.
+    Raises ReparamError for a model that does not round.
+    """
+    check_rounds(model)
+    target, applied = Pipeline((DropRanges(),)).run(model if inplace else _copy(model))
+    record_plan(target, applied)
+    return target
 
 
 def cut(
@@ -165,6 +245,7 @@ def cut(
     Raises ReparamError where no block is selected, none has such a branch, or nothing may be cut.
     """
     check_model(model)
+    check_unrounded(model, "cut")
     check_values(model, "there is nothing to add to the origin; load the weights first")
     names = (branches,) if isinstance(branches, str) else branches
     names = None if names is None else tuple(names)
@@ -198,19 +279,27 @@ def collapse(
     batch, or a list with one of each size that will be used: where a module's forward cannot be
     traced, real calls on them are recorded, and a norm is folded where all show it behind its conv
     alone. What was made is checked on them: what does not agree is left alone, with the error as
-    the reason. pipeline: which passes run, with these options.
+    the reason. pipeline: which passes run, with these options. A model that rounds to int8
+    (fake_quantize) keeps its ranges, now frozen, and has the kernels that the int8 file holds.
     Raises ReparamError for a model without convs or without values. The model is then untouched.
+    Warns of norms that stay behind the convs that feed them.
     """
     check_model(model, also_functional=True)
     check_inputs(inputs)
     check_values(model, "there is nothing to fold; load the weights first")
     passes = pipeline.configured(fold_norm=fold_norm)
+    ranges = ranges_of(model)
+    if ranges:  # the float model is what is rewritten and checked; its ranges follow it
+        model, inplace = without_ranges(model if inplace else _copy(model)), True
 
     def make(target: nn.Module, kept: Kept, batches: list[Batch] | None) -> Made:
         return _collapsed(passes, target, plan=plan, inputs=batches, kept=kept)
 
     deploy, applied = _made(make, model, inputs, wanted=Wanted(), inplace=inplace)
+    deploy = with_ranges(deploy, ranges)
     record_plan(deploy, applied)
+    if fold_norm:
+        _warn_of_norms(applied, has_inputs=inputs is not None)
     return deploy
 
 
@@ -227,25 +316,33 @@ def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "au
     names = {edit.done_by for edit in plan.edits}
     known: tuple[Pass, ...] = (
         *(Linearize(), Expand(block=block), Squeeze(), Cut()),
-        *(Adopt(checks=False), Collapse()),
+        *(Adopt(checks=False), Collapse(), FakeQuantize(), DropRanges()),
     )
     passes = tuple(step for step in known if step.name in names)
+    ranges = ranges_of(model) if names & {"adopt", "collapse"} else {}
+    model = without_ranges(model) if ranges else model
     with torch.no_grad():
         model, applied = Pipeline(passes).run(model, plan=plan)
+    model = with_ranges(model, ranges)
     record_plan(model, applied)
     return model
 
 
 def _expansion_options(
-    *, block: Block | Literal["auto"], init: Init, where: Where, post_norm: PostNorm
+    *, block: Block | str, init: Init, where: Where, post_norm: PostNorm
 ) -> dict[str, Any]:
     """The options of expand, as the passes of its pipeline take them."""
     if init not in ("preserve", "paper"):
         raise ReparamError(f"init={init!r} is neither 'preserve' nor 'paper'")
     if post_norm not in ("auto", "none"):
         raise ReparamError(f"post_norm={post_norm!r} is neither 'auto' nor 'none'")
-    if block != "auto" and not isinstance(block, Block):
-        raise ReparamError(f"block={block!r} is neither 'auto' nor a Block such as orepa.OREPA")
+    if isinstance(block, str):
+        try:
+            block = named(block)
+        except ReparamError as error:
+            raise ReparamError(f"block={block!r}: {error.reason}, or a Block of yours") from error
+    elif not isinstance(block, Block):
+        raise ReparamError(f"block={block!r} is neither a name nor a Block such as orepa.OREPA")
     if where is not None and not callable(where) and not isinstance(where, str):
         where = tuple(where) if isinstance(where, Iterable) else where  # each pass reads it
     return {"block": block, "init": init, "where": where, "post_norm": post_norm}
@@ -283,10 +380,13 @@ def _collapsed(
     target, done = _run(first, target, inputs=inputs, kept=kept)
     adopt = Pipeline(pipeline.passes[at : at + 1])
     adopted = Plan()
-    while paths := _unfinished(last, target, inputs, adopted):
+    left = _left_by(last, target, inputs)
+    while paths := unfinished(left, adopted) if left is not None else ():
         own = adopt.configured(paths=paths, inputs=inputs)
         target, more = _run(own, target, inputs=inputs, kept=kept)
         adopted += more
+        if more.edits:  # else the passes would leave what they left before
+            left = _left_by(last, target, inputs)
     target, rest = _run(last, target, inputs=inputs, kept=kept)
     return target, done + adopted + rest
 
@@ -310,6 +410,23 @@ def _warn_of_nothing(applied: Plan) -> None:
     warnings.warn(
         f"nothing was expanded, so the model trains as it was. Layers left alone: {why}",
         NothingExpandedWarning,
+        stacklevel=3,
+    )
+
+
+def _warn_of_norms(applied: Plan, *, has_inputs: bool) -> None:
+    """Norms that a conv alone feeds and that stay: a cost at inference that nobody asked for."""
+    norms = [r for r in applied.refusals if r.layer in _NORMS and not r.reason.startswith(_NO_CONV)]
+    if not norms:
+        return
+    first, reason = ", ".join(norm.path for norm in norms[:3]), norms[0].reason
+    more = f" and {len(norms) - 3} more" if len(norms) > 3 else ""
+    asks = not has_inputs and any("inputs=" in norm.reason for norm in norms)
+    helps = "inputs= may help: real calls are then recorded" if asks else "inputs= does not help"
+    warnings.warn(
+        f"{len(norms)} {'norm stays' if len(norms) == 1 else 'norms stay'} behind convs: "
+        f"{first}{more} ({reason}); {helps}",
+        NormsLeftWarning,
         stacklevel=3,
     )
 
@@ -345,18 +462,15 @@ def _run(
         return pipeline.run(target, plan=plan, recording=recording, kept=kept)
 
 
-def _unfinished(
-    pipeline: Pipeline, model: nn.Module, inputs: Inputs, done: Plan
-) -> tuple[str, ...]:
-    """The modules with a way of their own to collapse that the passes would not finish.
+def _left_by(pipeline: Pipeline, model: nn.Module, inputs: Inputs) -> nn.Module | None:
+    """What the passes would leave of the model, tried on a copy without values.
 
-    The passes are tried on a copy without values.
+    None where no module has a way of its own to collapse, so that nobody asks.
     """
     if not any(map(own_method, model.modules())):
-        return ()
+        return None
     recording = _recording(model, inputs)
-    left, _ = pipeline.run(meta_copy(model), recording=recording, retraces=False)
-    return unfinished(left, done)
+    return pipeline.run(meta_copy(model), recording=recording, retraces=False)[0]
 
 
 def _recording(model: nn.Module, inputs: Inputs) -> Recording:

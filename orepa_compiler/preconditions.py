@@ -15,17 +15,24 @@ from orepa_compiler.capture.skeleton import check_wrapper, meta_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.expand.options import Init, NewBlock, PostNorm, growth_of
 from orepa_compiler.planning import Plan
+from orepa_compiler.quantization.layers import rounded_layers
 from orepa_compiler.selection import Where, selection
 from orepa_compiler.verification.evaluation import batches_of
 
 
-def check_model(model: nn.Module, *, also_functional: bool = False) -> None:
-    """A model that is not wrapped, with a conv: a layer, or also one that is called as F.conv2d."""
+def check_model(
+    model: nn.Module, *, also_functional: bool = False, also_linear: bool = False
+) -> None:
+    """A model that is not wrapped, with a conv: a layer, or also one that is called as F.conv2d.
+
+    also_linear: a linear layer will do.
+    """
     if not isinstance(model, nn.Module):
         raise ReparamError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     check_wrapper(model)
     convs = [(p, m) for p, m in model.named_modules() if is_conv_like(m)]
     has_conv = convs or any(isinstance(m, LinearBlock) for m in model.modules())
+    has_conv = has_conv or (also_linear and any(isinstance(m, nn.Linear) for m in model.modules()))
     if not has_conv and not (also_functional and calls_conv(meta_copy(model))):
         is_exported = isinstance(model, fx.GraphModule) and any(
             isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes
@@ -42,6 +49,17 @@ def check_model(model: nn.Module, *, also_functional: bool = False) -> None:
                 f"its weight is {conv.weight.dtype}; only floating-point convs can be rewritten",
                 path=path,
             )
+
+
+def check_unrounded(model: nn.Module, verb: str) -> None:
+    """A model whose layers round nothing: what is made of one that does would not be known."""
+    layers = rounded_layers(model)
+    if layers:
+        raise ReparamError(
+            f"it rounds to int8 ({len(layers)} such layers), and {verb} works on a model that does "
+            "not: call it before fake_quantize, or orepa.drop_ranges(model) first",
+            path=next(iter(layers)),
+        )
 
 
 def check_inputs(inputs: Any) -> None:

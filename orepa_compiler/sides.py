@@ -9,12 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from orepa_compiler.choices import ENGINES as ENGINES
+from orepa_compiler.choices import OPENVINO
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.int8_verdict import verify_int8
+from orepa_compiler.export.openvino import OpenVINORunner
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
+from orepa_compiler.int8_sides import verify_rounded
+from orepa_compiler.quantization.layers import rounded_layers
 from orepa_compiler.verification import NOISE_FACTOR, Report
 from orepa_compiler.verification import verify as verify_functions
-
-ENGINES = (".engine", ".plan", ".trt")
 
 Side = Callable[..., Any] | str | PathLike[str]
 
@@ -22,8 +26,9 @@ Side = Callable[..., Any] | str | PathLike[str]
 def runner_of(side: Side) -> Callable[..., Any]:
     """What a comparison calls: the side itself, or a runner of the file that it names.
 
-    An ONNX file runs in onnxruntime on the CPU (OnnxRunner takes another provider), an engine on
-    the GPU. Raises ReparamError for any other file, and what the runners raise.
+    An ONNX file runs in onnxruntime on the CPU (OnnxRunner takes another provider), an .xml in
+    OpenVINO, an engine on the GPU. Raises ReparamError for any other file, and what the runners
+    raise.
     """
     if not isinstance(side, (str, PathLike)):
         return side
@@ -32,9 +37,11 @@ def runner_of(side: Side) -> Callable[..., Any]:
         return TensorRTRunner(path)
     if path.suffix == ".onnx":
         return OnnxRunner(path)
+    if path.suffix == OPENVINO:
+        return OpenVINORunner(path)
     raise ReparamError(
-        f"{path}: a file that is compared is an .onnx or an engine ({', '.join(ENGINES)}); of "
-        "weights, load the model and give that"
+        f"{path}: a file that is compared is an .onnx, an .xml or an engine "
+        f"({', '.join(ENGINES)}); of weights, load the model and give that"
     )
 
 
@@ -56,13 +63,17 @@ def verify(
     it, and that of the same forward with each weight rounded anew: a right candidate has weights of
     another rounding. Masks and indices are compared exactly where the reference decides them
     clearly. Modules are evaluated in eval mode without gradients, and are left as they were. An
-    output that mixes quantities of different size is judged by the largest.
+    output that mixes quantities of different size is judged by the largest. Of a reference that
+    rounds to int8 (fake_quantize) an ONNX file must have every integer, step and range, and the
+    noise is that of values which fall on another step.
 
     reference, candidate: modules, functions on tensors, or paths of ONNX files and engines. inputs:
     a tensor, a tuple of positional arguments, or a list of such batches; arguments may be nested.
     truth: the module to evaluate in float64, where it is not the reference. precision: fp32, fp16
     or bf16, where the candidate computes in another type than the reference; its floating inputs
-    then come in that type, and the noise is that of the truth's module in that type. factor: how
+    then come in that type, and the noise is that of the truth's module in that type; int8 where it
+    is an int8 ONNX file, whose noise is made with its ranges (give inputs of the kind that these
+    were taken on), and which has to decide as often alike as that noise does. factor: how
     many times the noise a candidate's error may be. stress: compare also on inputs made from the
     first batch (random, constant, ten times and a hundredth of it); where the reference itself
     gives nothing finite there, a note says so, and no row.
@@ -73,6 +84,24 @@ def verify(
     device than a module, when the reference does not run in float64, and for a file that cannot be
     run.
     """
+    if isinstance(reference, nn.Module) and rounded_layers(reference):
+        if truth is not None or precision not in (None, "int8"):
+            raise ReparamError(
+                "the reference rounds to int8: it is its own truth, in its own precision; leave "
+                "out truth= and precision="
+            )
+        is_file = isinstance(candidate, (str, PathLike)) and Path(candidate).suffix == ".onnx"
+        path = Path(candidate) if is_file else None  # type: ignore[arg-type]
+        other = runner_of(candidate)
+        return verify_rounded(reference, other, inputs, path=path, factor=factor, stress=stress)
+    if precision == "int8":
+        if stress:
+            raise ReparamError(
+                "precision='int8' holds the ranges of its calibration data: what stress=True makes "
+                "is beyond them. Give stress=False"
+            )
+        sides = runner_of(reference), runner_of(candidate)
+        return verify_int8(*sides, inputs, truth=truth, factor=factor)
     options: dict[str, Any] = {"truth": truth, "precision": precision, "factor": factor}
     return verify_functions(
         runner_of(reference), runner_of(candidate), inputs, stress=stress, **options

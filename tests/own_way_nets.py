@@ -74,6 +74,25 @@ class Rounds(Switches):
         return conv.float()
 
 
+class Heads(Switches):
+    """Its stride and its grid are plain tensors: its own _apply casts them, a forward makes one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.stride, self.grid = torch.tensor(8.0), torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.grid.shape != x.shape[2:]:
+            self.grid = torch.ones(x.shape[2:], dtype=x.dtype)
+        return y * self.stride + self.grid
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self.stride, self.grid = fn(self.stride), fn(self.grid)
+        return self
+
+
 class Copies(Switches):
     """A method that fills a layer of torch's default dtype, as timm's do."""
 
@@ -96,6 +115,13 @@ class Wrong(Switches):
 class Broken(Switches):
     def switch_to_deploy(self) -> None:
         raise ValueError("no kernel\nat all")
+
+
+class Nothing(Switches):
+    """As the head of a detector, whose fuse() has something to do in another version."""
+
+    def switch_to_deploy(self) -> None:
+        return None
 
 
 class Wider(Switches):

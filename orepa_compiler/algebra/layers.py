@@ -17,8 +17,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from orepa_compiler.algebra.geometry import Padding
 from orepa_compiler.algebra.maps import ANYTHING, Axes, Maps, second
-from orepa_compiler.algebra.operators import ConvOperator, Padding, identity
+from orepa_compiler.algebra.operators import ConvOperator, identity
 from orepa_compiler.algebra.overriding import has_torch_forward as has_torch_forward
 from orepa_compiler.algebra.overriding import overriding_reason
 from orepa_compiler.errors import NotLinear
@@ -341,10 +342,13 @@ def norm_operator(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, axes: Axes
 ) -> ConvOperator:
     """y = weight (x - mean) / sqrt(var + eps) + bias; all are (C,). axes: of the maps it takes."""
-    factor = torch.rsqrt(var + eps)
-    if weight is not None:
-        factor = factor * weight
-    shift = -mean * factor if bias is None else bias - mean * factor
+    if var.is_meta:  # arithmetic without values takes torch a hundred times as long
+        factor = shift = torch.empty_like(var)
+    else:
+        factor = torch.rsqrt(var + eps)
+        if weight is not None:
+            factor = factor * weight
+        shift = -mean * factor if bias is None else bias - mean * factor
     weight = factor.reshape(-1, 1, *(1,) * (axes.rank or 0))
     return ConvOperator(weight, shift, groups=factor.shape[0], axes=axes)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -21,7 +20,9 @@ from orepa_compiler.algebra.layers import (
     linear_part,
 )
 from orepa_compiler.algebra.maps import SECOND, TOKENS
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.bordering import bordered, written_border
+from orepa_compiler.analysis.context import Interpretation
 from orepa_compiler.analysis.elementwise import addition
 from orepa_compiler.analysis.forms import Form
 from orepa_compiler.analysis.functional import FunctionCall, function_operator, operand_of
@@ -31,9 +32,6 @@ from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import with_constants
 from orepa_compiler.errors import NotLinear
 
-if TYPE_CHECKING:
-    from orepa_compiler.analysis.regions import Interpreter
-
 
 @dataclass
 class Walk:
@@ -42,7 +40,7 @@ class Walk:
     values: node -> what it computes, as far as the walk has come.
     """
 
-    interpreter: Interpreter
+    interpreter: Interpretation
     owner: str
     values: dict[fx.Node, Linear] = field(default_factory=dict)
 
@@ -168,7 +166,7 @@ class Walk:
         has_values = any(True for _ in (*module.parameters(), *module.buffers()))
         maps = None if has_values else self.form(operand).maps
         try:
-            op, rest = linear_part(module, maps.channels if maps else None)
+            op, rest = self._operator(path, module, maps.channels if maps else None)
         except NotLinear as error:
             whole = self.interpreter.whole(path)
             if whole and not (getattr(module, "inplace", False) and len(operand.users) > 1):
@@ -179,11 +177,20 @@ class Walk:
         convs = int(holds_kernel(module))
         return Linear(operand, op, (), op.macs, 1, convs, rest)
 
+    def _operator(
+        self, path: str, module: nn.Module, channels: int | None
+    ) -> tuple[ConvOperator, nn.Module | None]:
+        """linear_part of a module, made once for all that read the same values."""
+        known = self.interpreter.operators
+        if (path, channels) not in known:
+            known[path, channels] = linear_part(module, channels)
+        return known[path, channels]
+
     def _is_kept_training(self, path: str) -> bool:
         """Whether a norm takes the statistics of the batch in eval mode too."""
         if not is_batch_norm(self.interpreter.capture.module(path)):
             return False
-        return path in self.interpreter.kept_training
+        return path in self.interpreter.capture.kept_training
 
     def _module(self, path: str) -> nn.Module:
         """The module at a path, with its values where it is a layer: those inside are read later.

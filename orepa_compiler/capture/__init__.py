@@ -37,16 +37,17 @@ def capture(
     is_leaf: Callable[[nn.Module], bool],
     recording: Recording | None = None,
     flips: bool = False,
+    copies: bool = True,
 ) -> Capture:
     """The capture of a model as it runs in train or in eval mode; None: as it is, no graph made.
 
     is_leaf: modules whose inside is of no interest, though they have children. recording: graphs
     for the forwards that cannot be traced. flips: as it runs where gradients are off, in inference
-    mode and under autocast.
+    mode and under autocast. copies: False for a model without values, which is taken as it is.
     Raises ReparamError for a model that is wrapped, scripted, or cannot be copied.
     """
     check_wrapper(model)
-    skeleton = meta_copy(model)
+    skeleton = meta_copy(model) if copies else model
     if training is None:
         return _captured(skeleton, lambda module: True, Recording())
     skeleton.train(training)

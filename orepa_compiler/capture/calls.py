@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -67,6 +68,16 @@ class Capture:
 
     def module(self, path: str) -> nn.Module:
         return self.skeleton.get_submodule(path)
+
+    @cached_property
+    def kept_training(self) -> frozenset[str]:
+        """The modules that the model's own eval() leaves in train mode."""
+        mode = self.skeleton.training
+        self.skeleton.eval()
+        paths = (path for path, module in self.skeleton.named_modules() if module.training)
+        found = frozenset(paths)
+        self.skeleton.train(mode)
+        return found
 
     def path_of(self, call: Call) -> str:
         """The module that a call_module node calls, by its first path."""

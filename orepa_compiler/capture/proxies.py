@@ -10,9 +10,8 @@ import builtins
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -208,13 +207,18 @@ def answering() -> Iterator[None]:
     isinstance and its kin alone are told so, and never C++ code, which would take a stand-in that
     says it is a tensor for the memory of one.
     """
-    with ExitStack() as stack:
-        for name, function in _QUESTIONS.items():
-            stack.enter_context(mock.patch.object(builtins, name, function))
-        for name in _FACTORIES:
-            made = _recording(_getattr(torch, name))
-            stack.enter_context(mock.patch.object(torch, name, made))
+    if builtins.isinstance is _is_instance:  # a trace inside a trace
         yield
+        return
+    own = {name: _getattr(torch, name) for name in _FACTORIES}
+    asked = {name: _getattr(builtins, name) for name in _QUESTIONS}
+    try:
+        vars(torch).update({name: _recording(factory) for name, factory in own.items()})
+        vars(builtins).update(_QUESTIONS)
+        yield
+    finally:
+        vars(builtins).update(asked)
+        vars(torch).update(own)
 
 
 def _asked_of_a_value(value: Any, caller: Any) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from orepa_compiler.certificate import LIMIT
-from orepa_compiler.cli.arguments import ExitCode, NotVerified
 from orepa_compiler.cli.export_request import ExportRequest
+from orepa_compiler.cli.facts import comparison_facts, export_facts, recheck_facts
+from orepa_compiler.cli.options import ExitCode, NotVerified
 from orepa_compiler.cli.sides import side_file
 from orepa_compiler.cli.steps import Step
 from orepa_compiler.cli.summary import complaints, verdict
@@ -49,6 +50,8 @@ def page_of_export(request: ExportRequest, steps: Sequence[Step]) -> Page:
         _link(by_name, "ONNX file", "collapsed model", "check onnx"),
         _link(by_name, "TensorRT engine", "collapsed model", "check engine"),
     ]
+    if request.openvino is not None:
+        links.insert(2, _link(by_name, "OpenVINO file", "collapsed model", "check openvino"))
     if request.engine is None:
         links[-1] = Link("TensorRT engine", "collapsed model", "not run", note="no engine was made")
     file = by_name["write manifest"].file if "write manifest" in by_name else None
@@ -58,13 +61,14 @@ def page_of_export(request: ExportRequest, steps: Sequence[Step]) -> Page:
         links=tuple(links),
         sizes=(*collapsed.sizes, *_file_sizes(steps)),
         branches=collapsed.branches,
+        facts=export_facts(request, steps),
         manifest=read_manifest(file) if file else None,
         absent=(("branches", _NO_BLOCKS), *_why_no_certificate(by_name.get("certify collapse"))),
         **_found(steps),
     )
 
 
-def page_of_recheck(path: Path, steps: Sequence[Step]) -> Page:
+def page_of_recheck(path: Path, steps: Sequence[Step], command: str = "") -> Page:
     """The page of a manifest that was checked again."""
     by_name = {step.name: step for step in steps}
     links = [
@@ -75,12 +79,15 @@ def page_of_recheck(path: Path, steps: Sequence[Step]) -> Page:
     ]
     if "engine" not in by_name:
         links[-1] = Link("TensorRT engine", "collapsed model", "not run", note="no engine was made")
+    manifest = read_manifest(path)
+    onnx = path.parent / next((record.name for record in manifest.of("onnx")), "")
     return Page(
         title=f"orepa verify {path}",
         first="model as loaded",
         links=tuple(links),
+        facts=recheck_facts(command, str(manifest.options.get("precision", "")), onnx, steps),
         sizes=_recorded_sizes(path, steps),
-        manifest=read_manifest(path),
+        manifest=manifest,
         absent=(
             ("sizes", _NOT_LOADED),
             ("branches", _NOT_LOADED),
@@ -98,6 +105,8 @@ def page_of_comparison(
     inputs: Any,
     report: Report,
     found: Divergence | str | None,
+    precision: str | None = None,
+    command: str = "",
 ) -> Page:
     """The page of orepa verify A B. Each side: what it is called, and what runs it."""
     first, second = reference[0], candidate[0]
@@ -122,6 +131,7 @@ def page_of_comparison(
         first=first,
         links=(Link.of(second, first, report),),
         divergence=found,
+        facts=comparison_facts(command, precision, report),
         sizes=tuple(sizes),
         branches=branches,
         absent=(
@@ -160,6 +170,8 @@ def _found(steps: Sequence[Step]) -> dict[str, Any]:
     checks = [Check(s.name, s.verdict, _finite(s.error), _note(s)) for s in steps]
     open_checks = [s for s in steps if s.verdict == "not run"]
     summary = "; ".join(complaints(steps)) or "everything that was compared agrees"
+    scores = [f"{s.name.removeprefix('evaluate ')}: {s.note}" for s in steps if s.scores]
+    summary = "; ".join([summary, *scores])
     divergences = [s.divergence for s in steps if s.divergence is not None]
     return {
         "verdict": outcome,
@@ -194,6 +206,7 @@ def _collapse_link(step: Step) -> Link:
 
 def _file_sizes(steps: Sequence[Step]) -> list[ModelSize]:
     forms = {"write onnx": "ONNX file", "build engine": "TensorRT engine"}
+    forms |= {"write openvino": "OpenVINO file"}
     made = [(forms[step.name], step.file) for step in steps if step.name in forms]
     return [ModelSize.of_file(form, file) for form, file in made if file is not None]
 

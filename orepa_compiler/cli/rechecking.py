@@ -12,7 +12,8 @@ from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, judged
 from orepa_compiler.errors import ExportError, MissingPackage, NotRun, ReparamError
 from orepa_compiler.export.artifact import check_collapsed, check_precision
-from orepa_compiler.export.inspection import conv_nodes, count_text, load_graph
+from orepa_compiler.export.counting import Counts, node_count
+from orepa_compiler.export.inspection import conv_nodes, load_graph
 from orepa_compiler.export.manifest import FileRecord, read_manifest
 from orepa_compiler.export.network import inspect_network
 from orepa_compiler.export.precision import ELEMENT_TYPES
@@ -78,7 +79,8 @@ class _Recheck:
             check_collapsed(model, convs)
         except ExportError as error:
             return Step("onnx gates", "mismatch", cause=error)
-        return Step("onnx gates", "pass", note=f"{count_text(model)}; {weights} weights unchanged")
+        held = f"{Counts.of_graph(model)}, {node_count(model)} nodes"
+        return Step("onnx gates", "pass", note=f"{held}; {weights} weights unchanged")
 
     def certificate(self) -> Step:
         model = load_graph(self.path_of("onnx"))

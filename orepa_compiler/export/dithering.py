@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from orepa_compiler.dependencies import import_extra
+from orepa_compiler.errors import ExportError
 from orepa_compiler.export.external_data import external_files
 from orepa_compiler.export.inspection import load_graph, walk
 from orepa_compiler.export.rewriting import save_like
@@ -25,6 +26,9 @@ from orepa_compiler.verification.evaluation import Side, evaluate
 
 # How often the noise is drawn.
 DRAWS = 2
+
+# By node and input, the step of the rounding and, of several steps, along which axis.
+Steps = dict[tuple[str, int], tuple[np.ndarray, int]]
 
 # What messages call it.
 NOISE_NAME = "int8 with these ranges"
@@ -43,14 +47,19 @@ def with_int8_noise(samples: Samples, float32: Path, int8: Path, folder: Path) -
 
 
 def dithered_file(float32: Path, int8: Path, path: Path, *, seed: int) -> Path:
-    """The float32 file with noise where the int8 file rounds, written to `path`."""
+    """The float32 file with noise where the int8 file rounds, written to `path`.
+
+    Raises ExportError where the int8 file rounds nothing, or what the float32 file has not: it is
+    that of another model.
+    """
     onnx = import_extra("onnx", extra="onnx")
     before = load_graph(float32)
     model = onnx.load(float32)
-    steps = _steps(load_graph(int8), int8.parent)
+    steps = rounding_steps(int8)
     generator = np.random.default_rng(seed)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[Any] = []
+    _check_same_nodes(float32, model, int8, steps)
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             step = steps.get((node.name, index))
@@ -71,11 +80,24 @@ def dithered_file(float32: Path, int8: Path, path: Path, *, seed: int) -> Path:
     return path
 
 
-def _steps(model: Any, folder: Path) -> dict[tuple[str, int], tuple[np.ndarray, int]]:
-    """By node and input, the step of the rounding and, of several steps, along which axis."""
+def _check_same_nodes(float32: Path, model: Any, int8: Path, steps: Steps) -> None:
+    """Without noise on some of what is rounded, a right file would be far above the tolerance."""
+    if not steps:
+        raise ExportError(f"{int8}: holds no int8: no node reads what DequantizeLinear gives")
+    there = {(node.name, index) for node in model.graph.node for index in range(len(node.input))}
+    if missing := [node for node, index in steps if (node, index) not in there]:
+        raise ExportError(
+            f"{int8}: rounds what {missing[0]} reads, and {float32} has no such node: it is not "
+            "the float32 file of that model. Give the model, or the file that it was made of"
+        )
+
+
+def rounding_steps(path: Path) -> Steps:
+    """Where an int8 file rounds, and in which steps."""
     onnx = import_extra("onnx", extra="onnx")
+    model = load_graph(path)
     if external_files(model):
-        onnx.external_data_helper.load_external_data_for_model(model, str(folder))
+        onnx.external_data_helper.load_external_data_for_model(model, str(path.resolve().parent))
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     made = {output: node for node in walk(model.graph) for output in node.output}
     steps = {}

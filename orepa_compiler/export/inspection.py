@@ -72,14 +72,6 @@ def walk(graph: Any) -> Iterator[Any]:
                 yield from walk(body)
 
 
-def count_text(model: Any) -> str:
-    """How many convs, sums and norms a graph holds, in words: what a collapse leaves."""
-    kinds = [node.op_type for node in walk(model.graph)]
-    norms = sum(kind.endswith("Normalization") for kind in kinds)
-    convs = sum("Conv" in kind for kind in kinds)
-    return f"{convs} convs, {kinds.count('Add')} adds, {norms} norms, {len(kinds)} nodes"
-
-
 def torch_module(node: Any) -> str | None:
     """The path of the torch module that a node comes from, or None where the file does not say."""
     return next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), None)

@@ -48,6 +48,17 @@ def lost_channels(
     model: nn.Module, batches: Sequence[tuple[Any, ...]], *, keep: Collection[str] = ()
 ) -> list[LostChannels]:
     """The layers of which int8, with ranges taken on these batches, loses most input channels."""
+    peaks = input_peaks(model, batches, keep=keep)
+    total = sum(weight.numel() for weight in model.parameters()) or 1
+    found = [_lost(path, peak, model.get_submodule(path), total) for path, peak in peaks.items()]
+    return [layer for layer in found if is_named(layer)]
+
+
+@torch.no_grad()
+def input_peaks(
+    model: nn.Module, batches: Sequence[tuple[Any, ...]], *, keep: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Of each conv and linear layer, the largest magnitude of each input channel on the batches."""
     peaks: dict[str, Tensor] = {}
 
     def watch(path: str) -> Callable[[nn.Module, Any], None]:
@@ -72,9 +83,12 @@ def lost_channels(
     finally:
         for handle in handles:
             handle.remove()
-    total = sum(weight.numel() for weight in model.parameters()) or 1
-    found = [_lost(path, peak, layers[path], total) for path, peak in peaks.items()]
-    return [layer for layer in found if layer.lost > MOST_LOST * layer.channels]
+    return peaks
+
+
+def is_named(layer: LostChannels) -> bool:
+    """Whether so many channels are lost that the layer is spoken of."""
+    return layer.lost > MOST_LOST * layer.channels
 
 
 def _lost(path: str, peak: Tensor, layer: nn.Module, total: int) -> LostChannels:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from orepa_compiler.errors import ExportError, ReparamError
+from orepa_compiler.export.counting import Counts, node_count
 from orepa_compiler.export.external_data import external_files
-from orepa_compiler.export.inspection import load_graph, walk
+from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.latency_report import Bench, BenchRow, Contents, Timing
+from orepa_compiler.export.openvino import OpenVINORunner
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.signature import TensorSpec
 
@@ -24,6 +26,8 @@ ROUNDS = 20
 # A turn lasts at least this long, so that one switch of a clock or a process does not decide it.
 TURN_S = 0.05
 WARM_UP = 3
+# Of one file alone: what a page of an export has time for.
+TIMED_S, MOST_CALLS = 0.5, 200
 # Of the interval around the median ratio.
 CONFIDENCE = 0.95
 
@@ -61,6 +65,7 @@ def bench(
         )
         for name, provider in BACKENDS.items()
     }
+    pairs["OpenVINO CPU"] = lambda: (OpenVINORunner(model), OpenVINORunner(against))
     pairs["TensorRT"] = lambda: _engines(engine, against_engine)
     rows = []
     for name, make in pairs.items():
@@ -75,15 +80,23 @@ def bench(
 def contents_of(path: Path) -> Contents:
     """How many nodes, convs and norms an ONNX file holds, and its size with its weights."""
     model = load_graph(path)
-    kinds = [node.op_type for node in walk(model.graph)]
+    counts = Counts.of_graph(model)
     files = [path, *(path.resolve().parent / name for name in external_files(model))]
     return Contents(
         str(path),
-        nodes=len(kinds),
-        convs=kinds.count("Conv"),
-        norms=kinds.count("BatchNormalization"),
+        nodes=node_count(model),
+        convs=counts.convs,
+        norms=counts.norms,
         size=sum(file.stat().st_size for file in files if file.is_file()),
     )
+
+
+def timed(
+    run: Callable[..., Any], inputs: Sequence[Any], batch: int, *, seconds: float = TIMED_S
+) -> Timing:
+    """How long calls of one file take, without another beside it: as many as fill `seconds`."""
+    calls = _calls(run, inputs, seconds)
+    return Timing.of([_seconds(run, inputs) for _ in range(min(calls, MOST_CALLS))], batch)
 
 
 def _engines(engine: Path | None, against: Path | None) -> tuple[Any, Any]:
@@ -137,13 +150,13 @@ def _is_open(axis: int | str) -> bool:
     return isinstance(axis, str) or axis < 0
 
 
-def _calls(runner: Callable[..., Any], inputs: Sequence[Tensor], turn_s: float) -> int:
+def _calls(runner: Callable[..., Any], inputs: Sequence[Any], turn_s: float) -> int:
     for _ in range(WARM_UP):
         _seconds(runner, inputs)
     return max(1, math.ceil(turn_s / _seconds(runner, inputs)))
 
 
-def _seconds(runner: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
+def _seconds(runner: Callable[..., Any], inputs: Sequence[Any]) -> float:
     start = time.perf_counter()
     runner(*inputs)
     return time.perf_counter() - start

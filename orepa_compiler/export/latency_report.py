@@ -41,6 +41,12 @@ class Timing:
         median, p95 = np.percentile(seconds, [50, 95])
         return cls(1e3 * float(median), 1e3 * float(p95), batch / float(median), len(seconds))
 
+    def __str__(self) -> str:
+        return (
+            f"median {self.median_ms:.3f} ms, 95th percentile {self.p95_ms:.3f} ms "
+            f"({self.calls} calls, {self.throughput:,.1f} samples/s)"
+        )
+
 
 @dataclass(frozen=True)
 class BenchRow:

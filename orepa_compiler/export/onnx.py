@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
@@ -14,14 +15,16 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from orepa_compiler.atomic import real_target, staged
+from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, Int8RangeWarning
 from orepa_compiler.export.annotation import annotate, name_values
 from orepa_compiler.export.artifact import Expected, check_artifact
-from orepa_compiler.export.counting import Counts
+from orepa_compiler.export.counting import Counts, check_counts
 from orepa_compiler.export.external_data import name_by_content, remove_stale
 from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.int8_integers import check_integers
 from orepa_compiler.export.int8_ranges import advice, lost_channels
 from orepa_compiler.export.precision import (
     ELEMENT_TYPES,
@@ -32,8 +35,13 @@ from orepa_compiler.export.precision import (
     kept_modules,
 )
 from orepa_compiler.export.progress import announced
-from orepa_compiler.export.quantization import calibration_batches, quantize_file
+from orepa_compiler.export.quantization import (
+    calibration_batches,
+    check_quantized,
+    quantize_file,
+)
 from orepa_compiler.export.readiness import Inputs, check_ready, first_batch, norm_left_reason
+from orepa_compiler.export.session import PRESET_KEY
 from orepa_compiler.export.simplification import simplify_file
 from orepa_compiler.export.tracing import (
     foldable_norms,
@@ -42,8 +50,16 @@ from orepa_compiler.export.tracing import (
     trace,
     train_mode_modules,
 )
+from orepa_compiler.export.trained_int8 import (
+    TrainedLayer,
+    trained_layers,
+    trained_preset,
+    write_trained,
+)
 from orepa_compiler.export.weight_record import record_weights
 from orepa_compiler.export.widening import REFUSED_IN_BF16, widen
+from orepa_compiler.quantization.carrying import without_ranges
+from orepa_compiler.quantization.quantizers import PRESETS, Preset
 
 # torch's exporter writes operator set 18 and converts upwards from there; 20 is its own default.
 OLDEST_OPSET = 18
@@ -67,6 +83,7 @@ def export_onnx(
     certificate: Certificate | None = None,
     keep_fp32: str | Iterable[str] = (),
     calibration: Sequence[Any] | None = None,
+    int8_preset: Preset | None = None,
 ) -> Path:
     """The path of an ONNX file that computes the collapsed `model`.
 
@@ -74,12 +91,14 @@ def export_onnx(
     gives the shapes. With dynamic_batch the first axis of every input is the symbol `batch`.
     precision: the type of the weights and of every floating input; the model itself is not
     touched; int8 stands for Q/DQ nodes around what multiplies, with ranges taken on the batches of
-    `calibration`. keep_fp32: globs on module paths that stay in float32, with casts at their
-    borders. Outputs are named by the keys of the returned dict, else output, or output_0, ...
-    Weights lie in the file, or beside it in PATH.HASH.data where they exceed EMBED_LIMIT_BYTES; a
-    process killed meanwhile leaves the old files or the new ones. Every node keeps its torch module
-    under the metadata key orepa.module, and the file a hash of each weight. certificate: of the
-    collapse, to be kept in the file too.
+    `calibration`, or with those that the model was trained with (fake_quantize). keep_fp32: globs
+    on module paths that stay in float32, with casts at their borders. Outputs are named by the keys
+    of the returned dict, else output, or output_0, ... Weights lie in the file, or beside it in
+    PATH.HASH.data where they exceed EMBED_LIMIT_BYTES; a process killed meanwhile leaves the old
+    files or the new ones. Every node keeps its torch module under the metadata key orepa.module,
+    and the file a hash of each weight. certificate: of the collapse, to be kept in the file too.
+    int8_preset: "tensorrt" (default) or "cpu", for onnxruntime and OpenVINO: uint8 maps, kernels of
+    7 bits, and all operators that they run in integers; a trained model has its own.
     Raises ExportError for a model in train mode, in training form or on the meta device, for a
     path that cannot be written, and where the file would not be what was asked for; MissingPackage
     without onnx and onnxscript, or with simplify without onnxsim and onnxruntime.
@@ -88,7 +107,12 @@ def export_onnx(
     real = real_target(target)
     check_ready(model)
     batch, dtype, kept = first_batch(inputs), PRECISIONS[precision], kept_modules(model, keep_fp32)
-    batches = calibration_batches(calibration, batch) if precision == "int8" else []
+    trained = _trained(model, precision, calibration, kept)
+    preset = _checked_preset(int8_preset, precision, trained)
+    if trained is not None:
+        model = without_ranges(value_copy(model))
+    wants_data = precision == "int8" and trained is None
+    batches = calibration_batches(calibration, batch) if wants_data else []
     _check_packages(simplify or precision == "int8", simplify)
     with staged(target) as draft, announced(f"exporting {target.name}") as step:
         step("tracing the model")
@@ -106,17 +130,25 @@ def export_onnx(
         )
         step("translating it to ONNX")
         properties = _model_properties(model, program, precision, kept)
+        if precision == "int8":
+            properties[PRESET_KEY] = preset
         if certificate is not None:
             properties[CERTIFICATE_KEY] = certificate.to_json()
-        _write(program, draft, expected, properties)
+        expected = replace(expected, counts=_write(program, draft, expected, properties))
         if simplify:
             step("simplifying the file")
             check_artifact(draft, expected)
             simplify_file(draft, batch)
-        if precision == "int8":
+        if trained is not None:
+            step("writing the trained ranges")
+            check_artifact(draft, expected)
+            write_trained(draft, trained.layers)
+            check_quantized(draft, trained=trained.layers, preset=trained.preset)
+            check_integers(draft, trained.layers)
+        elif precision == "int8":
             step(f"calibrating on {len(batches)} batches")
             check_artifact(draft, expected)
-            quantize_file(draft, batches, keep=kept)
+            quantize_file(draft, batches, keep=kept, preset=preset)
         step("checking the file")
         record_weights(draft)
         check_artifact(draft, expected)
@@ -124,6 +156,45 @@ def export_onnx(
     if said := advice(lost_channels(typed, batches, keep=kept)):
         warnings.warn(f"{target}: {said}", Int8RangeWarning, stacklevel=2)
     return target
+
+
+@dataclass(frozen=True)
+class _Trained:
+    layers: dict[str, TrainedLayer]
+    preset: Preset
+
+
+def _trained(
+    model: nn.Module, precision: str, calibration: Sequence[Any] | None, kept: Sequence[str]
+) -> _Trained | None:
+    """What a model was trained with for int8; None where it does not round."""
+    preset = trained_preset(model)
+    if preset is None:
+        return None
+    if precision != "int8":
+        raise ExportError(
+            f"the model was trained to round to int8; pass precision='int8' and not {precision!r}, "
+            "or orepa.drop_ranges(model)"
+        )
+    if calibration:
+        raise ExportError(
+            "the model has the ranges that it was trained with, and calibration= would give it "
+            "others; leave it out, or call orepa.drop_ranges(model)"
+        )
+    return _Trained(trained_layers(model, keep=kept), preset)
+
+
+def _checked_preset(asked: str | None, precision: str, trained: _Trained | None) -> Preset:
+    if asked is not None and precision != "int8":
+        raise ExportError(f"int8_preset={asked!r} is for precision='int8', not {precision!r}")
+    own = "tensorrt" if trained is None else trained.preset
+    if trained is not None and asked not in (None, own):
+        raise ExportError(
+            f"the model was trained for int8 on {own!r}, not {asked!r}; leave out int8_preset="
+        )
+    if asked not in (None, *PRESETS):
+        raise ExportError(f"int8_preset={asked!r} is not one of {', '.join(PRESETS)}")
+    return asked or own
 
 
 def _check_packages(runs: bool, simplify: bool) -> None:
@@ -172,14 +243,14 @@ def _model_properties(
         "orepa.precision": precision,
         "orepa.keep_fp32": " ".join(kept),
         "orepa.model_dtype": str(floats[0]) if floats else "none",
-        **Counts.of_program(program).properties(),
         "orepa.outputs": "dict" if returns_mapping(program) else "tensors",
     }
 
 
 def _write(
     program: ExportedProgram, draft: Path, expected: Expected, properties: dict[str, str]
-) -> None:
+) -> Counts:
+    """What the written file holds, counted; ExportError where that is more than was traced."""
     onnx = import_extra("onnx", extra="onnx")
     translated = _translate(program, expected.opset)
     name_values(translated.model.graph, expected.outputs)
@@ -187,11 +258,17 @@ def _write(
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     translated.save(draft, external_data=size > EMBED_LIMIT_BYTES)
     graph = load_graph(draft)
+    # The program that torch translated: its own pooling, for one, is many sums in there already.
+    check_counts(
+        Counts.of_graph(graph, translated=True), Counts.of_program(translated.exported_program)
+    )
+    counts = Counts.of_graph(graph)
     name_by_content(graph, draft)
-    annotate(graph, properties)
+    annotate(graph, properties | counts.properties())
     if expected.element_type == "BFLOAT16":
         widen(graph, REFUSED_IN_BF16, keep=expected.kept)
     onnx.save(graph, draft)
+    return counts
 
 
 def _translate(program: ExportedProgram, opset: int) -> Any:

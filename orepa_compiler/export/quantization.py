@@ -18,6 +18,7 @@ from orepa_compiler.export.precision import lies_in
 from orepa_compiler.export.rewriting import replace_file
 from orepa_compiler.export.session import to_numpy
 from orepa_compiler.export.tracing import quiet
+from orepa_compiler.quantization.quantizers import Preset
 
 # What multiplies: all else is as fast in the precision that its neighbours have.
 QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -30,6 +31,11 @@ _TENSORRT_SAFE = {
     "QuantizeBias": False,
     "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
 }
+
+
+# For CPUs: maps in uint8, kernels of 7 bits (x86 without VNNI adds two products in 16 bits), and
+# what a conv gives is quantized too, so that onnxruntime runs it in integers.
+_CPU = {"WeightSymmetric": True, "ActivationSymmetric": False}
 
 
 def calibration_batches(
@@ -68,17 +74,23 @@ def _describe(batch: tuple[Any, ...]) -> str:
 
 
 def quantize_file(
-    path: Path, batches: Sequence[tuple[Any, ...]], *, keep: Collection[str] = ()
+    path: Path,
+    batches: Sequence[tuple[Any, ...]],
+    *,
+    keep: Collection[str] = (),
+    preset: Preset = "tensorrt",
 ) -> None:
     """Rewrites the float32 ONNX file at `path` with int8 weights and activations as Q/DQ nodes.
 
     Symmetric everywhere, weights with a scale for each output channel, biases in float. The ranges
     of the activations are the largest magnitudes on `batches`. keep: the torch modules whose nodes
-    stay in float32.
+    stay in float32. preset: "cpu" has uint8 maps with a zero point, 7-bit weights and biases in
+    int32, and quantizes all operators that onnxruntime has in integers.
     Raises ExportError where nothing is quantized, or not in that form; MissingPackage without
     onnxruntime.
     """
     quantization = import_extra("onnxruntime.quantization", extra="cpu")
+    kinds = quantization.QuantType
     model = load_graph(path)
     kept = [node.name for node in walk(model.graph) if lies_in(torch_module(node), keep)]
     candidate = path.with_name(f"quantized-{path.name}")
@@ -88,15 +100,16 @@ def quantize_file(
             str(candidate),
             _reader(quantization, [value.name for value in model.graph.input], batches),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTIZED),
+            op_types_to_quantize=list(QUANTIZED) if preset == "tensorrt" else None,
             per_channel=True,
-            activation_type=quantization.QuantType.QInt8,
-            weight_type=quantization.QuantType.QInt8,
+            reduce_range=preset == "cpu",
+            activation_type=kinds.QInt8 if preset == "tensorrt" else kinds.QUInt8,
+            weight_type=kinds.QInt8,
             nodes_to_exclude=kept,
             use_external_data_format=bool(external_files(model)),
-            extra_options=_TENSORRT_SAFE,
+            extra_options=_TENSORRT_SAFE if preset == "tensorrt" else _CPU,
         )
-    check_quantized(candidate, keep=keep)
+    check_quantized(candidate, keep=keep, preset=preset)
     replace_file(path, candidate)
 
 
@@ -115,10 +128,16 @@ def _reader(quantization: Any, names: list[str], batches: Sequence[tuple[Any, ..
     return Reader()
 
 
-def check_quantized(path: Path, *, keep: Collection[str] = ()) -> None:
-    """Raises ExportError where what multiplies does not read int8 in TensorRT's form.
+def check_quantized(
+    path: Path,
+    *,
+    keep: Collection[str] = (),
+    trained: Collection[str] | None = None,
+    preset: Preset = "tensorrt",
+) -> None:
+    """Raises ExportError where what multiplies does not read int8 in the form of the preset.
 
-    Modules in `keep` must not read it at all.
+    Modules in `keep` must not read it at all; nor any but those that were trained for it.
     """
     onnx = import_extra("onnx", extra="onnx")
     model = load_graph(path)
@@ -131,10 +150,19 @@ def check_quantized(path: Path, *, keep: Collection[str] = ()) -> None:
         sources = [made.get(name) for name in node.input]
         restored = [s is not None and s.op_type == "DequantizeLinear" for s in sources]
         wanted = [True, True] + [False] * (len(restored) - 2)
-        if lies_in(torch_module(node), keep):
+        is_float = (
+            lies_in(torch_module(node), keep)
+            if trained is None
+            else (torch_module(node) not in trained)
+        )
+        if is_float:
             wanted = [False] * len(restored)
         else:
             count += 1
+        if preset == "cpu" and trained is None:
+            # what a neighbour gives is quantized already, and a bias may be
+            free = (0, 2) if is_float else (2,)
+            wanted = [restored[n] if n in free else w for n, w in enumerate(wanted)]
         if restored != wanted:
             raise ExportError(
                 f"node {node.name} ({node.op_type}): the inputs that are int8 are {restored}, not "
@@ -144,8 +172,10 @@ def check_quantized(path: Path, *, keep: Collection[str] = ()) -> None:
         for source in (s for s, is_restored in zip(sources, restored, strict=True) if is_restored):
             assert source is not None
             points = [weights[name] for name in source.input[2:] if name in weights]
-            if len(source.input) > 2 and (
-                not points or onnx.numpy_helper.to_array(points[0]).any()
+            if (
+                preset == "tensorrt"
+                and len(source.input) > 2
+                and (not points or onnx.numpy_helper.to_array(points[0]).any())
             ):
                 raise ExportError(
                     f"node {source.name} has a zero point that is not 0, which TensorRT refuses",

@@ -38,6 +38,12 @@ _CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT", "prefer_n
 # onnxruntime then remembers which provider runs which node.
 _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 _ERRORS_ONLY = 3
+# Q/DQ nodes then stay, and what is between them runs in float32. Its int8 kernels for a CPU without
+# VNNI add two products in 16 bits, which does not hold those of a file for TensorRT.
+_AS_WRITTEN = "session.disable_quant_qdq"
+
+# The key under which an int8 file says what it is for.
+PRESET_KEY = "orepa.int8_preset"
 
 # What has to run where it was asked to: all else moves data, or costs nothing.
 _HEAVY = ("Conv", "Gemm", "MatMul")
@@ -64,6 +70,8 @@ def open_session(path: Path, provider: str) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
+    if _is_for_tensorrt(graph):
+        options.add_session_config_entry(_AS_WRITTEN, "1")
     settings = _CUDA_OPTIONS if provider == "CUDAExecutionProvider" else {}
     try:
         session = onnxruntime.InferenceSession(
@@ -73,6 +81,12 @@ def open_session(path: Path, provider: str) -> Any:
         raise _unreadable(path, provider, graph, error) from error
     check_provider(session, provider)
     return session
+
+
+def _is_for_tensorrt(graph: Any) -> bool:
+    """Whether a file has int8 in the form that TensorRT takes: it is to be judged as it is."""
+    said = {entry.key: entry.value for entry in graph.metadata_props}
+    return said.get("orepa.precision") == "int8" and said.get(PRESET_KEY, "tensorrt") == "tensorrt"
 
 
 def plain_session(path: Path, model: Any) -> Any:

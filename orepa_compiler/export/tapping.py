@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,24 @@ def onnx_outputs(path: Path, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     The session runs the graph as it is written, without onnxruntime's optimizations.
     Raises ExportError where the file cannot be run.
     """
+    values = boundary_values(load_graph(path).graph)
+    found = tapped(path, values.values(), tensors)
+    return {module: found[name] for module, name in values.items() if name in found}
+
+
+def tapped(path: Path, names: Iterable[str], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Values inside an ONNX file by name, its inputs too; those of unknown shape are left out.
+
+    Raises ExportError where the file cannot be run.
+    """
     onnx = import_extra("onnx", extra="onnx")
-    model = load_graph(path)
-    values = boundary_values(model.graph)
+    model, tensors = load_graph(path), list(tensors)
+    given = dict(zip((value.name for value in model.graph.input), tensors, strict=False))
     typed = onnx.shape_inference.infer_shapes(model, data_prop=True)
     known = {value.name: value for value in (*typed.graph.value_info, *typed.graph.output)}
     present = {value.name for value in model.graph.output}
-    wanted = sorted({name for name in values.values() if name in known} - present)
+    asked = set(names)
+    wanted = sorted({name for name in asked if name in known} - present)
     model.graph.output.extend(known[name] for name in wanted)
     session = plain_session(path, model)
     try:
@@ -68,4 +79,4 @@ def onnx_outputs(path: Path, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         if isinstance(error, ExportError):
             raise
         raise ExportError(f"{path}: onnxruntime failed: {first_line(error)}") from error
-    return {module: found[name] for module, name in values.items() if name in found}
+    return {name: value for name, value in {**given, **found}.items() if name in asked}

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from orepa_compiler.errors import ExportError
+from orepa_compiler.export.liveness import live_nodes
+from orepa_compiler.verification.nesting import registered_children
 
-_CONVS = {"aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution"}
+CONVS = {"aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution"}
 _NORM = "aten::batch_norm"
 
 # Operators that behave otherwise in training -> which argument says so.
@@ -92,7 +95,9 @@ def train_mode_modules(program: ExportedProgram) -> list[str]:
 
     The `training` flags of the modules do not tell: a new plain conv has it set, and no meaning.
     """
-    return [_module_path(node) for node in program_nodes(program) if _is_training(node)]
+    live = live_nodes(program)
+    nodes = (node for node in program_nodes(program) if node in live)
+    return [_module_path(node) for node in nodes if _is_training(node)]
 
 
 def _is_training(node: fx.Node) -> bool:
@@ -109,10 +114,11 @@ def foldable_norms(program: ExportedProgram) -> list[str]:
     Those are the sole readers of a conv's result. A conv that runs several times is left out, for
     no one kernel could hold its different norms.
     """
+    live = live_nodes(program)
     return [
         _module_path(node)
         for node in program_nodes(program)
-        if operator_name(node) == _NORM and not node.args[5] and _runs_alone(node.args[0])
+        if node in live and _is_eval_norm(node) and _runs_alone(node.args[0], live)
     ]
 
 
@@ -137,25 +143,33 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 def returns_mapping(program: ExportedProgram) -> bool:
     """Whether the model returns its tensors by name."""
-    paths = [path for path, _ in _output_paths(program) if path]
-    return any(not isinstance(path[0], pytree.SequenceKey) for path in paths)
+    return any(path and not isinstance(path[0], int) for path, _ in _output_paths(program))
+
+
+@dataclass(frozen=True)
+class _Returned:
+    number: int
 
 
 def _output_paths(program: ExportedProgram) -> list[tuple[tuple[Any, ...], int]]:
+    """The keys that lead to each returned value, and its number among them."""
     spec = program.call_spec.out_spec
-    structure = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    return pytree.tree_flatten_with_path(structure)[0]
+    leaves = [_Returned(index) for index in range(spec.num_leaves)]
+    return list(_numbered(pytree.tree_unflatten(leaves, spec), ()))
+
+
+def _numbered(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], int]]:
+    if isinstance(value, _Returned):
+        yield path, value.number
+        return
+    for key, child in registered_children(value):
+        yield from _numbered(child, (*path, key))
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:
     if not path:
         return "output"
-    parts = [
-        str(next(getattr(key, field) for field in ("key", "idx", "name") if hasattr(key, field)))
-        for key in path
-    ]
-    start = "output_" if isinstance(path[0], pytree.SequenceKey) else ""
-    return start + ".".join(parts)
+    return ("output_" if isinstance(path[0], int) else "") + ".".join(map(str, path))
 
 
 def program_nodes(program: ExportedProgram) -> Iterator[fx.Node]:
@@ -173,11 +187,15 @@ def operator_name(node: Any) -> str:
 
 def _is_conv(node: Any) -> bool:
     # aten::convolution's seventh argument tells whether it is transposed.
-    return operator_name(node) in _CONVS and not (len(node.args) > 6 and node.args[6] is True)
+    return operator_name(node) in CONVS and not (len(node.args) > 6 and node.args[6] is True)
 
 
-def _runs_alone(node: Any) -> bool:
-    return _is_conv(node) and len(node.users) == 1 and len(node.args[1].users) == 1
+def _is_eval_norm(node: fx.Node) -> bool:
+    return operator_name(node) == _NORM and not node.args[5]
+
+
+def _runs_alone(node: Any, live: set[fx.Node]) -> bool:
+    return _is_conv(node) and all(len(live & {*n.users}) == 1 for n in (node, node.args[1]))
 
 
 def _module_path(node: fx.Node) -> str:

@@ -101,9 +101,14 @@ class KernelLeaf:
 
     def operator(self, block: SqueezableBlock) -> ConvOperator:
         """The operator with the leaf as its kernel. Raises ReparamError if it is out of date."""
-        if not is_watched():
-            self.check(block)
-        return self._leaf
+        if is_watched():
+            return self._leaf
+        self.check(block)
+        if not torch.is_grad_enabled():
+            return self._leaf
+        made, tensors = self._leaf, sources(block)
+        bias = None if made.bias is None else self._life.bridged(made.bias, tensors)
+        return replace(made, weight=self._life.bridged(made.weight, tensors), bias=bias)
 
     def check(self, block: SqueezableBlock) -> None:
         if not self._stamp.fits(sources(block)):
@@ -144,13 +149,50 @@ class _Life:
             leaf.register_hook(self.refuse)
         return leaf
 
-    def refuse(self, grad: Tensor) -> None:
+    def bridged(self, leaf: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """The leaf, behind a step of autograd that reads what its kernel is made of too.
+
+        So a pass that is asked for their gradients alone comes by, and can be told.
+        """
+        if not leaf.requires_grad:
+            return leaf
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        passed: Tensor = _Bridge.apply(leaf, self, *trained)
+        return passed
+
+    def check_gathers(self, leaf_node: Any) -> None:
+        """Raises ReparamError where the running backward pass leaves the leaf out."""
+        self.refuse()
+        if not torch._C._will_engine_execute_node(leaf_node):
+            raise ReparamError(
+                "autograd.grad, or backward(inputs=...), asks for the gradients of its parameters "
+                "inside kernels_once, where they gather on the kernel that is made of them; call "
+                "backward() without inputs, or take an ordinary step",
+                path=self.path,
+            )
+
+    def refuse(self, grad: Tensor | None = None) -> None:
         if self.is_over:
             raise ReparamError(
                 "a backward pass came after the with block of kernels_once, whose kernel it goes "
                 "through: the branches would get no gradient; call backward inside",
                 path=self.path,
             )
+
+
+class _Bridge(torch.autograd.Function):
+    """Gives a leaf on; its gradient is the leaf's, and the parameters beside it get none."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, life: _Life, *parameters: Tensor) -> Tensor:
+        ctx.life, ctx.node = life, torch.autograd.graph.get_gradient_edge(leaf).node
+        ctx.count = len(parameters)
+        return leaf.view_as(leaf)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.life.check_gathers(ctx.node)
+        return grads[0], None, *(None,) * ctx.count
 
 
 def sources(block: SqueezableBlock) -> list[Tensor]:

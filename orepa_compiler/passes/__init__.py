@@ -69,7 +69,7 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes, one after the other, each on a fresh capture of what the one before left."""
+    """Passes, one after the other, each on a capture of what the one before left."""
 
     passes: tuple[Pass, ...]
 
@@ -116,10 +116,14 @@ class Pipeline:
         retraces: bool,
     ) -> tuple[nn.Module, Plan]:
         applied = Plan()
+        known: Capture | None = None  # of the model as it is
+        mode: bool | None = None
         for step in self.passes:
             progress(step.name)
-            captured = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
-            captured = replace(captured, kept={**captured.kept, **kept})
+            if known is None or mode != step.training:
+                known = capture(model, training=step.training, is_leaf=is_leaf, recording=recording)
+                mode = step.training
+            captured = replace(known, kept={**known.kept, **kept})
             if plan is not None:
                 wanted = plan.of(step.name)
             elif not retraces or isinstance(step, Adopt):  # which compares what it makes
@@ -133,6 +137,7 @@ class Pipeline:
             model, done = step.apply(model, captured, wanted)
             hold_new(model, holdings)
             applied += done
+            known = None if wanted.edits else known
         return model, _telling(applied, model, kept, self.passes)
 
 

@@ -96,15 +96,24 @@ class Adopt:
             after = _without_blocks(copy.deepcopy(before))
         except NotLinear as error:
             return f"a block in it cannot become one conv: {error.reason}"
+        untouched, alive = _state_of(after), _held_by(after)
         try:
             with _float64_by_default():  # also in the layers that the method makes
                 result = getattr(after, method)()
         except Exception as error:  # the method is the user's code
             return f"its {method}() raised {type(error).__name__}: {_line(error)}"
-        after = (result if isinstance(result, nn.Module) else after).double().eval()
-        if self.checks and (reason := _difference(before, after, method, call)):
+        made = result if isinstance(result, nn.Module) else after
+        if made is after and _state_of(after) == untouched:
+            return f"its {method}() changes nothing"
+        del alive
+        after = made.double().eval()
+        # A copy runs: a forward may keep what it made in float64 (the grid of a YOLO's head).
+        if self.checks and (reason := _difference(before, copy.deepcopy(after), method, call)):
             return reason
-        return like(after, list(module.parameters())).train(module.training)
+        parameters = list(module.parameters())
+        if parameters:  # what the module's own _apply casts beside parameters comes back by it
+            after = after.to(parameters[0].dtype)
+        return like(after, parameters).train(module.training)
 
     def _calls(self, model: nn.Module, paths: list[str]) -> dict[str, Call]:
         """What each module is first called on, in float64, when the model runs on the inputs."""
@@ -127,6 +136,26 @@ class Adopt:
             side = Side("model", model, hint="; give inputs= that it takes")
             evaluate(side, batches_of(self.inputs))
         return calls
+
+
+def _state_of(module: nn.Module) -> list[Any]:
+    """What a module is, by identity: its parts, their classes, attributes, tensors and versions.
+
+    For as long as what it holds is alive: an id may be given again.
+    """
+    held = [(path, type(part), *_ids(vars(part))) for path, part in module.named_modules()]
+    tensors = (*module.parameters(), *module.buffers())
+    return [*held, [(id(tensor), tensor._version) for tensor in tensors]]
+
+
+def _held_by(module: nn.Module) -> list[Any]:
+    attributes = [value for part in module.modules() for value in vars(part).values()]
+    return [*attributes, *module.modules(), *module.parameters(), *module.buffers()]
+
+
+def _ids(attributes: dict[str, Any]) -> Iterator[Any]:
+    for name, value in attributes.items():
+        yield name, [*map(id, value.values())] if isinstance(value, dict) else id(value)
 
 
 def _without_blocks(module: nn.Module) -> nn.Module:

@@ -81,11 +81,12 @@ class Retracing:
                 wanted = Plan((), wanted.refusals)
         return captured, wanted
 
-    def _captured(self, step: Step, model: nn.Module, **ways: Any) -> Capture:
-        recording = ways.pop("recording", self.recording)
+    def _captured(self, step: Step, tried: nn.Module, *, flips: bool = False) -> Capture:
+        """The capture of what was tried, which is a copy already."""
         return capture(
-            model, training=step.training, is_leaf=self.is_leaf, recording=recording, **ways
-        )
+            tried, training=step.training, is_leaf=self.is_leaf, recording=self.recording,
+            flips=flips, copies=False,
+        )  # fmt: skip
 
     def _other_ways(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
         """What does not hold where the model is called with other arguments."""
@@ -95,7 +96,9 @@ class Retracing:
             if writes_anew:  # it would know one way alone
                 return Found({"": f"written anew, it could not be called with {what}"}, {})
             recording = replace(self.recording, arguments=(arguments,))
-            other = self._captured(step, model, recording=recording)
+            other = capture(
+                model, training=step.training, is_leaf=self.is_leaf, recording=recording
+            )
             if "unexpected keyword argument" in other.untraced.get("", ""):
                 continue  # it takes no such call
             if "" in other.untraced or "" in other.doubtful:
@@ -113,12 +116,11 @@ class Retracing:
 
     def _looks_again(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
         """What is not the same once the rewrite is in place and gradients are off."""
-        product = self._tried(step, model, captured, wanted)
-        after = self._captured(step, product, flips=True)
+        after = self._captured(step, self._tried(step, model, captured, wanted), flips=True)
         parted = list(_parted(captured, after))
         if not parted:
             return Found({}, {})
-        calmly = self._captured(step, product)
+        calmly = self._captured(step, self._tried(step, model, captured, wanted))
         truly = set(_parted(captured, calmly))
         steered = {
             owner: "it asks whether gradients, inference mode or autocast are on"

@@ -51,8 +51,9 @@ class Link:
 class Page:
     """A whole page. What is None or empty is said to be absent, with the reason in `absent`.
 
-    summary: the verdict in a line or two. missing: what was not run, a line each, shown beside the
-    verdict. first: the first form of the chain. divergence: a text where the place of a difference
+    summary: the verdict in a line or two. facts: what was made and how, by name; a text for each.
+    missing: what was not run, a line each, shown beside the verdict, which is then a pass in part.
+    first: the first form of the chain. divergence: a text where the place of a difference
     cannot be told. absent: section -> why it is empty, for certificate, divergence, sizes,
     branches, audit, manifest.
     """
@@ -63,6 +64,7 @@ class Page:
     first: str
     links: tuple[Link, ...]
     missing: tuple[str, ...] = ()
+    facts: tuple[tuple[str, tuple[str, ...]], ...] = ()
     checks: tuple[Check, ...] = ()
     certificate: Certificate | None = None
     divergence: Divergence | str | None = None
@@ -71,3 +73,8 @@ class Page:
     audit: HalfAudit | None = None
     manifest: Manifest | None = None
     absent: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """The verdict as it stands on top: a pass of some checks is none of those not run."""
+        return "pass in part" if self.verdict == "pass" and self.missing else self.verdict

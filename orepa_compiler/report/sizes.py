@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,13 +16,16 @@ from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.latency import contents_of
+from orepa_compiler.verification.evaluation import Side, batches_of, evaluate
+from orepa_compiler.verification.modes import evaluation_mode, unchanged
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """One form. macs: of its convs, for one image; bytes: of parameters and buffers, or of a file.
 
-    A block counts as the one conv that it computes, and its branches beside it. norms: batch norms.
+    convs, norms: those that run, as the nodes of a file do, transposed ones not counted; norms:
+    batch norms. A block counts as the one conv that it computes, and its branches beside it.
     None: not counted.
     """
 
@@ -45,20 +50,52 @@ class ModelSize:
 
 
 def measure_model(form: str, model: nn.Module, inputs: Any) -> ModelSize:
-    """The size of a model; without MACs where it does not run on the inputs."""
-    modules = list(model.modules())
-    blocks = [module for module in modules if isinstance(module, LinearBlock)]
+    """The size of a model; without what runs where it does not run on the inputs."""
+    blocks = [module for module in model.modules() if isinstance(module, LinearBlock)]
     tensors = [*model.parameters(), *model.buffers()]
     try:
         macs = sum(conv_macs(model, inputs).values())
     except ReparamError:
         macs = None
+    calls = _calls(model, inputs)
     return ModelSize(
         form,
-        len(blocks) + sum(is_conv_like(module) for module in modules),
+        None if calls is None else calls["convs"],
         sum(len(block.branches) for block in blocks),
-        sum(isinstance(module, _BatchNorm) for module in modules),
+        None if calls is None else calls["norms"],
         macs,
         sum(parameter.numel() for parameter in model.parameters()),
         sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, inputs: Any) -> Counter[str] | None:
+    """How often convs and batch norms are called: one that is called twice is two nodes of a file.
+
+    None where the model does not run on the inputs.
+    """
+    counts: Counter[str] = Counter()
+    handles = []
+    for module in model.modules():
+        if kind := _kind(module):
+            handles.append(
+                module.register_forward_pre_hook(lambda *_, kind=kind: counts.update([kind]))
+            )
+    try:
+        with evaluation_mode(model), unchanged(model):
+            evaluate(Side("model", model), batches_of(inputs)[:1])
+    except ReparamError:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, LinearBlock):
+        return "convs"
+    if is_conv_like(module):
+        return "" if getattr(module, "transposed", False) else "convs"
+    return "norms" if isinstance(module, _BatchNorm) else ""

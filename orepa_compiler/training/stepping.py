@@ -57,9 +57,10 @@ def kernels_once(
     hold memory for the kernels and all gradients of the blocks once more.
 
     Raises ReparamError for a model without squeezed blocks, with sharded parameters (FSDP), or that
-    is in a with block already; inside, when parameters of a block change or an optimizer steps, and
-    on leaving, where gradients were cleared or changed after a backward pass. A backward pass that
-    comes after the with block raises it too.
+    is in a with block already; inside, when parameters of a block change, an optimizer steps, or
+    their gradients are asked for by name (autograd.grad, backward(inputs=...)), and on leaving,
+    where gradients were cleared or changed after a backward pass. A backward pass that comes after
+    the with block raises it too.
     """
     blocks = squeezed_blocks(model)
     before = _gradients(model)

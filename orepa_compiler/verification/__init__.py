@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.verification.agreeing import agreements
 from orepa_compiler.verification.blindness import blind_spots
 from orepa_compiler.verification.comparison import Comparison, compare, is_rounded, short, unfit
 from orepa_compiler.verification.evaluation import (
@@ -105,8 +106,12 @@ def judge(
         if isinstance(output, Comparison) and row.tolerance is not None and is_rounded(output):
             compared.append((row, output.truth))
     notes += blind_spots(compared)
-    precision = short(samples.precision or first_dtype(samples.expected))
-    return Report(tuple(rows), tuple(notes), precision, factor)
+    precision = samples.truth.noise_name or short(
+        samples.precision or first_dtype(samples.expected)
+    )
+    # Below the noise of a float type there is nothing left to decide otherwise.
+    agree = agreements(samples, rows, factor) if samples.truth.noise_name else ()
+    return Report(tuple(rows), tuple(notes), precision, factor, agree)
 
 
 def _checked(precision: str | None, factor: float, truth: Any) -> torch.dtype | None:

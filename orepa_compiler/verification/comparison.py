@@ -41,7 +41,7 @@ def unfit(output: Comparison) -> str:
     if not is_rounded(output):
         return ""
     truth = wide(output.truth)
-    return too_noisy(noise_of(output, truth, size_of(truth)), output.noise_of)
+    return too_noisy(noise_of(output, truth, size_of(truth)), output)
 
 
 def _kinds(output: Comparison) -> str:

@@ -29,7 +29,7 @@ def decide(output: Comparison) -> Row:
         eps = torch.finfo(output.working).eps
         limit = min(output.factor * max(output.decision.noise, eps), MAX_TOLERANCE)
         margins = output.decision.margins(output.candidate, output.truth)
-        reason = too_noisy(output.decision.noise, output.noise_of)
+        reason = too_noisy(output.decision.noise, output)
     wrong = _wrong(output, output.candidate, limit)
     off = _wrong(output, output.reference, limit)
     reason = reason or _said(output, wrong, margins, limit) or _reference_off(off)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from orepa_compiler.errors import ReparamError
 
@@ -18,8 +19,9 @@ def named_leaves(value: Any) -> dict[str, Any]:
     """What a call returned, leaf by leaf: tensors, and whatever else it holds.
 
     The names are those of an exported file: `output` for a lone tensor, output_0, output_1, ... for
-    a list or tuple, the keys of a dict, the fields of a namedtuple or dataclass; deeper levels are
-    joined with a dot. None is no leaf; a plain number is a tensor without axes.
+    a list or tuple, the keys of a dict, the fields of a namedtuple or dataclass, what torch.export
+    was told of a class; deeper levels are joined with a dot. None is no leaf; a plain number is a
+    tensor without axes.
 
     Raises ReparamError when two leaves have one name.
     """
@@ -115,11 +117,40 @@ def _walk(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], 
         parts = [(name, getattr(value, name)) for name in fields]
     elif isinstance(value, (list, tuple)):
         parts = list(enumerate(value))
-    else:
+    elif pytree.tree_is_leaf(value):
         yield path, _as_tensor(value)
         return
+    else:
+        parts = registered_children(value)
     for key, part in parts:
         yield from _walk(part, (*path, key))
+
+
+def registered_children(value: Any) -> list[tuple[Any, Any]]:
+    """What a container holds, as its class is registered with torch.export: each with its key.
+
+    A class may be registered without keys. Those of a mapping, or the attributes, are taken then,
+    where they hold the children; else numbers.
+    """
+
+    def is_child(part: Any) -> bool:
+        return part is not value
+
+    try:
+        keyed, _ = pytree.tree_flatten_with_path(value, is_leaf=is_child)
+        return [(_key_of(path[0]), child) for path, child in keyed]
+    except ValueError:
+        children = pytree.tree_leaves(value, is_leaf=is_child)
+    named = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    names = {id(child): name for name, child in named.items()}
+    if len({id(child) for child in children} & names.keys()) < len(children):
+        return list(enumerate(children))
+    return [(names[id(child)], child) for child in children]
+
+
+def _key_of(entry: Any) -> Any:
+    fields = ("key", "idx", "name")
+    return next((getattr(entry, field) for field in fields if hasattr(entry, field)), entry)
 
 
 def _as_tensor(leaf: Any) -> Any:

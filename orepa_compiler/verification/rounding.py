@@ -48,7 +48,7 @@ def measure(output: Comparison) -> Row:
     agreement, margin = _top1(values, truth)
     own_error = distance(wide(output.reference), truth) / size
     reason = (
-        too_noisy(noise, output.noise_of)
+        too_noisy(noise, output)
         or _constant(values, truth, 2 * base * size)
         or _too_far(error, tolerance, values, truth)
         or _wrong_class(agreement, margin / size, tolerance)
@@ -90,13 +90,16 @@ def _top1(values: Tensor, truth: Tensor) -> tuple[float | None, float]:
     return float((margins == 0).double().mean()), float(margins.max())
 
 
-def too_noisy(noise: float, working: str) -> str:
+def too_noisy(noise: float, output: Comparison) -> str:
     """Why noise of this size allows no verdict; "" where it does."""
     if noise <= MAX_TOLERANCE:
         return ""
+    helps = "compare in a higher precision or on more inputs"
+    if output.noise_name:  # that of int8, whose ranges are the same on all inputs
+        helps = "export it anew and keep its layers in float32 (keep_fp32=)"
     return (
-        f"the reference's own error in {working} is {noise:.1e} of the output's size, above "
-        f"{MAX_TOLERANCE:g}: no verdict; compare in a higher precision or on more inputs"
+        f"the reference's own error in {output.noise_of} is {noise:.1e} of the output's size, "
+        f"above {MAX_TOLERANCE:g}: no verdict; {helps}"
     )
 
 

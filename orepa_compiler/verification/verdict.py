@@ -54,21 +54,45 @@ class Row:
         return not self.ok, self.error / self.tolerance
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How often one output decides as the truth does, over all inputs that were given.
+
+    positions: where a top-1 along axis 1 was compared. share: of them, with the truth's. expected:
+    the same of the noise. reason: why that is too rare; "" where it is not.
+    """
+
+    name: str
+    positions: int
+    share: float
+    expected: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: the truth's top-1 at {self.share:.1%} of {self.positions:,} positions "
+            f"of the inputs (the noise alone: {self.expected:.1%})"
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """The verdict: truthy only when something was compared and all of it agrees.
 
     rows: one for each batch and output. notes: what a reader should know, whatever the verdict.
     precision: the dtype whose noise the tolerances come from. factor: tolerance / noise.
+    agreements: of each output with a top-1, where the noise is that of int8.
     """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     precision: str
     factor: float
+    agreements: tuple[Agreement, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.rows) and all(row.ok for row in self.rows)
+        agree = not any(agreement.reason for agreement in self.agreements)
+        return bool(self.rows) and all(row.ok for row in self.rows) and agree
 
     @property
     def worst(self) -> Row | None:
@@ -91,6 +115,9 @@ class Report:
             failing = sum(not row.ok for row in self.rows)
             rows = _count(len(self.rows), "row")
             return f"FAIL: {failing} of {rows}; {worst.where}: {worst.reason}"
+        rare = [agreement.reason for agreement in self.agreements if agreement.reason]
+        if rare:
+            return f"FAIL: {rare[0]}"
         names = _count(len({row.name for row in self.rows}), "output")
         batches = _count(len({row.batch for row in self.rows}), "batch")
         return (
@@ -114,6 +141,7 @@ class Report:
         below = [Text(f"{row.where}: {row.reason}") for row in failing]
         if len(self.rows) > len(shown):
             below.append(Text(f"and {len(self.rows) - len(shown)} more rows"))
+        below += [Text(f"agreement: {agreement}") for agreement in self.agreements]
         below += [Text(f"note: {note}") for note in self.notes]
         return Group(Text(self.verdict, style=style), _table(shown), *below)
 
@@ -127,6 +155,7 @@ class Report:
             "precision": self.precision,
             "factor": self.factor,
             "rows": rows,
+            "agreements": [asdict(agreement) for agreement in self.agreements],
             "notes": list(self.notes),
         }
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler.capture.skeleton import meta_copy
-from orepa_compiler.checkpoints.weights import PLAN_KEY
+from orepa_compiler.checkpoints.reading import PLAN_KEY
 from orepa_compiler.errors import CheckpointError, ExportError
 from orepa_compiler.planning import recorded_plans
 from tests.compiler_nets import (
@@ -211,8 +211,8 @@ PLANS = {
     "no plans": ('{"format": 1}', r"its plan: plans is missing"),
     "a bad plan": ('{"format": 1, "plans": ["{"]}', "this is not a plan"),
     "another version": (
-        '{"format": 2, "plans": []}',
-        "has checkpoint format 2, this version reads 1",
+        '{"format": 3, "plans": []}',
+        "has checkpoint format 3, this version reads 1 and 2",
     ),
 }
 

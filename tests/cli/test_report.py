@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from orepa_compiler.cli import export_main, main
+from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.latency import contents_of
+from orepa_compiler.export.weight_record import properties_of
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -97,9 +102,72 @@ def test_the_page_of_an_export_has_all_that_was_found() -> None:
     assert "net.onnx.samples.safetensors" in section("net.html", "manifest")
 
 
+def facts(name: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for tag, text in re.findall(r"<(dt|dd)>([^<]*)</d", section(name, "facts")):
+        if tag == "dt":
+            found[text] = []
+        else:
+            found[list(found)[-1]].append(text)
+    return found
+
+
+def test_the_page_says_what_was_made_and_how() -> None:
+    found = facts("net.html")
+    line = f"orepa-export nets.py:expanded --onnx net.onnx --precision fp16 {SHAPE}"
+    assert found["command"] == [f"{line} --report net.html"]
+    assert found["precision"] == ["fp16"]
+    assert found["opset"] == ["20"]
+    assert found["inputs"] == ["input: float16 (batch, 3, 8, 8)"]
+    assert found["outputs"] == ["output: float16 (batch, 4, 8, 8)"]
+    assert re.fullmatch(
+        r"onnx: median \d+\.\d{3} ms, .* calls, .* samples/s\)", found["latency"][0]
+    )
+    assert "int8 agreement" not in found
+
+
+def test_the_counts_are_the_same_wherever_they_are_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["verify", "net.onnx.manifest.json", "--report", "again.html", "--json", "again.json"])
+    (held,) = facts("net.html")["graph"]
+    assert held.startswith("2 convs, 0 sums of maps, 0 norms, ")
+    assert facts("again.html")["graph"] == [held]
+    steps = {s["step"]: s for s in json.loads(Path("again.json").read_text())["steps"]}
+    assert steps["onnx gates"]["note"].startswith(held)
+    counted = contents_of(Path("net.onnx"))
+    assert (
+        held
+        == f"{counted.convs} convs, 0 sums of maps, {counted.norms} norms, {counted.nodes} nodes"
+    )
+    graph = load_graph(Path("net.onnx"))
+    assert counted.nodes == len(graph.graph.node)
+    assert properties_of(graph)["orepa.convs"] == str(counted.convs)
+    shown = {(convs, norms) for convs, _, norms in counts("net.html")[1:]}
+    assert shown == {(str(counted.convs), str(counted.norms))}
+
+
+def test_an_int8_page_shows_how_often_it_decides_alike() -> None:
+    np.save("data.npy", np.random.default_rng(0).normal(size=(9, 3, 8, 8)))
+    line = f"nets.py:expanded --onnx int8.onnx --precision int8 --calibration data.npy {SHAPE}"
+    assert export_main(f"{line} --report int8.html".split()) == 0
+    (said,) = facts("int8.html")["int8 agreement"]
+    assert re.match(
+        r"check onnx: output: the truth's top-1 at \d+\.\d% of 576 ".replace("'", "&#39;"), said
+    )
+    assert "agreement: output: " in section("int8.html", "chain")
+
+
+def test_the_charts_of_the_branches_are_folded_in() -> None:
+    part = section("net.html", "branches")
+    assert part.index("<details>") < part.index("<svg")
+    assert part.rindex("<svg") < part.rindex("</details>")
+
+
 def test_a_manifest_that_is_checked_again_says_what_was_not_run() -> None:
     assert main(["verify", "net.onnx.manifest.json", "--report", "again.html"]) == 0
-    assert "✓ pass" in banner("again.html")
+    assert '<div class="banner pass-in-part">' in banner("again.html")  # and not green
+    assert "– pass in part" in banner("again.html")
     assert "not run: onnx on the GPU: " in banner("again.html")
     chain = section("again.html", "chain")
     assert "not made again here" in chain

@@ -160,6 +160,66 @@ class Shared(nn.Module):
         return self.second(x)  # type: ignore[no-any-return]
 
 
+class Tracked(nn.Sequential):
+    """An InstanceNorm in eval form is a BatchNormalization in a file."""
+
+    def __init__(self) -> None:
+        norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        super().__init__(nn.Conv2d(3, 4, 3), norm, nn.ReLU())
+
+
+class Pyramid(nn.Module):
+    """torch writes a pooling to a size that does not divide the map's as many sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        pooled = functional.adaptive_avg_pool2d(y, 6)
+        return self.head(y + functional.interpolate(pooled, size=y.shape[2:]))
+
+
+class Unreturned(nn.Module):
+    """Deep supervision: heads that only training returns, and one that runs twice alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3)
+        self.heads = nn.ModuleList(nn.Conv2d(4, 2, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        y = self.body(x)
+        made = [functional.relu_(head(y)) + x.mean() for head in self.heads]
+        return made if self.training else made[-1] * self.heads[-1](y)
+
+
+@pytest.mark.parametrize(
+    ("net", "counts"),
+    [(Tracked(), Counts(1, 0, 1)), (Pyramid(), None), (Unreturned(), Counts(2, 1, 0))],
+)
+def test_what_torch_writes_otherwise_is_no_fault(
+    net: nn.Module, counts: Counts | None, tmp_path: Path
+) -> None:
+    graph = load_graph(export_onnx(net.eval(), images(), tmp_path / "net.onnx"))
+    assert Counts.recorded(properties_of(graph)) == Counts.of_graph(graph)
+    assert counts in (None, Counts.of_graph(graph))
+
+
+def test_a_translation_with_more_than_the_program_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Counts, "of_program", classmethod(lambda cls, program: cls(3, 0, 0)))
+        with pytest.raises(ExportError, match=r"adds up feature maps 1 times.* 0 times"):
+            export_onnx(SmallNet().eval(), images(), tmp_path / "net.onnx")
+    # what stands for another operator is none of the program's sums
+    net = Returns(lambda x, y: functional.group_norm(y, 2, torch.rand(4), torch.rand(4))).eval()
+    graph = load_graph(export_onnx(net, images(), tmp_path / "net.onnx"))
+    assert Counts.of_graph(graph, translated=True).sums == 0
+
+
 @pytest.mark.parametrize("net", [Standardized(3, 4, 3), Shared()])
 def test_a_kernel_made_in_the_forward_and_a_shared_conv_are_no_fault(
     net: nn.Module, tmp_path: Path

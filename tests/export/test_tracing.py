@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.tracing import (
@@ -20,6 +22,7 @@ from orepa_compiler.export.tracing import (
     trace,
     train_mode_modules,
 )
+from orepa_compiler.verification.nesting import named_leaves
 from tests.export.nets import Returns, SmallNet, images
 
 
@@ -105,6 +108,81 @@ def test_outputs_are_named(function: Callable, names: list[str], is_mapping: boo
     program = returned(function)
     assert output_names(program) == names
     assert returns_mapping(program) == is_mapping
+
+
+class Pair:
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+
+class Many(Pair):
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+
+class Sample(OrderedDict):  # type: ignore[type-arg]
+    """As diffusers returns its maps."""
+
+
+pytree.register_pytree_node(
+    Sample,
+    lambda made: ([*made.values()], [*made]),
+    lambda parts, keys: Sample(zip(keys, parts, strict=True)),
+)
+pytree.register_pytree_node(
+    Pair, lambda made: ([made.first, made.second], None), lambda parts, _: Pair(*parts)
+)
+pytree.register_pytree_node(Many, lambda made: ([*made.parts], None), lambda parts, _: Many(*parts))
+
+
+@pytest.mark.parametrize(
+    ("function", "names", "is_mapping"),
+    [
+        (lambda x, y: Sample(sample=x, more=(x, y)), ["sample", "more.0", "more.1"], True),
+        (lambda x, y: Sample(y=x, x=y), ["y", "x"], True),
+        (lambda x, y: Pair(x, [y]), ["first", "second.0"], True),
+        (lambda x, y: (Many(x, y), x), ["output_0.0", "output_0.1", "output_1"], False),
+        (lambda x, y: Many(y, y), ["output_0", "output_1"], False),
+    ],
+)
+def test_outputs_of_a_class_that_was_registered_without_names_are_named(
+    function: Callable, names: list[str], is_mapping: bool
+) -> None:
+    program = returned(function)
+    assert (output_names(program), returns_mapping(program)) == (names, is_mapping)
+    net = Returns(function).eval()
+    assert [*named_leaves(net(images()))] == names  # so a file and its model are compared
+
+
+class Unread(nn.Module):
+    """Computes a head that only training returns, with a norm and a dropout in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm, relu = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.head = nn.Sequential(nn.Conv2d(3, 4, 3), norm, relu, nn.Dropout(0.1))
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unread = self.conv(x)
+        made = self.head(x), self.norm(unread)
+        return unread.relu_() if self.training else made[1]
+
+
+def test_what_no_output_reads_is_not_judged() -> None:
+    net = Unread().eval()
+    assert foldable_norms(traced(net)) == ["norm"]  # of the head's norm nobody knows
+    net.head[3].train()
+    assert train_mode_modules(traced(net)) == []
+
+
+def test_a_write_counts_where_what_is_written_over_is_read() -> None:
+    def drawn(x: Tensor, y: Tensor) -> Tensor:
+        y[0].view(-1)[1:].bernoulli_()
+        return y * 2
+
+    assert train_mode_modules(returned(drawn)) == [""]
+    assert train_mode_modules(returned(lambda x, y: (y.clone().bernoulli_(), x)[1])) == []
 
 
 def test_an_output_that_is_no_tensor_is_refused() -> None:

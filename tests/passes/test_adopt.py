@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
+from orepa_compiler import compiler
 from orepa_compiler.algebra.layers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.errors import ReparamError
@@ -23,6 +24,8 @@ from tests.own_way_nets import (
     Broken,
     Copies,
     Fuses,
+    Heads,
+    Nothing,
     OwnWay,
     Reparameterizes,
     Rounds,
@@ -51,6 +54,37 @@ def test_what_a_method_makes_is_taken_where_it_agrees(kind: type[OwnWay], given:
     assert edit.after.endswith(f"by its {method}()")
     assert edit.parameters == (384, 330)
     assert not made.refusals
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["a random map", "inputs"])
+def test_a_method_that_does_nothing_is_not_taken_and_asked_once(
+    given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, asked = net_of(Nothing), []
+    run = compiler.Pipeline.run
+
+    def counted(pipeline: Any, *args: Any, **options: Any) -> Any:
+        asked.append(options.get("retraces", True))
+        return run(pipeline, *args, **options)
+
+    monkeypatch.setattr(compiler.Pipeline, "run", counted)
+    deploy = orepa.collapse(net, inputs=batch() if given else None)
+    (made,) = orepa.recorded_plans(deploy)
+    (refusal,) = made.of("adopt").refusals
+    assert refusal.reason == "its switch_to_deploy() changes nothing"
+    # what the passes would leave, the pass adopt, the passes
+    assert asked == [False, True, True]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["a random map", "inputs"])
+def test_plain_tensors_have_the_type_they_had(given: bool) -> None:
+    net, x = net_of(Heads).float(), batch().float()
+    deploy = orepa.collapse(net, inputs=x if given else None)
+    assert "adopt" in {edit.done_by for edit in orepa.recorded_plans(deploy)[0].edits}
+    head = deploy.get_submodule("2.0")
+    assert (head.stride.dtype, head.grid.dtype) == (torch.float32, torch.float32)
+    assert given or head.grid.shape == (0,)  # what the check made is not handed out
+    assert orepa.verify(net, deploy, x, stress=True)
 
 
 @pytest.mark.parametrize("kind", [Copies, Broken])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -264,6 +265,43 @@ def test_a_loss_on_a_parameter_is_no_change(net: nn.Module) -> None:
                 value = loss(model, x) + sum(p.square().sum() for p in model.parameters())
                 value.backward()
     assert_same_gradients(net, ordinary)
+
+
+def asked_by_grad(net: nn.Module, x: Tensor) -> None:
+    torch.autograd.grad(loss(net, x), [*net.parameters()], allow_unused=True)
+
+
+def asked_by_inputs(net: nn.Module, x: Tensor) -> None:
+    loss(net, x).backward(inputs=[*net.parameters()])
+
+
+def asked_with_a_graph(net: nn.Module, x: Tensor) -> None:
+    torch.autograd.grad(loss(net, x), net[6].scaling, create_graph=True, allow_unused=True)
+
+
+@pytest.mark.parametrize("ask", [asked_by_grad, asked_by_inputs, asked_with_a_graph])
+def test_gradients_that_are_asked_for_by_name_are_refused_at_once(
+    net: nn.Module, ask: Callable[[nn.Module, Tensor], None]
+) -> None:
+    x = micro_batches(1)[0]
+    with pytest.raises(ReparamError) as caught, kernels_once(net):
+        ask(net, x)
+    assert re.fullmatch(
+        r"[046]: autograd\.grad, or backward\(inputs=\.\.\.\), asks for the gradients of its "
+        r"parameters inside kernels_once, where they gather on the kernel that is made of them; "
+        r"call backward\(\) without inputs, or take an ordinary step",
+        str(caught.value),
+    )
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_gradients_of_maps_and_of_other_layers_may_be_asked_for(net: nn.Module) -> None:
+    x = micro_batches(1)[0].requires_grad_()
+    with kernels_once(net):
+        (slope,) = torch.autograd.grad(net(x).square().mean(), x, create_graph=True)
+        slope.square().sum().backward()
+        loss(net, x).backward(inputs=[net[-1].weight])
+    assert all(p.grad is not None for p in net[6].parameters())
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -59,8 +59,7 @@ def no_conv_reason(layer: nn.Module) -> str:
     if isinstance(layer, _ConvNd) and isinstance(getattr(layer, "weight", None), torch.Tensor):
         return (
             "its weight is a tensor and no parameter, as remove_parametrizations leaves a frozen "
-            "one; make it one first: "
-            "w = conv.weight; del conv.weight; conv.weight = nn.Parameter(w)"
+            "one; make it one: w = conv.weight; del conv.weight; conv.weight = nn.Parameter(w)"
         )
     return f"{name} is no conv of torch.nn with one kernel, so no block can stand for it"
 
