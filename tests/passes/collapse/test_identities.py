@@ -1,0 +1,32 @@
+"""Where a norm was folded stands an Identity that a fuse() of the model's class can read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import orepa_compiler as orepa
+from orepa_compiler.passes.collapse.identities import identity_for
+from tests.norms import randomise_norms
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_place_of_a_norm_answers_as_one_that_does_nothing(affine: bool) -> None:
+    layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=affine), nn.ReLU()
+    net = randomise_norms(nn.Sequential(*layers).double()).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    deploy = orepa.collapse(net)
+    assert type(deploy[1]) is nn.Identity  # torch's own, which a pickle finds without this package
+    assert deploy.state_dict().keys() == {"0.weight", "0.bias"}
+    for made in (deploy, deploy.half().double()):
+        expected = made(x)
+        made[0] = fuse_conv_bn_eval(made[0], made[1])
+        assert torch.equal(made(x), expected)
+    torch.testing.assert_close(orepa.collapse(net)(x), net(x))
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.BatchNorm2d(3, track_running_stats=False)])
+def test_the_place_of_another_layer_is_a_plain_identity(layer: nn.Module) -> None:
+    assert not list(identity_for(layer).buffers())
