@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "dependencies", "atomic", "schemas", "algebra"),
+    ("errors", "choices", "dependencies", "atomic", "schemas", "algebra"),
     ("capture", "branches"),
     ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),
@@ -34,16 +34,18 @@ FLOORS = (
             "compiler",
             "checkpoints",
             "model_source",
+            "preprocessing",
             "reference",
             "export",
         ),
         *("certificate", "locating", "report", "sides", "testing", "quantizing", "int8_sides"),
         *("equalizing", "int8_analysis"),
     ),
-    ("__init__", "cli"),
+    ("__init__", "__main__", "public", "cli"),
 )
 
 OPTIONAL = {
+    "PIL",
     "jinja2",
     "lightning",
     "matplotlib",
@@ -51,6 +53,7 @@ OPTIONAL = {
     "onnxruntime",
     "onnxscript",
     "onnxsim",
+    "openvino",
     "tensorrt",
     "tensorrt_rtx",
     "timm",

@@ -1,4 +1,4 @@
-"""Kernels as tensors on a lattice of taps: spread them, place them, convolve them.
+"""Kernels as tensors on a lattice of taps: spread, place, convolve, regroup and compose them.
 
 A kernel is (C_out, C_in / groups, *size). Nothing here looks at a value, and all of it
 is differentiable.
@@ -7,11 +7,13 @@ is differentiable.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import gcd, prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from orepa_compiler.algebra.geometry import Geometry
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -62,6 +64,77 @@ def convolve(outer: Tensor, inner: Tensor) -> Tensor:
     padding = [k - 1 for k in k2]
     full = CONV[len(k2)](signal, weight, None, 1, padding, 1, blocks)
     return full.reshape(full.shape[0], blocks, out, *full.shape[2:]).movedim(0, 2)
+
+
+def regroup(weight: Tensor, groups: int, fewer: int) -> Tensor:
+    """A kernel of so many groups written with fewer: block-diagonal, filled with zeros."""
+    if fewer == groups:
+        return weight
+    assert groups % fewer == 0
+    blocks, kernel = groups // fewer, weight.shape[2:]
+    out, width = weight.shape[0] // groups, weight.shape[1]
+    split = weight.reshape(fewer, blocks, out, 1, width, *kernel)
+    eye = torch.eye(blocks, dtype=torch.bool, device=weight.device)
+    eye = eye.reshape(1, blocks, 1, blocks, 1, *(1,) * len(kernel))
+    # where, not a product: 0 * inf would spread a broken weight over its whole group
+    full = torch.where(eye, split, torch.zeros((), dtype=split.dtype, device=split.device))
+    return full.reshape(weight.shape[0], blocks * width, *kernel)
+
+
+def compose_kernels(
+    second: Tensor, outer: Geometry, first: Tensor, inner: Geometry
+) -> tuple[Tensor, int, tuple[int, ...]]:
+    """The kernel of one conv after another, with its groups and dilation.
+
+    second, outer: the kernel and the geometry of the later one; first, inner: of the one before.
+    """
+    groups, outer_groups = gcd(outer.groups, inner.groups), outer.groups
+    if outer.groups > groups and inner.groups > groups:
+        second, outer_groups = regroup(second, outer.groups, groups), groups
+    dilation, inner_spacings, outer_spacings = [], [], []
+    for axis in range(outer.rank):
+        near = inner.dilation[axis] if inner.kernel_size[axis] > 1 else 0
+        far = inner.stride[axis] * outer.dilation[axis] if outer.kernel_size[axis] > 1 else 0
+        step = gcd(near, far) or 1
+        dilation.append(step)
+        inner_spacings.append(max(near // step, 1))
+        outer_spacings.append(max(far // step, 1))
+    second_kernel = spread(second, outer_spacings)
+    first_kernel = spread(first, inner_spacings)
+    # Where one side has the finer groups, its blocks are composed one by one and never densified.
+    pieces = max(outer_groups, inner.groups) // groups
+    middle = inner.out_channels // (groups * pieces)
+    k2, k1 = second_kernel.shape[2:], first_kernel.shape[2:]
+    if inner.groups > groups:
+        second_kernel = second_kernel.reshape(groups, -1, pieces, middle, *k2).transpose(1, 2)
+    second_kernel = second_kernel.reshape(groups * pieces, -1, middle, *k2)
+    first_kernel = first_kernel.reshape(groups * pieces, middle, -1, *k1)
+    full = convolve(second_kernel, first_kernel)
+    if inner.groups > groups:
+        full = full.reshape(groups, pieces, *full.shape[1:]).transpose(1, 2)
+    kernel = full.shape[-outer.rank :] if outer.rank else ()
+    weight = full.reshape(outer.out_channels, inner.in_channels // groups, *kernel)
+    return weight, groups, tuple(dilation)
+
+
+def compose_biases(
+    second: Tensor, groups: int, bias: Tensor | None, inner_bias: Tensor | None
+) -> Tensor | None:
+    """b_2 + sum_taps W_2 b_1. second, groups, bias: of the later conv."""
+    if inner_bias is None:
+        return bias
+    if inner_bias.is_meta:
+        return inner_bias.new_empty(second.shape[0])
+    taps = second.flatten(2).sum(2) if second.dim() > 2 else second
+    taps = taps.reshape(groups, -1, taps.shape[1])
+    carried = torch.einsum("got,gt->go", taps, inner_bias.reshape(groups, -1)).flatten()
+    return sum_biases(bias, carried)
+
+
+def sum_biases(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
 
 
 def pad(x: Tensor, padding: Sequence[tuple[int, int]], mode: str) -> Tensor:

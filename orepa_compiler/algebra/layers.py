@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from orepa_compiler.algebra.geometry import Padding
 from orepa_compiler.algebra.maps import ANYTHING, Axes, Maps, second
-from orepa_compiler.algebra.operators import ConvOperator, Padding, identity
+from orepa_compiler.algebra.operators import ConvOperator, identity
 from orepa_compiler.algebra.overriding import has_torch_forward as has_torch_forward
 from orepa_compiler.algebra.overriding import overriding_reason
 from orepa_compiler.errors import NotLinear
@@ -64,6 +65,11 @@ def conv_operator(layer: nn.Module, in_channels: int | None = None) -> ConvOpera
         if rest is None:
             return operator
         raise NotLinear(f"{type(layer).__name__} is followed by its activation {rest}")
+    if isinstance(layer, _ConvTransposeNd):
+        raise NotLinear(
+            f"{type(layer).__name__} is a transposed conv, and no conv of what it reads: it stays, "
+            "and a norm behind it goes into its kernel"
+        )
     raise NotLinear(
         f"{type(layer).__name__} is not a known linear layer; if it is one, add it with "
         f"conv_operator.register({type(layer).__name__})"
@@ -95,6 +101,8 @@ def linear_part(
 
 def own_forward_reason(layer: nn.Module) -> str | None:
     """Why this conv cannot be read as a plain one, or None where it is plain."""
+    if isinstance(layer, _ConvTransposeNd):
+        return f"{type(layer).__name__} is a transposed conv"
     if not isinstance(layer, CONVS):
         return f"{type(layer).__name__} is not a conv"
     return overriding_reason(layer)

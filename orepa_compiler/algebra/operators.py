@@ -19,20 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.composition import (
+from orepa_compiler.algebra.geometry import (
+    Geometry,
+    Padding,
     border_reason,
     check_parallel,
-    compose_biases,
-    compose_kernels,
     joint_padding_mode,
     sum_axis,
+)
+from orepa_compiler.algebra.kernels import (
+    CONV,
+    compose_biases,
+    compose_kernels,
+    pad,
+    place,
+    regroup,
     sum_biases,
 )
-from orepa_compiler.algebra.kernels import CONV, pad, place
-from orepa_compiler.algebra.maps import LAST, Axes, Maps, kernel_axes, second
+from orepa_compiler.algebra.maps import LAST, Axes, kernel_axes, second
 from orepa_compiler.errors import NotLinear
-
-Padding = tuple[tuple[int, int], ...]
 
 CONV_MODULES: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -42,15 +47,11 @@ CONV_MODULES: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class ConvOperator:
+class ConvOperator(Geometry):
     """x -> conv(x, weight) + bias, as a value.
 
     weight: (C_out, C_in / groups, *kernel), with 0 to 3 kernel axes (0: a linear layer).
-    bias: (C_out,), or None.
-    stride, dilation: one per axis. padding: (before, after) per axis; a negative one crops.
-    padding_mode: what stands beyond the border, as in torch.nn.Conv2d.
-    axes: where the channels of its maps stand. A kernel has as many axes as stand behind them; one
-    without axes is that of a linear layer, or of a norm or a factor, for maps of several ranks.
+    bias: (C_out,), or None. stride, padding, dilation, groups, padding_mode, axes: its Geometry.
     """
 
     weight: Tensor
@@ -75,21 +76,7 @@ class ConvOperator:
 
     @property
     def rank(self) -> int:
-        """The number of kernel axes."""
         return self.weight.dim() - 2
-
-    @property
-    def reads(self) -> Maps:
-        return Maps(self.in_channels, self._axes)
-
-    @property
-    def gives(self) -> Maps:
-        return Maps(self.out_channels, self._axes)
-
-    @property
-    def _axes(self) -> Axes:
-        assert self.axes is not None  # set when it was made
-        return self.axes
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
@@ -104,27 +91,13 @@ class ConvOperator:
         return self.weight.shape[0]
 
     @property
-    def extent(self) -> tuple[int, ...]:
-        """How many pixels the kernel spans on each axis, dilation included."""
-        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+    def has_bias(self) -> bool:
+        return self.bias is not None
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one output position."""
         return self.weight.numel()
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether each output pixel reads just the input pixel at its own place."""
-        return (
-            all(k == 1 for k in self.kernel_size)
-            and all(s == 1 for s in self.stride)
-            and all(p == (0, 0) for p in self.padding)
-        )
-
-    @property
-    def has_padding(self) -> bool:
-        return any(before > 0 or after > 0 for before, after in self.padding)
 
     def __repr__(self) -> str:
         kernel = "x".join(map(str, self.kernel_size)) or "linear"
@@ -213,7 +186,7 @@ class ConvOperator:
         reason = border_reason(outer, inner)
         if reason:
             raise NotLinear(reason)
-        weight, groups, dilation = compose_kernels(outer, inner)
+        weight, groups, dilation = compose_kernels(outer.weight, outer, inner.weight, inner)
         strides = list(zip(inner.stride, outer.stride, strict=True))
         padding = tuple(
             (p1[0] + s1 * p2[0], p1[1] + s1 * p2[1])
@@ -221,7 +194,7 @@ class ConvOperator:
         )
         return ConvOperator(
             weight,
-            compose_biases(outer, inner),
+            outer.bias_after(inner.bias),
             tuple(s1 * s2 for s1, s2 in strides),
             padding,
             dilation,
@@ -229,6 +202,10 @@ class ConvOperator:
             outer.padding_mode if outer.has_padding else inner.padding_mode,
             outer.axes,
         )
+
+    def bias_after(self, bias: Tensor | None) -> Tensor | None:
+        """b_2 + sum_taps W_2 b_1: its bias behind a conv of that bias, where no border is near."""
+        return compose_biases(self.weight, self.groups, self.bias, bias)
 
     def scale(self, factor: Tensor) -> ConvOperator:
         """The operator followed by a scaling layer.
@@ -266,17 +243,7 @@ class ConvOperator:
         """The same operator written with fewer groups: block-diagonal kernels filled with zeros."""
         if groups == self.groups:
             return self
-        assert self.groups % groups == 0
-        blocks = self.groups // groups
-        out, width = self.out_channels // self.groups, self.weight.shape[1]
-        kernel = self.kernel_size
-        split = self.weight.reshape(groups, blocks, out, 1, width, *kernel)
-        eye = torch.eye(blocks, dtype=torch.bool, device=self.weight.device)
-        eye = eye.reshape(1, blocks, 1, blocks, 1, *(1,) * self.rank)
-        # where, not a product: 0 * inf would spread a broken weight over its whole group
-        full = torch.where(eye, split, torch.zeros((), dtype=split.dtype, device=split.device))
-        weight = full.reshape(self.out_channels, blocks * width, *kernel)
-        return replace(self, weight=weight, groups=groups)
+        return replace(self, weight=regroup(self.weight, self.groups, groups), groups=groups)
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> ConvOperator:
         """The same operator in another precision, or on another device."""
@@ -317,16 +284,6 @@ class ConvOperator:
             device="meta",
         )
         return _filled(conv, op.weight, op.bias)
-
-    @property
-    def is_same_padded(self) -> bool:
-        """Whether the padding is torch's asymmetric padding="same" (even kernels)."""
-        totals = [extent - 1 for extent in self.extent]
-        return (
-            all(s == 1 for s in self.stride)
-            and self.padding == tuple((t // 2, t - t // 2) for t in totals)
-            and any(t % 2 for t in totals)
-        )
 
 
 def identity(channels: int, axes: Axes | int, *, like: Tensor) -> ConvOperator:

@@ -13,8 +13,9 @@ from torch.nn.modules.padding import (
     _ReplicationPadNd,
 )
 
+from orepa_compiler.algebra.geometry import Padding
 from orepa_compiler.algebra.layers import check_torch_forward, conv_operator, known_width
-from orepa_compiler.algebra.operators import ConvOperator, Padding, identity
+from orepa_compiler.algebra.operators import ConvOperator, identity
 from orepa_compiler.errors import NotLinear
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from orepa_compiler.algebra.operators import Padding, identity
+from orepa_compiler.algebra.geometry import Padding
+from orepa_compiler.algebra.operators import identity
 from orepa_compiler.algebra.padding import padded_with_bias, padding_operator
+from orepa_compiler.analysis.context import Context
 from orepa_compiler.analysis.forms import Form, at_least, beside_channels
 from orepa_compiler.analysis.linear import Linear, absorbable
 from orepa_compiler.capture.constants import as_tensor, with_constants
 from orepa_compiler.capture.forwards import tried
 from orepa_compiler.capture.proxies import write_
 from orepa_compiler.errors import NotLinear
-
-if TYPE_CHECKING:
-    from orepa_compiler.analysis.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _side(index: Any, padding: Padding) -> tuple[int, int] | None:
     return (axis, 1) if part.start == -after and part.stop is None else None
 
 
-def bordered(walk: Walk, border: WrittenBorder) -> Linear | None:
+def bordered(walk: Context, border: WrittenBorder) -> Linear | None:
     """A map padded with the bias of what gives it: pad_b(W x + b) = W pad_0(x) + b.
 
     Raises NotLinear where the border holds something else.
@@ -99,7 +98,7 @@ def bordered(walk: Walk, border: WrittenBorder) -> Linear | None:
     return replace(before, operator=padded, nodes=nodes, layers=before.layers + 1)
 
 
-def _is_bias(walk: Walk, border: fx.Node, before: Linear) -> bool:
+def _is_bias(walk: Context, border: fx.Node, before: Linear) -> bool:
     """Whether a constant is the bias of a value, for all values of the parameters."""
     other = walk.interpreter.reading(tried(walk.interpreter.capture))
     op = other.value_of(walk.owner, [node.name for node in before.nodes]).operator

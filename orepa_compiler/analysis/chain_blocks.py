@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.composition import sum_biases
+from orepa_compiler.algebra.kernels import sum_biases
 from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.chains import Chain, Layer, SummedOperator, summed

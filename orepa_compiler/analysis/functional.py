@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from orepa_compiler.algebra.geometry import Padding
 from orepa_compiler.algebra.layers import (
     conv_operator,
     has_torch_forward,
@@ -22,7 +23,7 @@ from orepa_compiler.algebra.layers import (
     per_axis,
 )
 from orepa_compiler.algebra.maps import second
-from orepa_compiler.algebra.operators import ConvOperator, Padding
+from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.algebra.padding import padding_operator
 from orepa_compiler.analysis.elementwise import PRODUCT, QUOTIENT, arithmetic
 from orepa_compiler.analysis.forms import Form, beside_channels, check_type, identity_of

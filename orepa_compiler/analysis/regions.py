@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import ClassVar
 
-import torch
-from torch import fx, nn
+from torch import fx
 
-from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.analysis.inference import Forms
+from orepa_compiler.analysis.context import Interpretation
 from orepa_compiler.analysis.linear import Linear, joined, maximal
 from orepa_compiler.analysis.walk import Walk
 from orepa_compiler.capture import Call, ancestors
-from orepa_compiler.capture.forwards import Forwards, Read
 from orepa_compiler.errors import ReparamError
 
 
@@ -42,25 +38,14 @@ class Region:
 
 
 @dataclass
-class Interpreter(Forwards):
-    """Interprets the graphs of a capture, each module once.
-
-    at_any_cost: joins also where one conv costs more than two. reasons: call node -> why it was
-    not joined with what comes before it; (path, "") -> why a module is no layer. operators: of the
-    layers, by their path and the channels that they see; what is left to do after each.
-    """
+class Interpreter(Interpretation):
+    """Interprets the graphs of a capture, each module once."""
 
     walk: ClassVar[type[Walk]] = Walk  # how one forward is gone over
 
-    at_any_cost: bool = False
-    reasons: dict[tuple[str, str], str] = field(default_factory=dict)
-    operators: dict[tuple[str, int | None], tuple[ConvOperator, nn.Module | None]] = field(
-        default_factory=dict
-    )
     _whole: dict[str, Linear | None] = field(default_factory=dict)
     _values: dict[str, dict[fx.Node, Linear]] = field(default_factory=dict)
     _open: set[str] = field(default_factory=set)
-    _freely: Interpreter | None = None
 
     def values(self, owner: str) -> dict[fx.Node, Linear]:
         """The linear value of each node of the owner's forward that has one."""
@@ -84,40 +69,6 @@ class Interpreter(Forwards):
     def is_open(self, owner: str) -> bool:
         """Whether the owner's forward is being interpreted right now."""
         return owner in self._open
-
-    @cached_property
-    def forms(self) -> Forms:
-        """What the forwards tell of the form of their maps."""
-        return Forms(Forwards(self.capture, self.capture.module))
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the values that are read lie: operators without any are made there."""
-        for path, module in self.capture.skeleton.named_modules():
-            if not module._parameters and not module._buffers:
-                continue
-            try:
-                found = self.read(path)
-            except AttributeError:  # an edit before this one took it away
-                continue
-            for tensor in (*found.parameters(False), *found.buffers(False)):
-                return tensor.device
-        return torch.device("cpu")
-
-    @property
-    def freely(self) -> Interpreter:
-        """The same forwards, joined at any cost: what a sum may come to as a whole."""
-        if self._freely is None:
-            self._freely = self.reading(self.read)
-        return self._freely
-
-    def reading(self, read: Read) -> Interpreter:
-        """Another one of the same kind, with other values for the modules, that joins freely."""
-        other = type(self)(self.capture, read, at_any_cost=True)
-        other.__dict__["forms"] = self.forms
-        if read is self.read:
-            other.operators = self.operators
-        return other
 
     def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> Linear:
         """The value of a region that a plan found, by the names of its nodes.

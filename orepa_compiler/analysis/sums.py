@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import fx
 
+from orepa_compiler.analysis.context import Context
 from orepa_compiler.analysis.elementwise import Arithmetic
 from orepa_compiler.analysis.linear import Linear, absorbable, beside
 from orepa_compiler.capture.constants import with_constants
 from orepa_compiler.errors import NotLinear
 
-if TYPE_CHECKING:
-    from orepa_compiler.analysis.walk import Walk
 
-
-def sum_value(walk: Walk, node: fx.Node, addition: Arithmetic) -> Linear | None:
+def sum_value(walk: Context, node: fx.Node, addition: Arithmetic) -> Linear | None:
     """left + factor right as one value; an operand may be the source itself."""
     options = [
         [v for v in (absorbable(walk.values, x, [node]), Linear(x, None)) if v]
@@ -36,7 +32,7 @@ def sum_value(walk: Walk, node: fx.Node, addition: Arithmetic) -> Linear | None:
     return None if walk.interpreter.at_any_cost else _sum_of_all(walk, node)
 
 
-def _beside(walk: Walk, node: fx.Node, left: Linear, right: Linear, factor: float) -> Linear:
+def _beside(walk: Context, node: fx.Node, left: Linear, right: Linear, factor: float) -> Linear:
     at_any_cost = walk.interpreter.at_any_cost
     op, macs = beside(left, right, factor, at_any_cost=at_any_cost)
     nodes = with_constants((*left.nodes, *right.nodes, node), walk.constants)
@@ -44,7 +40,7 @@ def _beside(walk: Walk, node: fx.Node, left: Linear, right: Linear, factor: floa
     return Linear(left.source, op, nodes, macs, layers, left.convs + right.convs)
 
 
-def _sum_of_all(walk: Walk, node: fx.Node) -> Linear | None:
+def _sum_of_all(walk: Context, node: fx.Node) -> Linear | None:
     """A sum whose branches would cost more as one conv each, but not all of them together."""
     value = walk.interpreter.freely.values(walk.owner).get(node)
     if value is None or value.operator is None or value.operator.macs > value.macs:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -23,6 +22,7 @@ from orepa_compiler.algebra.layers import (
 from orepa_compiler.algebra.maps import SECOND, TOKENS
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.bordering import bordered, written_border
+from orepa_compiler.analysis.context import Interpretation
 from orepa_compiler.analysis.elementwise import addition
 from orepa_compiler.analysis.forms import Form
 from orepa_compiler.analysis.functional import FunctionCall, function_operator, operand_of
@@ -32,9 +32,6 @@ from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import with_constants
 from orepa_compiler.errors import NotLinear
 
-if TYPE_CHECKING:
-    from orepa_compiler.analysis.regions import Interpreter
-
 
 @dataclass
 class Walk:
@@ -43,7 +40,7 @@ class Walk:
     values: node -> what it computes, as far as the walk has come.
     """
 
-    interpreter: Interpreter
+    interpreter: Interpretation
     owner: str
     values: dict[fx.Node, Linear] = field(default_factory=dict)
 

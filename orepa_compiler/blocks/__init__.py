@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.composition import sum_biases
+from orepa_compiler.algebra.kernels import sum_biases
 from orepa_compiler.algebra.layers import conv_operator, stated_padding
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks.leaves import call_of

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from orepa_compiler.algebra.composition import compose_biases
 from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.algebra.operators import ConvOperator, identity
 from orepa_compiler.blocks import Block, BranchSum, LinearBlock, SqueezedSum, inserted_norm
@@ -49,7 +48,7 @@ class OfflineBranch(nn.Module):
         total: ConvOperator | None = None
         for layer, norm in zip(self.layers(), self.norms, strict=True):
             if total is not None:
-                bias = compose_biases(layer, total)  # also at the border, which holds norm(0)
+                bias = layer.bias_after(total.bias)  # also at the border, which holds norm(0)
                 layer = layer.after(total.with_bias(None)).with_bias(bias)
             total = conv_operator(norm).after(layer)
         assert total is not None
@@ -113,5 +112,5 @@ def _shifted(x: Tensor, layer: ConvOperator, norm: nn.Module) -> tuple[Tensor, C
     mean = norm.running_mean.clone()  # the next pass moves it, perhaps before backward
     shift = norm.bias - mean * norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     constant = identity(len(shift), layer.rank, like=shift).with_bias(shift)
-    layer = layer.with_bias(compose_biases(layer, constant))
+    layer = layer.with_bias(layer.bias_after(constant.bias))
     return x - shift.reshape(1, -1, *(1,) * layer.rank), layer

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from orepa_compiler.algebra.layers import has_torch_forward
-from orepa_compiler.algebra.overriding import answers_itself
 from orepa_compiler.capture import Call, Capture, join
 from orepa_compiler.capture.constants import constants_of, evaluated
-from orepa_compiler.capture.effects import seen_of
+from orepa_compiler.capture.graphs import Graphs
 from orepa_compiler.capture.memory import Memory, is_in_place
-from orepa_compiler.capture.tracing import trace
 from orepa_compiler.errors import NotLinear
 
 # Gives the module at a path, to be read: without values when planning, in float64 when applying.
@@ -26,39 +23,16 @@ Read = Callable[[str], nn.Module]
 
 
 @dataclass
-class Forwards:
+class Forwards(Graphs):
     """Reads the forwards of a capture, each once.
 
     read: gives the modules whose values are meant.
     """
 
-    capture: Capture
     read: Read
-    _graphs: dict[str, fx.Graph | None] = field(default_factory=dict, init=False)
-    _owners: dict[fx.Graph, str] = field(default_factory=dict, init=False)
     _constants: dict[str, frozenset[fx.Node]] = field(default_factory=dict, init=False)
     _reading: dict[str, dict[str, list[fx.Node]]] = field(default_factory=dict, init=False)
     _memory: Memory | None = field(default=None, init=False)
-
-    def graph(self, owner: str) -> fx.Graph | None:
-        """The graph of the owner's forward; of a layer that is not torch's own, made when asked."""
-        if owner not in self._graphs:
-            self._graphs[owner] = graph = self._found(owner)
-            if graph is not None:
-                self._owners[graph] = owner
-        return self._graphs[owner]
-
-    def _found(self, owner: str) -> fx.Graph | None:
-        if owner in self.capture.graphs or owner in self.capture.untraced:
-            return self.capture.graphs.get(owner)
-        module = self.capture.module(owner)
-        is_layer = not (module._modules or has_torch_forward(module) or answers_itself(module))
-        traced = trace(module) if is_layer else ""
-        return None if isinstance(traced, str) or seen_of(traced).steers else traced
-
-    def owner_of(self, node: fx.Node) -> str | None:
-        """The module whose forward a node stands in, if its graph was asked for."""
-        return self._owners.get(node.graph)
 
     def constants(self, owner: str) -> frozenset[fx.Node]:
         """The nodes that no input changes, without those whose buffers the forward writes over."""

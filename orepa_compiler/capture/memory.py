@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx, nn
 
@@ -19,10 +19,8 @@ from orepa_compiler.algebra.layers import has_torch_forward, is_idle, is_norm
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import writes, writes_over_numbers
 from orepa_compiler.capture.effects import written_buffers
+from orepa_compiler.capture.graphs import Graphs
 from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS
-
-if TYPE_CHECKING:
-    from orepa_compiler.capture.forwards import Forwards
 
 # Functions and methods whose result is a tensor of its own, by name.
 _FRESH = {
@@ -48,7 +46,7 @@ class Memory:
     view of; None where no graph tells.
     """
 
-    forwards: Forwards
+    graphs: Graphs
     _written: dict[str, frozenset[int] | None] = field(default_factory=dict)
     _returned: dict[str, frozenset[int] | None] = field(default_factory=dict)
 
@@ -62,7 +60,7 @@ class Memory:
 
     def written_attributes(self, owner: str) -> set[str]:
         """The tensors of a module that its forward writes over: counters, moving averages."""
-        graph = self.forwards.graph(owner)
+        graph = self.graphs.graph(owner)
         nodes = _nodes(graph)
         if not any(node.op == "get_attr" for node in nodes):
             return set()
@@ -85,34 +83,34 @@ class Memory:
         return found if is_known else node.all_input_nodes
 
     def _targets_of_module(self, owner: str, node: fx.Node) -> list[fx.Node]:
-        path = self.forwards.capture.path_of(Call(owner, node))
-        if self.forwards.capture.hook_refusal(path) is not None:
+        path = self.graphs.capture.path_of(Call(owner, node))
+        if self.graphs.capture.hook_refusal(path) is not None:
             return node.all_input_nodes
         if self._is_leaf(path):
-            module = self.forwards.capture.module(path)
+            module = self.graphs.capture.module(path)
             return node.all_input_nodes[:1] if getattr(module, "inplace", False) else []
         if path not in self._written:
-            graph = self.forwards.graph(path)
+            graph = self.graphs.graph(path)
             found = [target for each in _nodes(graph) for target in self.targets(path, each)]
             self._written[path] = self._inputs_behind(path, found) if graph else None
         return _given(node, self._written[path])
 
     def _returned_by_module(self, owner: str, node: fx.Node) -> list[fx.Node]:
         """The operands that what a module returns may be, or be a view of."""
-        path = self.forwards.capture.path_of(Call(owner, node))
+        path = self.graphs.capture.path_of(Call(owner, node))
         if self._is_leaf(path):
-            module = self.forwards.capture.module(path)
+            module = self.graphs.capture.module(path)
             is_view = is_idle(module) or isinstance(module, _VIEWING_LAYERS)
             return node.all_input_nodes if is_view or getattr(module, "inplace", False) else []
         if path not in self._returned:
-            graph = self.forwards.graph(path)
+            graph = self.graphs.graph(path)
             found = [value for each in _nodes(graph)[-1:] for value in each.all_input_nodes]
             self._returned[path] = self._inputs_behind(path, found) if graph else None
         return _given(node, self._returned[path])
 
     def _is_leaf(self, path: str) -> bool:
         """Whether a module is read as a whole: a layer of torch's, a norm, a block."""
-        capture = self.forwards.capture
+        capture = self.graphs.capture
         if path in capture.graphs or path in capture.untraced:
             return False
         module = capture.module(path)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.composition import sum_biases
+from orepa_compiler.algebra.kernels import sum_biases
 from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import (

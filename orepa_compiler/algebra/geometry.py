@@ -1,23 +1,101 @@
-"""How two convolutions become one: the rules behind `+` and `@` of ConvOperator.
+"""The geometry of a convolution, without its weights: which maps it reads and gives, and how.
 
-Parallel operators need taps aligned on one lattice; sequential ones need a border
-that agrees. Both are decided from shapes.
+Two operators may become one where their geometries agree. Parallel ones need taps on one lattice;
+sequential ones need a border that agrees.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from orepa_compiler.algebra.kernels import convolve, spread
+from orepa_compiler.algebra.maps import Axes, Maps
 from orepa_compiler.errors import NotLinear
 
-if TYPE_CHECKING:
-    from orepa_compiler.algebra.operators import ConvOperator
+Padding = tuple[tuple[int, int], ...]
+
+
+class Geometry:
+    """What is known of a convolution from shapes alone.
+
+    stride, dilation: one per axis. padding: (before, after) per axis; a negative one crops.
+    padding_mode: what stands beyond the border, as in torch.nn.Conv2d.
+    axes: where the channels of its maps stand. A kernel has as many axes as stand behind them; one
+    without axes is that of a linear layer, or of a norm or a factor, for maps of several ranks.
+    """
+
+    stride: tuple[int, ...]
+    padding: Padding
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    axes: Axes | None
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def in_channels(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def out_channels(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def has_bias(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """The number of kernel axes."""
+        return len(self.kernel_size)
+
+    @property
+    def reads(self) -> Maps:
+        return Maps(self.in_channels, self._axes)
+
+    @property
+    def gives(self) -> Maps:
+        return Maps(self.out_channels, self._axes)
+
+    @property
+    def _axes(self) -> Axes:
+        assert self.axes is not None  # set when it was made
+        return self.axes
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """How many pixels the kernel spans on each axis, dilation included."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+
+    def slack(self, axis: int) -> int:
+        """output size = (input size + slack) // stride + 1."""
+        return sum(self.padding[axis]) - self.extent[axis]
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each output pixel reads just the input pixel at its own place."""
+        return (
+            all(k == 1 for k in self.kernel_size)
+            and all(s == 1 for s in self.stride)
+            and all(p == (0, 0) for p in self.padding)
+        )
+
+    @property
+    def has_padding(self) -> bool:
+        return any(before > 0 or after > 0 for before, after in self.padding)
+
+    @property
+    def is_same_padded(self) -> bool:
+        """Whether the padding is torch's asymmetric padding="same" (even kernels)."""
+        totals = [extent - 1 for extent in self.extent]
+        return (
+            all(s == 1 for s in self.stride)
+            and self.padding == tuple((t // 2, t - t // 2) for t in totals)
+            and any(t % 2 for t in totals)
+        )
 
 
 @dataclass(frozen=True)
@@ -31,7 +109,7 @@ class SumAxis:
     padding: tuple[int, int]
 
 
-def sum_axis(left: ConvOperator, right: ConvOperator, axis: int) -> SumAxis:
+def sum_axis(left: Geometry, right: Geometry, axis: int) -> SumAxis:
     ops = (left, right)
     starts = [-op.padding[axis][0] for op in ops]
     sizes = [op.kernel_size[axis] for op in ops]
@@ -40,7 +118,7 @@ def sum_axis(left: ConvOperator, right: ConvOperator, axis: int) -> SumAxis:
     start = min(starts)
     end = max(s + d * (k - 1) for s, d, k in zip(starts, steps, sizes, strict=True))
     # Of two outputs that agree in size for every input divisible by the stride, keep the shorter.
-    slack = min(_slack(op, axis) for op in ops)
+    slack = min(op.slack(axis) for op in ops)
     return SumAxis(
         count=(end - start) // step + 1,
         dilation=step,
@@ -50,12 +128,7 @@ def sum_axis(left: ConvOperator, right: ConvOperator, axis: int) -> SumAxis:
     )
 
 
-def _slack(op: ConvOperator, axis: int) -> int:
-    """output size = (input size + slack) // stride + 1."""
-    return sum(op.padding[axis]) - op.extent[axis]
-
-
-def check_parallel(left: ConvOperator, right: ConvOperator) -> None:
+def check_parallel(left: Geometry, right: Geometry) -> None:
     channels = [(op.in_channels, op.out_channels) for op in (left, right)]
     if channels[0] != channels[1]:
         (a, b), (c, d) = channels
@@ -66,7 +139,7 @@ def check_parallel(left: ConvOperator, right: ConvOperator) -> None:
             "branches of one block must share a stride"
         )
     for axis, stride in enumerate(left.stride):
-        sizes = [_slack(op, axis) // stride for op in (left, right)]
+        sizes = [op.slack(axis) // stride for op in (left, right)]
         if sizes[0] != sizes[1]:
             raise NotLinear(
                 f"cannot add outputs that differ by {abs(sizes[0] - sizes[1])} pixels on axis "
@@ -75,7 +148,7 @@ def check_parallel(left: ConvOperator, right: ConvOperator) -> None:
             )
 
 
-def joint_padding_mode(left: ConvOperator, right: ConvOperator) -> str:
+def joint_padding_mode(left: Geometry, right: Geometry) -> str:
     modes = {op.padding_mode for op in (left, right) if op.has_padding}
     if len(modes) > 1:
         raise NotLinear(
@@ -85,13 +158,7 @@ def joint_padding_mode(left: ConvOperator, right: ConvOperator) -> str:
     return modes.pop() if modes else left.padding_mode
 
 
-def sum_biases(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
-
-
-def border_reason(outer: ConvOperator, inner: ConvOperator) -> str | None:
+def border_reason(outer: Geometry, inner: Geometry) -> str | None:
     """Why outer(inner(x)) is not one convolution, or None where it is.
 
     Padding between the two stands for what the composed conv would compute out there. It does so
@@ -113,7 +180,7 @@ def border_reason(outer: ConvOperator, inner: ConvOperator) -> str | None:
                 f"(kernel {inner.kernel_size}) gives beyond the border; "
                 "put all the padding on the first conv"
             )
-        if outer.padding_mode == "zeros" and inner.bias is not None:
+        if outer.padding_mode == "zeros" and inner.has_bias:
             return (
                 "border: the first conv has a bias, so what it gives beyond the border is the "
                 f"bias and not the zeros that padding {padding} puts there; pad with that bias, "
@@ -127,52 +194,7 @@ def border_reason(outer: ConvOperator, inner: ConvOperator) -> str | None:
     return None
 
 
-def _keeps_size(op: ConvOperator, axis: int) -> bool:
+def _keeps_size(op: Geometry, axis: int) -> bool:
     """A periodic signal stays periodic: circular padding, stride 1, output as large as input."""
     circular = op.padding_mode == "circular" or max(op.padding[axis]) <= 0
-    return circular and op.stride[axis] == 1 and _slack(op, axis) == -1
-
-
-def compose_kernels(
-    outer: ConvOperator, inner: ConvOperator
-) -> tuple[Tensor, int, tuple[int, ...]]:
-    """The kernel of outer @ inner with its groups and dilation."""
-    groups = gcd(outer.groups, inner.groups)
-    if outer.groups > groups and inner.groups > groups:
-        outer = outer.regroup(groups)
-    dilation, inner_spacings, outer_spacings = [], [], []
-    for axis in range(outer.rank):
-        first = inner.dilation[axis] if inner.kernel_size[axis] > 1 else 0
-        second = inner.stride[axis] * outer.dilation[axis] if outer.kernel_size[axis] > 1 else 0
-        step = gcd(first, second) or 1
-        dilation.append(step)
-        inner_spacings.append(max(first // step, 1))
-        outer_spacings.append(max(second // step, 1))
-    second_kernel = spread(outer.weight, outer_spacings)
-    first_kernel = spread(inner.weight, inner_spacings)
-    # Where one side has the finer groups, its blocks are composed one by one and never densified.
-    pieces = max(outer.groups, inner.groups) // groups
-    middle = inner.out_channels // (groups * pieces)
-    k2, k1 = second_kernel.shape[2:], first_kernel.shape[2:]
-    if inner.groups > groups:
-        second_kernel = second_kernel.reshape(groups, -1, pieces, middle, *k2).transpose(1, 2)
-    second_kernel = second_kernel.reshape(groups * pieces, -1, middle, *k2)
-    first_kernel = first_kernel.reshape(groups * pieces, middle, -1, *k1)
-    full = convolve(second_kernel, first_kernel)
-    if inner.groups > groups:
-        full = full.reshape(groups, pieces, *full.shape[1:]).transpose(1, 2)
-    kernel = full.shape[-outer.rank :] if outer.rank else ()
-    weight = full.reshape(outer.out_channels, inner.in_channels // groups, *kernel)
-    return weight, groups, tuple(dilation)
-
-
-def compose_biases(outer: ConvOperator, inner: ConvOperator) -> Tensor | None:
-    """b_2 + sum_taps W_2 b_1."""
-    if inner.bias is None:
-        return outer.bias
-    if inner.bias.is_meta:
-        return inner.bias.new_empty(outer.out_channels)
-    taps = outer.weight.flatten(2).sum(2) if outer.rank else outer.weight
-    taps = taps.reshape(outer.groups, -1, taps.shape[1])
-    carried = torch.einsum("got,gt->go", taps, inner.bias.reshape(outer.groups, -1)).flatten()
-    return sum_biases(outer.bias, carried)
+    return circular and op.stride[axis] == 1 and op.slack(axis) == -1
