@@ -12,7 +12,7 @@ from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.plain import like, plain_conv
-from orepa_compiler.capture import Capture
+from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.capture.forwards import Read
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.passes.collapse.absorption import absorb
@@ -28,6 +28,7 @@ from orepa_compiler.passes.collapse.identities import identity_for
 from orepa_compiler.passes.collapse.norms_before import after_norm
 from orepa_compiler.passes.collapse.norms_behind import with_norm
 from orepa_compiler.rewrite import (
+    METHODS,
     exchange,
     free_name,
     replace_regions,
@@ -119,7 +120,9 @@ def _fold_path(model: nn.Module, fold: FoldPath, conv: nn.Module) -> nn.Module:
 
 
 def _identity(model: nn.Module, path: str) -> nn.Module:
-    return identity_for(model.get_submodule(path))
+    around = [type(model.get_submodule(outer)) for outer in ancestors(path)]
+    fuses = any(hasattr(kind, method) for kind in around for method in METHODS)
+    return identity_for(model.get_submodule(path)) if fuses else nn.Identity()
 
 
 def _rest(model: nn.Module, path: str) -> nn.Module | None:

@@ -11,9 +11,9 @@ from orepa_compiler.algebra.layers import is_norm
 def identity_for(norm: nn.Module) -> nn.Identity:
     """An Identity in a layer's place; in a norm's, with the statistics of one that does nothing.
 
-    Model classes bring a fuse() of their own that looks for `bn.running_var` and the like, and
-    trainers call it. It then multiplies by 1 and adds 0. The tensors are buffers, so that they move
-    with the model, and in no state_dict.
+    For models whose classes bring a fuse() of their own: it looks for `bn.running_var` and the
+    like, and trainers call it. It then multiplies by 1 and adds 0. The tensors are buffers, so that
+    they move with the model, and in no state_dict.
     """
     identity = nn.Identity()
     mean = getattr(norm, "running_mean", None)
