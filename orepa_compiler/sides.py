@@ -85,7 +85,7 @@ def verify(
     run.
     """
     if isinstance(reference, nn.Module) and rounded_layers(reference):
-        if truth is not None or precision is not None:
+        if truth is not None or precision not in (None, "int8"):
             raise ReparamError(
                 "the reference rounds to int8: it is its own truth, in its own precision; leave "
                 "out truth= and precision="

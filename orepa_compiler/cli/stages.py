@@ -34,6 +34,7 @@ from orepa_compiler.export.precision import PRECISIONS, cast, cast_tensors, kept
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine
+from orepa_compiler.int8_analysis import int8_loss
 from orepa_compiler.locating import explain_report
 from orepa_compiler.quantization.flips import with_flips
 from orepa_compiler.quantization.layers import rounded_layers
@@ -109,6 +110,7 @@ class _Export:
             ("check collapse", True, self.check_collapse),
             ("certify collapse", True, self.certify),
             *([("audit half", True, self.audit)] if request.precision in HALVES else []),
+            *([("measure int8", False, self.measure_int8)] if self.is_calibrated else []),
             ("write onnx", False, self.write_onnx),
             ("check onnx", True, self.check_onnx),
         ]
@@ -179,6 +181,16 @@ class _Export:
         # What half precision breaks is seen when the file is checked; this says where and why.
         return Step("audit half", "done", note=found.verdict, audit=found)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it is written in int8 with ranges that no training made."""
+        return self.request.precision == "int8" and not self.is_trained
+
+    def measure_int8(self) -> Step:
+        with announced("measuring each module in int8"):
+            found = int8_loss(self.deploy, self.calibration[:INT8_BATCHES])
+        return Step("measure int8", "done", note=found.verdict)
+
     def write_onnx(self) -> Step:
         request = self.request
         with warnings.catch_warnings(record=True) as told:
@@ -215,7 +227,7 @@ class _Export:
         """What the collapsed model gives: taken once, for every artifact and for the manifest."""
         if not hasattr(self, "_samples"):
             dtype = PRECISIONS[self.request.precision]
-            is_int8 = self.request.precision == "int8" and not self.is_trained
+            is_int8 = self.is_calibrated
             given = self.calibration[:INT8_BATCHES] if is_int8 else self.inputs
             self._samples = take_samples(self.deploy, given, precision=dtype, stress=not is_int8)
             if self.is_trained:
