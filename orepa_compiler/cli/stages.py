@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from orepa_compiler.atomic import staged
-from orepa_compiler.certificate import Certificate, certify
+from orepa_compiler.certificate import Certificate
+from orepa_compiler.certifying import certify
 from orepa_compiler.cli.arguments import load_source
 from orepa_compiler.cli.export_request import ExportRequest, calibration_of
 from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, compared, judged
