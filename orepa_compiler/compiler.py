@@ -15,6 +15,7 @@ from orepa_compiler.blocks import Block, LinearBlock
 from orepa_compiler.blocks.catalogue import named
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
+from orepa_compiler.capture.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
 from orepa_compiler.cost import conv_costs
@@ -50,7 +51,7 @@ from orepa_compiler.quantizing import check_rounds, observe, quantized
 from orepa_compiler.selection import Where
 from orepa_compiler.step_cost import affordable, with_step_costs
 from orepa_compiler.training.calibration import calibrate
-from orepa_compiler.validation.state import random_state_kept, state_kept
+from orepa_compiler.validation.state import state_kept
 from orepa_compiler.validation.trial import Kept, Wanted, tried
 from orepa_compiler.verification.evaluation import (
     Batch,

@@ -45,6 +45,14 @@ def touched_by(step: object, edit: Edit) -> Touched:
     return step.touched(edit) if isinstance(step, Touching) else Touched((edit.path,), stays=True)
 
 
+def touched_modules(edit: Edit) -> tuple[str, ...]:
+    """The modules of the model before it that an edit swaps, folds, or writes anew."""
+    modules = tuple(edit.options.get("modules") or (edit.path,))
+    if edit.options.get("kind") == "graph":
+        modules += (edit.options["owner"],)
+    return modules
+
+
 @dataclass(frozen=True)
 class _Place:
     """A module, or a node of a forward, that an edit changes."""

@@ -16,7 +16,7 @@ from orepa_compiler.blocks.catalogue import OREPA_VGG as OREPA_VGG
 from orepa_compiler.blocks.catalogue import REPVGG as REPVGG
 from orepa_compiler.blocks.catalogue import mobileone as mobileone
 from orepa_compiler.branches.field import DCTFilter as DCTFilter
-from orepa_compiler.certificate import certify as certify
+from orepa_compiler.certifying import certify as certify
 from orepa_compiler.checkpoints import load as load
 from orepa_compiler.checkpoints import save as save
 from orepa_compiler.compiler import collapse as collapse

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.algebra.layers import holds_kernel, is_batch_norm, is_idle
+from orepa_compiler.capture.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.errors import ReparamError
@@ -25,7 +26,7 @@ from orepa_compiler.planning import Plan
 from orepa_compiler.quantization.layers import Rounded, rounded_layers
 from orepa_compiler.quantization.quantizers import NEW_RANGE, Preset, Quantizer, switch
 from orepa_compiler.selection import Where
-from orepa_compiler.validation.state import random_state_kept, state_kept
+from orepa_compiler.validation.state import state_kept
 from orepa_compiler.verification.evaluation import evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors
 

@@ -22,10 +22,8 @@ from orepa_compiler.capture.noticing import (
     ambient,
     attributes_set,
     autocast_entered,
-    has_drawn,
-    put_back,
-    random_states,
 )
+from orepa_compiler.capture.randomness import RandomState
 from orepa_compiler.capture.state import MADE_BY_TRACE, OWN, Visible, held_proxies, visible_to
 
 _KEY = "effects"
@@ -118,7 +116,7 @@ class Effects:
         """With gradients on; sees what the forward switches, sets, draws and writes over."""
         _WATCHING.append(self)
         before, versions = visible_to(self.module, self.functions), _versions(self.module)
-        drawn = random_states()
+        drawn = RandomState()
         try:
             with (
                 ambient(self.around.flips),
@@ -133,9 +131,9 @@ class Effects:
             self.found |= dict.fromkeys(f"changes its {name}" for name in sorted(self.written))
             self._compare(before, visible_to(self.module, self.functions))
             self._give_back()
-            if has_drawn(drawn, random_states()):
+            if drawn.has_moved():
                 self._steered("draws random numbers")
-                put_back(drawn)
+                drawn.put_back()
 
     def _steered(self, what: str) -> None:
         self.found[what] = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -157,24 +155,3 @@ def attributes_set(tell: Callable[[nn.Module, str, Any], None]) -> Iterator[None
 
     with mock.patch.object(nn.Module, "__setattr__", setting):
         yield
-
-
-def random_states() -> tuple[Any, Any, Any]:
-    """What random numbers come next, of Python, numpy and torch."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), numpy and numpy.random.get_state(), torch.get_rng_state()
-
-
-def has_drawn(one: tuple[Any, Any, Any], two: tuple[Any, Any, Any]) -> bool:
-    """Whether a number was drawn between two states of the generators."""
-    has_numpy = one[1] is not None and two[1] is not None
-    by_numpy = has_numpy and (one[1][2] != two[1][2] or bool((one[1][1] != two[1][1]).any()))
-    return one[0] != two[0] or by_numpy or not torch.equal(one[2], two[2])
-
-
-def put_back(states: tuple[Any, Any, Any]) -> None:
-    """Give the generators the states that they had."""
-    random.setstate(states[0])
-    if states[1] is not None:
-        sys.modules["numpy"].random.set_state(states[1])
-    torch.set_rng_state(states[2])

@@ -15,7 +15,8 @@ import torch
 
 from orepa_compiler.atomic import staged
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.certificate import Certificate, certify
+from orepa_compiler.certificate import Certificate
+from orepa_compiler.certifying import certify
 from orepa_compiler.cli.arguments import check_it_runs, load_told, warn_of_random_weights
 from orepa_compiler.cli.evaluating import Evaluation
 from orepa_compiler.cli.export_request import ExportRequest

@@ -21,7 +21,7 @@ from orepa_compiler.algebra.layers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture, join
 from orepa_compiler.capture.effects import Surroundings
-from orepa_compiler.capture.noticing import put_back, random_states
+from orepa_compiler.capture.randomness import RandomState
 from orepa_compiler.capture.tracing import trace
 
 ACTIVATES, NORMALIZES, CLOSES, SCALES = "activates", "normalizes", "closes", "scales"
@@ -185,14 +185,14 @@ def kind_of_function(function: Function, shape: tuple[int, ...]) -> str:
     SCALES: each number linearly. ACTIVATES: each alone, in another way. CLOSES: so that all lie in
     (-1, 1), as a gate does. NORMALIZES: the same for maps that are a multiple of each other.
     """
-    before = random_states()
+    before = RandomState()
     try:
         with torch.random.fork_rng(devices=[]):
             return _kind_of(function, shape)
     except Exception:  # the user's code, on maps that it was not written for
         return ""
     finally:
-        put_back(before)
+        before.put_back()
 
 
 def _kind_of(function: Function, shape: tuple[int, ...]) -> str:

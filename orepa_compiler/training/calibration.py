@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import branch_norms
+from orepa_compiler.capture.randomness import random_state_kept
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.validation.state import random_state_kept, state_kept
+from orepa_compiler.validation.state import state_kept
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors
 

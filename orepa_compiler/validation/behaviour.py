@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.capture.nested import tensors
+from orepa_compiler.capture.randomness import random_state_kept, seed_all
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.validation.state import (
-    ModelState,
-    random_state_kept,
-    seed_all,
-    state_kept,
-)
+from orepa_compiler.validation.state import ModelState, state_kept
 from orepa_compiler.verification.evaluation import Batch
 from orepa_compiler.verification.nesting import map_tensors, named_leaves
 

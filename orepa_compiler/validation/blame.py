@@ -11,18 +11,11 @@ import torch
 from torch import nn
 
 from orepa_compiler.capture import ancestors
+from orepa_compiler.overlaps import touched_modules
 from orepa_compiler.planning import Edit
-from orepa_compiler.validation.agreement import largest_error
+from orepa_compiler.validation.agreement import Disagreement, largest_error
 from orepa_compiler.validation.behaviour import Call, behaviour, flat
 from orepa_compiler.verification.evaluation import Batch
-
-
-def touched_modules(edit: Edit) -> tuple[str, ...]:
-    """The modules of the model before it that an edit swaps, folds, or writes anew."""
-    modules = tuple(edit.options.get("modules") or (edit.path,))
-    if edit.options.get("kind") == "graph":
-        modules += (edit.options["owner"],)
-    return modules
 
 
 def place_of(edit: Edit) -> str:
@@ -123,3 +116,27 @@ def _unsettled(edit: Edit) -> Iterator[str]:
     for path in modules:
         yield path
         yield from set(ancestors(path)) - common
+
+
+def blamed_edits(
+    found: Disagreement, suspicion: Suspicion | None, edits: tuple[Edit, ...]
+) -> tuple[tuple[Edit, ...], str]:
+    """The edits that are to blame, as far as that is known, and what is said of them."""
+    if suspicion is not None and suspicion.edits:
+        where = suspicion.place or "the model's output"
+        reason = (
+            f"its rewrite did not agree with it on the inputs: {suspicion.error:.2g} at {where}"
+        )
+        return suspicion.edits, reason
+    reason = f"its rewrite did not agree with it on the inputs: {found.text}"
+    places = set(found.places)
+    blamed = [
+        edit
+        for edit in edits
+        if any(
+            path == place or path.startswith(f"{place}.") or place.startswith(f"{path}.")
+            for path in touched_modules(edit)
+            for place in places
+        )
+    ]
+    return tuple(blamed), reason

@@ -1,4 +1,4 @@
-"""What a run of a model may change, put back after it: random numbers, and the model's own state.
+"""What a run of a model may change in it, put back after it.
 
 The state of a model is what hangs on it and on the objects that it holds: which modules stand
 where, flags and counters, lists and dicts, the values of buffers. A forward may change any of it.
@@ -6,7 +6,6 @@ where, flags and counters, lists and dicts, the values of buffers. A forward may
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -24,26 +22,6 @@ from orepa_compiler.generation.store import KernelStore
 _DEPTH = 4
 
 _LEFT_OUT = (type, ModuleType, KernelStore, torch.jit.ScriptModule)
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """The generators of python, numpy and torch are after it what they were before."""
-    python, array = random.getstate(), numpy.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(array)
-
-
-def seed_all(seed: int) -> None:
-    """The generators begin anew, all at the same number."""
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 @contextmanager

@@ -7,17 +7,17 @@ once more in float64, and judged there.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy
 import torch
 from torch import nn
 
+from orepa_compiler.capture.randomness import RandomState
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.planning import Edit, Plan
+from orepa_compiler.overlaps import touched_modules
+from orepa_compiler.planning import Plan
 from orepa_compiler.validation.agreement import (
     Disagreement,
     Origin,
@@ -28,11 +28,10 @@ from orepa_compiler.validation.agreement import (
 )
 from orepa_compiler.validation.behaviour import Behaviour, Call, behaviour, evaluation_calls
 from orepa_compiler.validation.blame import (
-    Suspicion,
+    blamed_edits,
     module_outputs,
     place_of,
     suspects,
-    touched_modules,
 )
 from orepa_compiler.validation.memory import fits_in_float64
 from orepa_compiler.validation.state import ModelState
@@ -253,7 +252,7 @@ class _Trial:
             ours = module_outputs(self._runnable(self.model), self.batches, calls, self.dtype)
             limit = EXACT if self.is_exact else self.limit
             suspicion = suspects(ours, theirs, edits, tolerance=limit)
-        blamed, reason = _reason(found, suspicion, edits)
+        blamed, reason = blamed_edits(found, suspicion, edits)
         if not blamed or is_last:
             blamed, reason = edits, f"{DISAGREES}: {found.text}"
         return {path: reason for edit in blamed for path in touched_modules(edit)}
@@ -327,49 +326,9 @@ class _Trial:
         return f"{text}, not in train mode: there the model raised {self.stock.trained.raised}"
 
 
-def _reason(
-    found: Disagreement, suspicion: Suspicion | None, edits: tuple[Edit, ...]
-) -> tuple[tuple[Edit, ...], str]:
-    """The edits that are to blame, as far as that is known, and what is said of them."""
-    if suspicion is not None and suspicion.edits:
-        where = suspicion.place or "the model's output"
-        reason = (
-            f"its rewrite did not agree with it on the inputs: {suspicion.error:.2g} at {where}"
-        )
-        return suspicion.edits, reason
-    reason = f"its rewrite did not agree with it on the inputs: {found.text}"
-    places = set(found.places)
-    blamed = [
-        edit
-        for edit in edits
-        if any(
-            path == place or path.startswith(f"{place}.") or place.startswith(f"{path}.")
-            for path in touched_modules(edit)
-            for place in places
-        )
-    ]
-    return tuple(blamed), reason
-
-
 def exactly(batches: list[Batch]) -> list[Batch]:
     """The batches with all floating values in float64."""
     made: list[Batch] = map_tensors(
         batches, lambda t: t.detach().double() if t.is_floating_point() else t
     )
     return made
-
-
-class RandomState:
-    """The generators of python, numpy and torch, as they were when this was made."""
-
-    def __init__(self) -> None:
-        self._python, self._numpy = random.getstate(), numpy.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def put_back(self) -> None:
-        random.setstate(self._python)
-        numpy.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from orepa_compiler.algebra.layers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.certificate import certify
+from orepa_compiler.certifying import certify
 from orepa_compiler.planning import recorded_plans
 from tests.norms import randomise_norms
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.certificate import certify
+from orepa_compiler.certifying import certify
 from orepa_compiler.planning import recorded_plans
 from tests.passes.collapse.test_concatenation import norms_left, prepared
 
