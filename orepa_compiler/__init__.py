@@ -9,59 +9,35 @@
 `orepa_compiler.plan(model)` says first what would be done, and what not, and why.
 """
 
-from orepa_compiler.algebra.layers import conv_operator as conv_operator
-from orepa_compiler.algebra.operators import ConvOperator as ConvOperator
-from orepa_compiler.blocks import Block as Block
-from orepa_compiler.blocks.catalogue import ACNET as ACNET
-from orepa_compiler.blocks.catalogue import DBB as DBB
-from orepa_compiler.blocks.catalogue import DEEP_STEM as DEEP_STEM
-from orepa_compiler.blocks.catalogue import DILATED as DILATED
-from orepa_compiler.blocks.catalogue import DO_CONV as DO_CONV
-from orepa_compiler.blocks.catalogue import EXPAND_NET as EXPAND_NET
-from orepa_compiler.blocks.catalogue import MOBILEONE as MOBILEONE
-from orepa_compiler.blocks.catalogue import OREPA as OREPA
-from orepa_compiler.blocks.catalogue import OREPA_1X1 as OREPA_1X1
-from orepa_compiler.blocks.catalogue import OREPA_VGG as OREPA_VGG
-from orepa_compiler.blocks.catalogue import REPVGG as REPVGG
-from orepa_compiler.blocks.catalogue import mobileone as mobileone
-from orepa_compiler.branches.field import DCTFilter as DCTFilter
-from orepa_compiler.certifying import certify as certify
-from orepa_compiler.checkpoints import load as load
-from orepa_compiler.checkpoints import save as save
-from orepa_compiler.compiler import collapse as collapse
-from orepa_compiler.compiler import cut as cut
-from orepa_compiler.compiler import drop_ranges as drop_ranges
-from orepa_compiler.compiler import expand as expand
-from orepa_compiler.compiler import fake_quantize as fake_quantize
-from orepa_compiler.compiler import freeze_ranges as freeze_ranges
-from orepa_compiler.compiler import plan as plan
-from orepa_compiler.equalizing import equalize as equalize
-from orepa_compiler.errors import CheckpointError as CheckpointError
-from orepa_compiler.errors import ExportError as ExportError
-from orepa_compiler.errors import Int8RangeWarning as Int8RangeWarning
-from orepa_compiler.errors import MissingPackage as MissingPackage
-from orepa_compiler.errors import NothingExpandedWarning as NothingExpandedWarning
-from orepa_compiler.errors import NotLinear as NotLinear
-from orepa_compiler.errors import NoVerdict as NoVerdict
-from orepa_compiler.errors import ReparamError as ReparamError
-from orepa_compiler.errors import TrainingFormWarning as TrainingFormWarning
-from orepa_compiler.export.audit import audit_half as audit_half
-from orepa_compiler.export.onnx import export_onnx as export_onnx
-from orepa_compiler.export.runners import OnnxRunner as OnnxRunner
-from orepa_compiler.export.runners import TensorRTRunner as TensorRTRunner
-from orepa_compiler.export.tensorrt import build_engine as build_engine
-from orepa_compiler.int8_analysis import int8_loss as int8_loss
-from orepa_compiler.passes import COLLAPSE as COLLAPSE
-from orepa_compiler.passes import EXPAND as EXPAND
-from orepa_compiler.passes import Pipeline as Pipeline
-from orepa_compiler.planning import Plan as Plan
-from orepa_compiler.planning import recorded_plans as recorded_plans
-from orepa_compiler.reference import load_reference as load_reference
-from orepa_compiler.sides import verify as verify
-from orepa_compiler.training.branch_history import BranchHistory as BranchHistory
-from orepa_compiler.training.hooks import step_hooks as step_hooks
-from orepa_compiler.training.optimizer_mapping import map_optimizer as map_optimizer
-from orepa_compiler.training.parameter_groups import param_groups as param_groups
-from orepa_compiler.training.stepping import kernels_once as kernels_once
+from __future__ import annotations
 
-__version__ = "0.1.0"
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orepa_compiler.public import *  # noqa: F403
+
+__version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> Any:
+    """A public name: they are all imported, and torch with them, when the first one is asked for.
+
+    The command line answers `--help` and its own mistakes before that.
+    """
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = vars(importlib.import_module(f"{__name__}.public"))
+    names = {key: value for key, value in public.items() if not key.startswith("_")}
+    globals().update(names)
+    if name in names:
+        return names[name]
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    __getattr__("plan")
+    return sorted(globals())

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.blocks.catalogue import named
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
 from orepa_compiler.cost import conv_costs
-from orepa_compiler.errors import NothingExpandedWarning, ReparamError
+from orepa_compiler.errors import NormsLeftWarning, NothingExpandedWarning, ReparamError
 from orepa_compiler.passes import (
     COLLAPSE,
     EXPAND,
@@ -63,13 +64,17 @@ from orepa_compiler.verification.evaluation import (
 Inputs = Any
 Made = tuple[nn.Module, Plan]
 
+# The layers that collapse folds into the conv before them, and how a reason begins where none is.
+_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "BatchNormAct2d")
+_NO_CONV = "no conv alone feeds it"
+
 NOT_CHECKED = "not checked: give inputs="
 
 
 def plan(
     model: nn.Module,
     *,
-    block: Block | Literal["auto"] = "auto",
+    block: Block | str = "auto",
     init: Init = "preserve",
     where: Where = None,
     post_norm: PostNorm = "auto",
@@ -98,7 +103,7 @@ def plan(
 def expand(
     model: nn.Module,
     *,
-    block: Block | Literal["auto"] = "auto",
+    block: Block | str = "auto",
     init: Init = "preserve",
     where: Where = None,
     post_norm: PostNorm = "auto",
@@ -113,17 +118,18 @@ def expand(
 
     W_e = sum_m diag(v_m) W_m, made anew at each step     (Hu et al. 2022, Eq. 3 and 4, Fig. 6)
 
-    block: which block; "auto" chooses by the kernel's size, and by whether the net has residual
-    connections. init: "preserve" starts at the present kernels, so outputs do not change; "paper"
-    is the published from-scratch recipe and discards them. where: a glob on paths, several, or a
-    predicate (path, module). post_norm: "auto" inserts a BatchNorm behind an expanded conv that no
-    norm follows, "none" does not. plan: apply this plan, made with the same init. inputs: a batch,
-    or a list of them, to calibrate inserted norms, to record the forwards that cannot be traced,
-    and to check what was made: outputs in eval mode, and what a step trains. What does not agree is
-    left alone, with the error as the reason. max_cost: how much dearer blocks may make the
-    arithmetic of the convs of a training step at the batch in inputs, 0.15 for 15 %: the dearest
-    are left out. inplace: rewrite the model itself. pipeline: which passes run, with these options.
-    quantize: "int8" trains what an int8 file will compute, as fake_quantize does.
+    block: which block, by its name or as a value; "auto" chooses by the kernel's size, and by
+    whether the net has residual connections. init: "preserve" starts at the present kernels, so
+    outputs do not change; "paper" is the published from-scratch recipe and discards them. where: a
+    glob on paths, several, or a predicate (path, module). post_norm: "auto" inserts a BatchNorm
+    behind an expanded conv that no norm follows, "none" does not. plan: apply this plan, made with
+    the same init. inputs: a batch, or a list of them, to calibrate inserted norms, to record the
+    forwards that cannot be traced, and to check what was made: outputs in eval mode, and what a
+    step trains. What does not agree is left alone, with the error as the reason. max_cost: how much
+    dearer blocks may make the arithmetic of the convs of a training step at the batch in inputs,
+    0.15 for 15 %: the dearest are left out. inplace: rewrite the model itself. pipeline: which
+    passes run, with these options. quantize: "int8" trains what an int8 file will compute, as
+    fake_quantize does.
 
     Raises ReparamError for a model without convs, with weights that are not floating point or have
     no values, that is wrapped (DDP, compile), or that cannot be copied; it is untouched then. Warns
@@ -277,6 +283,7 @@ def collapse(
     the reason. pipeline: which passes run, with these options. A model that rounds to int8
     (fake_quantize) keeps its ranges, now frozen, and has the kernels that the int8 file holds.
     Raises ReparamError for a model without convs or without values. The model is then untouched.
+    Warns of norms that stay behind the convs that feed them.
     """
     check_model(model, also_functional=True)
     check_inputs(inputs)
@@ -292,6 +299,8 @@ def collapse(
     deploy, applied = _made(make, model, inputs, wanted=Wanted(), inplace=inplace)
     deploy = with_ranges(deploy, ranges)
     record_plan(deploy, applied)
+    if fold_norm:
+        _warn_of_norms(applied, has_inputs=inputs is not None)
     return deploy
 
 
@@ -321,15 +330,20 @@ def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "au
 
 
 def _expansion_options(
-    *, block: Block | Literal["auto"], init: Init, where: Where, post_norm: PostNorm
+    *, block: Block | str, init: Init, where: Where, post_norm: PostNorm
 ) -> dict[str, Any]:
     """The options of expand, as the passes of its pipeline take them."""
     if init not in ("preserve", "paper"):
         raise ReparamError(f"init={init!r} is neither 'preserve' nor 'paper'")
     if post_norm not in ("auto", "none"):
         raise ReparamError(f"post_norm={post_norm!r} is neither 'auto' nor 'none'")
-    if block != "auto" and not isinstance(block, Block):
-        raise ReparamError(f"block={block!r} is neither 'auto' nor a Block such as orepa.OREPA")
+    if isinstance(block, str):
+        try:
+            block = named(block)
+        except ReparamError as error:
+            raise ReparamError(f"block={block!r}: {error.reason}, or a Block of yours") from error
+    elif not isinstance(block, Block):
+        raise ReparamError(f"block={block!r} is neither a name nor a Block such as orepa.OREPA")
     if where is not None and not callable(where) and not isinstance(where, str):
         where = tuple(where) if isinstance(where, Iterable) else where  # each pass reads it
     return {"block": block, "init": init, "where": where, "post_norm": post_norm}
@@ -397,6 +411,23 @@ def _warn_of_nothing(applied: Plan) -> None:
     warnings.warn(
         f"nothing was expanded, so the model trains as it was. Layers left alone: {why}",
         NothingExpandedWarning,
+        stacklevel=3,
+    )
+
+
+def _warn_of_norms(applied: Plan, *, has_inputs: bool) -> None:
+    """Norms that a conv alone feeds and that stay: a cost at inference that nobody asked for."""
+    norms = [r for r in applied.refusals if r.layer in _NORMS and not r.reason.startswith(_NO_CONV)]
+    if not norms:
+        return
+    first, reason = ", ".join(norm.path for norm in norms[:3]), norms[0].reason
+    more = f" and {len(norms) - 3} more" if len(norms) > 3 else ""
+    asks = not has_inputs and any("inputs=" in norm.reason for norm in norms)
+    helps = "inputs= may help: real calls are then recorded" if asks else "inputs= does not help"
+    warnings.warn(
+        f"{len(norms)} {'norm stays' if len(norms) == 1 else 'norms stay'} behind convs: "
+        f"{first}{more} ({reason}); {helps}",
+        NormsLeftWarning,
         stacklevel=3,
     )
 

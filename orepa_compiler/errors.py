@@ -43,9 +43,17 @@ class NothingExpandedWarning(UserWarning):
     """expand gave back a model without a block: it trains as it was; the message says why."""
 
 
+class NormsLeftWarning(UserWarning):
+    """A collapse that leaves norms behind convs; the message names the first ones, and why."""
+
+
 class Int8RangeWarning(UserWarning):
     """An int8 file that loses most channels of a layer; the message says which, and what helps."""
 
 
 class NotRun(ExportError):
     """What is needed to run an artifact is not here (a GPU, a provider): no verdict on it."""
+
+
+class Interrupted(ReparamError):
+    """A command that Ctrl-C ended; the message says what it had written by then."""

@@ -57,6 +57,14 @@ class Int8Loss:
     notes: tuple[str, ...] = ()
     worst: tuple[str, ...] = field(default=())
 
+    @property
+    def verdict(self) -> str:
+        """The worst modules and what each form of the whole net has left, in one line."""
+        modules = self.modules[: len(self.worst)]
+        worst = [f"{one.path} {one.by_form[EACH_CHANNEL]:.0f} dB" for one in modules]
+        wholes = [f"{whole.form} {whole.signal:.0f} dB" for whole in self.wholes]
+        return f"int8 loses most in {', '.join(worst)}; of the whole net: {'; '.join(wholes)}"
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values that json.dumps takes."""
         return asdict(self)

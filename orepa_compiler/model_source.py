@@ -16,23 +16,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from orepa_compiler.choices import FORMS as FORMS
 from orepa_compiler.errors import MissingPackage, ReparamError
 
-FORMS = "torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
 
-
-def load_model(source: str) -> nn.Module:
+def load_model(
+    source: str, *, pretrained: bool = False, num_classes: int | None = None
+) -> nn.Module:
     """The model that `source` names, with the weights its factory gives it.
 
-    Nothing is downloaded for a name of torchvision or timm: its weights are random.
+    Nothing is downloaded for a name of torchvision or timm, unless `pretrained`: its weights are
+    random. num_classes: of such a model, where it is not the one it was published with.
 
     source: `torchvision:resnet50`, `timm:resnet50`, `package.module:factory` or
     `path/to/file.py:factory`. A factory is called without arguments; a module that stands there
     ready made is taken as it is. The current folder, and a file's own folder, can be imported from,
     as when python runs a file.
 
-    Raises ReparamError for a name that is not there (with the closest ones), and for a factory that
-    is not callable, needs arguments, fails or gives no nn.Module. Raises MissingPackage when
+    Raises ReparamError for a name that is not there (with the closest ones), for a factory that is
+    not callable, needs arguments, fails or gives no nn.Module, for options that it cannot take, and
+    where weights cannot be downloaded. Raises MissingPackage when
     torchvision or timm is not installed.
     """
     place, colon, name = source.rpartition(":")
@@ -45,15 +48,46 @@ def load_model(source: str) -> nn.Module:
         def build() -> nn.Module:
             parameters = inspect.signature(models.get_model_builder(name)).parameters
             # Detectors and segmenters download a trained backbone unless told not to.
-            options = {"weights_backbone": None} if "weights_backbone" in parameters else {}
+            options: dict[str, Any] = {"weights": "DEFAULT"} if pretrained else {}
+            options |= {"weights_backbone": None} if "weights_backbone" in parameters else {}
+            options |= {} if num_classes is None else {"num_classes": num_classes}
             model: nn.Module = models.get_model(name, **options)
             return model
 
         return _from_zoo(source, name, models.list_models(), build)
     if place == "timm":
         timm = _zoo(source, "timm")
-        return _from_zoo(source, name, timm.list_models(), lambda: timm.create_model(name))
+        given = {} if num_classes is None else {"num_classes": num_classes}
+        return _from_zoo(
+            source,
+            name,
+            timm.list_models(),
+            lambda: timm.create_model(name, pretrained=pretrained, **given),
+        )
+    check_options(source, pretrained, num_classes)
     return _from_factory(source, place, name)
+
+
+def is_of_a_zoo(source: str) -> bool:
+    """Whether a name is one of torchvision or timm, whose weights are random unless downloaded."""
+    return source.rpartition(":")[0] in ("torchvision", "timm")
+
+
+def check_options(source: str, pretrained: bool, num_classes: int | None) -> None:
+    """Raises ReparamError for options that a factory of the user's own has no place for."""
+    given = [("--pretrained", pretrained), ("--num-classes", num_classes is not None)]
+    for option, is_given in given:
+        if is_given and not is_of_a_zoo(source):
+            raise ReparamError(
+                f"{source}: {option} goes with a name of torchvision or timm; a factory decides "
+                "this itself"
+            )
+
+
+def folder_of(source: str) -> Path:
+    """The folder that what a source names is imported from: a file's own, else the current one."""
+    path = Path(source.rpartition(":")[0])
+    return path.resolve().parent if path.suffix == ".py" else Path.cwd()
 
 
 def declare_torchvision_operators() -> None:
@@ -94,7 +128,33 @@ def _from_zoo(
         raise ReparamError(
             f"{source}: no model of {len(known)} has this name{_closest(name, known)}"
         )
-    return build()
+    try:
+        return build()
+    except Exception as error:  # a download, a number of classes that the head does not allow, ...
+        raise ReparamError(f"{source}: building it raised {_one_line(error)}") from error
+
+
+def check_function(source: str) -> None:
+    """Raises ReparamError for a string that cannot name a function; nothing is imported."""
+    place, colon, name = source.rpartition(":")
+    if not (colon and place and name):
+        raise ReparamError(
+            f"{source}: this names no function; write it as package.module:function or "
+            "path/to/file.py:function"
+        )
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ReparamError(f"{source}: there is no file {place}")
+
+
+def load_function(source: str) -> Callable[..., Any]:
+    """The function that `source` names. Raises ReparamError as load_model does."""
+    check_function(source)
+    place, _, name = source.rpartition(":")
+    with _found(source, place, name) as function:
+        if not callable(function):
+            raise ReparamError(f"{source}: {name} is a {type(function).__name__}, not a function")
+        found: Callable[..., Any] = function
+        return found
 
 
 def call_source(source: str) -> Any:
@@ -103,12 +163,8 @@ def call_source(source: str) -> Any:
     source: `package.module:function` or `path/to/file.py:function`. An iterator comes as a list.
     Raises ReparamError as load_model does.
     """
-    place, colon, name = source.rpartition(":")
-    if not (colon and place and name):
-        raise ReparamError(
-            f"{source}: this names no function; write it as package.module:function or "
-            "path/to/file.py:function"
-        )
+    check_function(source)
+    place, _, name = source.rpartition(":")
     with _found(source, place, name) as function:
         if not callable(function) or _needed_arguments(function):
             raise ReparamError(f"{source}: {name} is not a function that needs no arguments")
@@ -130,7 +186,7 @@ def _found(source: str, place: str, name: str) -> Iterator[Any]:
     is_file = path.suffix == ".py"
     if is_file and not path.is_file():
         raise ReparamError(f"{source}: there is no file {place}")
-    with _importable(path.resolve().parent if is_file else Path.cwd()):
+    with importable(folder_of(source)):
         module = _import_file(source, path) if is_file else _import_module(source, place)
         factory = getattr(module, name, None)
         if factory is None:
@@ -205,7 +261,8 @@ def _import_file(source: str, path: Path) -> ModuleType:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def importable(folder: Path) -> Iterator[None]:
+    """Modules of this folder can be imported inside."""
     sys.path.insert(0, str(folder))
     try:
         yield

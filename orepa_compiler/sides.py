@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from orepa_compiler.choices import ENGINES as ENGINES
+from orepa_compiler.choices import OPENVINO
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.int8_verdict import verify_int8
+from orepa_compiler.export.openvino import OpenVINORunner
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.int8_sides import verify_rounded
 from orepa_compiler.quantization.layers import rounded_layers
 from orepa_compiler.verification import NOISE_FACTOR, Report
 from orepa_compiler.verification import verify as verify_functions
-
-ENGINES = (".engine", ".plan", ".trt")
 
 Side = Callable[..., Any] | str | PathLike[str]
 
@@ -25,8 +26,9 @@ Side = Callable[..., Any] | str | PathLike[str]
 def runner_of(side: Side) -> Callable[..., Any]:
     """What a comparison calls: the side itself, or a runner of the file that it names.
 
-    An ONNX file runs in onnxruntime on the CPU (OnnxRunner takes another provider), an engine on
-    the GPU. Raises ReparamError for any other file, and what the runners raise.
+    An ONNX file runs in onnxruntime on the CPU (OnnxRunner takes another provider), an .xml in
+    OpenVINO, an engine on the GPU. Raises ReparamError for any other file, and what the runners
+    raise.
     """
     if not isinstance(side, (str, PathLike)):
         return side
@@ -35,9 +37,11 @@ def runner_of(side: Side) -> Callable[..., Any]:
         return TensorRTRunner(path)
     if path.suffix == ".onnx":
         return OnnxRunner(path)
+    if path.suffix == OPENVINO:
+        return OpenVINORunner(path)
     raise ReparamError(
-        f"{path}: a file that is compared is an .onnx or an engine ({', '.join(ENGINES)}); of "
-        "weights, load the model and give that"
+        f"{path}: a file that is compared is an .onnx, an .xml or an engine "
+        f"({', '.join(ENGINES)}); of weights, load the model and give that"
     )
 
 
@@ -81,7 +85,7 @@ def verify(
     run.
     """
     if isinstance(reference, nn.Module) and rounded_layers(reference):
-        if truth is not None or precision is not None:
+        if truth is not None or precision not in (None, "int8"):
             raise ReparamError(
                 "the reference rounds to int8: it is its own truth, in its own precision; leave "
                 "out truth= and precision="

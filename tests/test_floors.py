@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "dependencies", "atomic", "schemas", "algebra"),
+    ("errors", "choices", "dependencies", "atomic", "schemas", "algebra"),
     ("capture", "branches"),
     ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),
@@ -34,6 +34,7 @@ FLOORS = (
             "compiler",
             "checkpoints",
             "model_source",
+            "preprocessing",
             "reference",
             "export",
         ),
@@ -49,10 +50,11 @@ FLOORS = (
         ),
         *("equalizing", "int8_analysis"),
     ),
-    ("__init__", "cli"),
+    ("__init__", "__main__", "public", "cli"),
 )
 
 OPTIONAL = {
+    "PIL",
     "jinja2",
     "lightning",
     "matplotlib",
@@ -60,6 +62,7 @@ OPTIONAL = {
     "onnxruntime",
     "onnxscript",
     "onnxsim",
+    "openvino",
     "tensorrt",
     "tensorrt_rtx",
     "timm",

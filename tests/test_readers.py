@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.certificate import Certificate
-from orepa_compiler.checkpoints.weights import has_plan, load_weights
+from orepa_compiler.checkpoints.reading import has_plan
+from orepa_compiler.checkpoints.weights import load_weights
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.external_data import check_external, external_files
 from orepa_compiler.export.inspection import load_graph

@@ -46,7 +46,9 @@ def test_a_path_is_a_side(net: nn.Module, file: Path, wrong: Path) -> None:
 
 
 def test_another_file_is_refused(net: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(ReparamError, match=r"best.pth: a file that is compared is an .onnx or an"):
+    with pytest.raises(
+        ReparamError, match=r"best.pth: a file that is compared is an .onnx, an .xml"
+    ):
         orepa.verify(net, tmp_path / "best.pth", images())
     with pytest.raises(ReparamError, match=r"none.onnx: no such file"):
         orepa.verify(net, tmp_path / "none.onnx", images())

@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.int8.files import accuracy, latency_ratio
+from benchmarks.int8.files import accuracy, time_ratio
 from benchmarks.int8.methods import FORMS, METHODS, Setting, trained
 from benchmarks.int8.report import write_page
 
@@ -58,7 +58,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(setting: Setting) -> dict[str, dict[str, float]]:
-    """Accuracy, bytes and latency beside float, by method."""
+    """Accuracy, bytes and processor time beside float, by method."""
     given = trained(setting)
     found: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as folder:
@@ -70,6 +70,6 @@ def run(setting: Setting) -> dict[str, dict[str, float]]:
             found[name] = {
                 "accuracy": round(accuracy(path, *given.test), 3),
                 "bytes": path.stat().st_size,
-                "latency": round(latency_ratio(path, base, given.test[0]), 3),
+                "processor_time": round(time_ratio(path, base, given.test[0]), 3),
             }
     return found

@@ -39,16 +39,19 @@ def lines(records: Records) -> list[str]:
     for method in list(METHODS)[1:]:
         cells = [interval(differences(records, name, method)) for name in nets]
         made.append(f"| {method} | {' | '.join(cells)} |")
-    for what, form in (("bytes", "{:.2f}"), ("latency", "{:.2f}")):
-        ratios = [form.format(ratio(records, name, what)) for name in nets]
-        made.append(f"| {what} of the QAT file / float | {' | '.join(ratios)} |")
+    for what in ("bytes", "processor_time"):
+        ratios = [ratio(records, name, what) for name in nets]
+        cells = ["not measured" if value is None else f"{value:.2f}" for value in ratios]
+        name = what.replace("_", " ")
+        made.append(f"| {name} of the QAT file / float | {' | '.join(cells)} |")
     first = Setting(**records[0]["run"])
     made += [
         "",
         f"Mean difference in points, with the 95 % interval over n seeds (paired). "
         f"{first.train:,} images of 14 x 14 train for {first.epochs} epochs; every method but PTQ "
         f"trains {first.tuned} epochs more; 10,000 test images, each file in onnxruntime as it is "
-        f"written. Latency: batch 32, one thread, in turn with the float file.",
+        f"written. Time of the processor: batch 32, one thread, in turn with the float file, with "
+        f"the int8 kernels that onnxruntime has.",
     ]
     return made
 
@@ -75,13 +78,15 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.2f} ± {half:.2f}"
 
 
-def ratio(records: Records, net: str, what: str) -> float:
-    """Of the file that was trained for int8, to the float one."""
+def ratio(records: Records, net: str, what: str) -> float | None:
+    """Of the file that was trained for int8, to the float one; None where it was not measured."""
     found = [record["found"] for record in of_net(records, net)]
-    method = "QAT in training form"
-    if what == "latency":
-        return statistics.median(one[method]["latency"] for one in found)
-    return statistics.median(one[method]["bytes"] / one["float"]["bytes"] for one in found)
+    ours = [one["QAT in training form"] for one in found]
+    if what == "bytes":
+        pairs = zip(ours, found, strict=True)
+        return statistics.median(one["bytes"] / base["float"]["bytes"] for one, base in pairs)
+    times = [one[what] for one in ours if what in one]
+    return statistics.median(times) if times else None
 
 
 def draw(records: Records, path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -65,6 +65,11 @@ def conv_operator(layer: nn.Module, in_channels: int | None = None) -> ConvOpera
         if rest is None:
             return operator
         raise NotLinear(f"{type(layer).__name__} is followed by its activation {rest}")
+    if isinstance(layer, _ConvTransposeNd):
+        raise NotLinear(
+            f"{type(layer).__name__} is a transposed conv, and no conv of what it reads: it stays, "
+            "and a norm behind it goes into its kernel"
+        )
     raise NotLinear(
         f"{type(layer).__name__} is not a known linear layer; if it is one, add it with "
         f"conv_operator.register({type(layer).__name__})"
@@ -96,6 +101,8 @@ def linear_part(
 
 def own_forward_reason(layer: nn.Module) -> str | None:
     """Why this conv cannot be read as a plain one, or None where it is plain."""
+    if isinstance(layer, _ConvTransposeNd):
+        return f"{type(layer).__name__} is a transposed conv"
     if not isinstance(layer, CONVS):
         return f"{type(layer).__name__} is not a conv"
     return overriding_reason(layer)

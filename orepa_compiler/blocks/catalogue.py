@@ -7,6 +7,7 @@ ablation of the paper is written.
 from __future__ import annotations
 
 from math import prod
+from typing import Literal
 
 from torch import nn
 
@@ -29,6 +30,7 @@ from orepa_compiler.branches.field import (
     InnerKernel,
     OverParameterized,
 )
+from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation.together import generate_together
 
 # The kernel that is a large stem (Hu et al. 2022, Sec. 3.5) is at least this wide.
@@ -284,6 +286,22 @@ BLOCKS = {
         *(DBB, REPVGG, ACNET, EXPAND_NET, DO_CONV, MOBILEONE, DILATED),
     )
 }
+
+# The names that blocks have in Python where they are not their own.
+_IN_PYTHON = {"MOBILEONE": MOBILEONE}
+
+
+def named(name: str) -> Block | Literal["auto"]:
+    """The block of that name in the catalogue or in Python, in either case; "auto" for that.
+
+    Raises ReparamError, with the names, for any other.
+    """
+    known = {**BLOCKS, **_IN_PYTHON}
+    if name.lower() == "auto":
+        return "auto"
+    if name.upper() not in known:
+        raise ReparamError(f"choose one of auto, {', '.join(BLOCKS)}")
+    return known[name.upper()]
 
 
 def automatic_block(conv: ConvOperator, *, is_residual: bool = True) -> Block:

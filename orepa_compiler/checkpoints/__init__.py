@@ -17,7 +17,8 @@ from orepa_compiler.atomic import staged
 from orepa_compiler.blocks import Block
 from orepa_compiler.capture.skeleton import is_sharded, value_copy
 from orepa_compiler.checkpoints.parts import inside, made_again, planned_parts, wrapper_of
-from orepa_compiler.checkpoints.weights import PLAN_KEY, has_plan, load_weights
+from orepa_compiler.checkpoints.reading import PLAN_KEY, has_plan
+from orepa_compiler.checkpoints.weights import load_weights
 from orepa_compiler.errors import CheckpointError, ReparamError
 from orepa_compiler.planning import Plan
 from orepa_compiler.schemas import read_json

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from orepa_compiler.cli.arguments import Debug, ExitCode, Json, check_folder
-from orepa_compiler.cli.summary import write_json
+from orepa_compiler.cli.options import Debug, ExitCode, Json, Quiet, check_there, check_written
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.latency import ROUNDS, bench
-from orepa_compiler.export.progress import announced
+
+# How often both files are timed in turn.
+ROUNDS = 20
 
 
 def bench_command(
@@ -35,6 +34,7 @@ def bench_command(
         ),
     ] = False,
     output: Json = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
     """The latency of a collapsed model beside the stock one, both in turns, in one run.
@@ -53,7 +53,14 @@ def bench_command(
     """
     if against is None:
         raise ReparamError("nothing to compare with: give --against STOCK.onnx")
-    check_folder(output)
+    check_written(json=output)
+    check_there(a=model, b=engine, c=against, d=against_engine)
+    from rich.console import Console
+
+    from orepa_compiler.cli.summary import write_json
+    from orepa_compiler.export.latency import bench
+    from orepa_compiler.export.progress import announced
+
     with announced("timing") as step:
         found = bench(
             model,

@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from orepa_compiler.cli.arguments import ExitCode, NotVerified, random_inputs
+from orepa_compiler.choices import Weights
+from orepa_compiler.cli.arguments import random_inputs
 from orepa_compiler.cli.inputs import load_inputs
 from orepa_compiler.cli.junit import write_junit
+from orepa_compiler.cli.options import ExitCode, NotVerified
 from orepa_compiler.cli.pages import page_of_comparison
 from orepa_compiler.cli.sides import check_checkpoint, inputs_of_files, load_side
 from orepa_compiler.cli.summary import (
@@ -41,12 +43,13 @@ def compare_sides(
     reference: tuple[str, Path | None],
     candidate: tuple[str, Path | None],
     *,
-    data: Path | None,
+    data: str | None,
     shapes: Sequence[tuple[int, ...]],
     batch: int,
     stress: bool,
     precision: str | None,
     allow_pickle: bool,
+    weights: Weights | None = None,
     json: Path | None,
     junit: Path | None,
     picture: Path | None,
@@ -66,8 +69,8 @@ def compare_sides(
             "--inputs"
         )
     inputs = _inputs((reference[0], candidate[0]), data, shapes, batch)
-    left = load_side(*reference, inputs=inputs[0], allow_pickle=allow_pickle)
-    right = load_side(*candidate, inputs=inputs[0], allow_pickle=allow_pickle)
+    left = load_side(*reference, inputs=inputs[0], allow_pickle=allow_pickle, weights=weights)
+    right = load_side(*candidate, inputs=inputs[0], allow_pickle=allow_pickle, weights=weights)
     with announced("comparing"):
         try:
             stress = stress and precision != "int8"  # its ranges are those of the user's data
@@ -96,7 +99,7 @@ def compare_sides(
 
 
 def _inputs(
-    sources: Sequence[str], data: Path | None, shapes: Sequence[tuple[int, ...]], batch: int
+    sources: Sequence[str], data: str | None, shapes: Sequence[tuple[int, ...]], batch: int
 ) -> list[Batch]:
     """The user's own data; else random inputs of the shapes given, or of what a file takes."""
     if data:

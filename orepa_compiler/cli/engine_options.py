@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orepa_compiler.cli.arguments import shape
+from orepa_compiler.choices import Flavor
+from orepa_compiler.cli.options import has_no_effect, shape
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.flavors import Flavor
-from orepa_compiler.export.profiles import Shape
+
+Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, ...]] | tuple[Shape, ...]
 
 KeepFp32 = Annotated[
     list[str] | None,
@@ -22,7 +25,7 @@ KeepFp32 = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        metavar="PATH", help="For int8: a folder of .npy or .npz files, or file.py:function."
+        metavar="PATH", help="For int8, and for the audit of fp16 and bf16: as for --inputs."
     ),
 ]
 TrtFlavor = Annotated[
@@ -56,9 +59,38 @@ TimingCache = Annotated[
 ]
 
 
+def check_engine_options(
+    has_engine: bool,
+    *,
+    shapes: Profile | None,
+    workspace: float | None,
+    tf32: bool,
+    timing_cache: Path | None,
+    compute_capability: str | None,
+    flavor: Flavor,
+) -> None:
+    """Raises ReparamError for an option of an engine that is not built, or that it cannot have."""
+    given = {
+        "--min-shapes": shapes is not None,
+        "--workspace-gb": workspace is not None,
+        "--tf32": tf32,
+        "--timing-cache": timing_cache is not None,
+        "--compute-capability": compute_capability is not None,
+        "--trt-flavor": flavor != "auto",
+    }
+    for option, is_given in given.items():
+        has_no_effect(option, is_given and not has_engine, "without --trt no engine is built")
+    if workspace is not None and not workspace > 0:
+        raise ReparamError(f"--workspace-gb {workspace:g}: give a positive number of GiB")
+    if compute_capability is not None and not re.fullmatch(r"\d+\.\d", compute_capability):
+        raise ReparamError(f"--compute-capability {compute_capability}: write it as 8.9")
+    if timing_cache is not None and flavor == "rtx":
+        raise ReparamError("--timing-cache: TensorRT for RTX times nothing; leave it out")
+
+
 def profile(
     smallest: Sequence[str] | None, tuned: Sequence[str] | None, largest: Sequence[str] | None
-) -> dict[str, tuple[Shape, ...]] | tuple[Shape, ...] | None:
+) -> Profile | None:
     """The shapes that an engine takes, by input name, or alone where none is named.
 
     None where no option was given. Raises ReparamError where one of the three is missing for an

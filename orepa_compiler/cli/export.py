@@ -7,20 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orepa_compiler.cli.arguments import (
-    Checkpoint,
-    Debug,
-    Inputs,
-    Json,
-    Junit,
-    Model,
-    Pickle,
-    Report,
-    Shapes,
-    check_folder,
-    report_files,
-    shape,
-)
+from orepa_compiler.choices import Precision
 from orepa_compiler.cli.engine_options import (
     Calibration,
     ComputeCapability,
@@ -32,31 +19,55 @@ from orepa_compiler.cli.engine_options import (
     TimingCache,
     TrtFlavor,
     Workspace,
+    check_engine_options,
     profile,
 )
-from orepa_compiler.cli.export_request import ExportRequest
-from orepa_compiler.cli.finishing import finish
-from orepa_compiler.cli.pages import page_of_export
-from orepa_compiler.cli.stages import export_steps
-from orepa_compiler.cli.summary import (
-    report_of,
-    write_json,
+from orepa_compiler.cli.options import (
+    Checkpoint,
+    Classes,
+    Crop,
+    Debug,
+    Expanded,
+    Inputs,
+    Json,
+    Junit,
+    Mean,
+    Model,
+    Pickle,
+    Pretrained,
+    Quiet,
+    Report,
+    Resize,
+    Shapes,
+    Std,
+    Which,
+    check_there,
+    check_written,
+    has_no_effect,
+    report_files,
 )
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.precision import Precision
-from orepa_compiler.report import write_page
 
 
 def export_command(
     context: typer.Context,
     model: Model,
     checkpoint: Checkpoint = None,
-    onnx: Annotated[Path | None, typer.Option(metavar="OUT.onnx")] = None,
+    weights: Which = None,
+    pretrained: Pretrained = False,
+    num_classes: Classes = None,
+    expanded: Expanded = None,
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="OUT.onnx", help="Write the collapsed model here.")
+    ] = None,
     trt: Annotated[
         Path | None,
-        typer.Option(metavar="OUT.engine", help="Without --onnx, OUT.onnx is written beside it."),
+        typer.Option(metavar="OUT.engine", help="Build an engine; its ONNX goes beside it."),
     ] = None,
-    input_shape: Shapes = ["3x224x224"],  # noqa: B006
+    openvino: Annotated[
+        Path | None, typer.Option(metavar="OUT.xml", help="Write it for OpenVINO too, on CPUs.")
+    ] = None,
+    input_shape: Shapes = None,
     batch: Annotated[
         int | None,
         typer.Option(min=1, help="Of the inputs compared: 2, or 1 with --static-batch."),
@@ -68,6 +79,9 @@ def export_command(
     simplify: Annotated[
         bool, typer.Option("--simplify", help="Run onnxsim over the ONNX.")
     ] = False,
+    opset: Annotated[
+        int | None, typer.Option(help="Operator set of the ONNX file: 18 or newer; 20 by default.")
+    ] = None,
     keep_fp32: KeepFp32 = None,
     calibration: Calibration = None,
     trt_flavor: TrtFlavor = "auto",
@@ -79,57 +93,117 @@ def export_command(
     tf32: Tf32 = False,
     timing_cache: TimingCache = None,
     inputs: Inputs = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Called with each form of the model: a number, or a dict of them, comes out.",
+        ),
+    ] = None,
     allow_pickle: Pickle = False,
     json: Json = None,
     junit: Junit = None,
     report: Report = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
     """From a trained model to ONNX and TensorRT, each step checked against the one before it.
 
     Examples:
 
-      orepa-export torchvision:resnet50 --checkpoint best.pth --onnx r50.onnx
+      orepa-export timm:resnet18 --pretrained --onnx r18.onnx
+      orepa-export torchvision:resnet50 --checkpoint best.pth --weights ema --onnx r50.onnx
       orepa-export nets.py:build --onnx net.onnx --precision fp16 --json net.json
       orepa-export timm:resnet18 --trt r18.engine --compute-capability 8.9
       orepa-export nets.py:build --trt net.engine --precision int8 --calibration images/
       orepa-export nets.py:pair --onnx pair.onnx --input-shape 3x64x64 --input-shape 8
 
-    An engine that no GPU has run is no pass of the engine: "device numerics: not run" says so.
+    An engine that was built and not run on a GPU does not count as checked: its row says "device
+    numerics: not run".
     OUT.onnx.manifest.json, written beside the ONNX, lets orepa verify check it all again elsewhere.
     """
-    target = onnx or (trt and trt.with_suffix(".onnx"))
+    other = trt or openvino
+    target = onnx or (other and other.with_suffix(".onnx"))
     if target is None:
-        raise ReparamError("nothing to write: give --onnx OUT.onnx or --trt OUT.engine")
+        raise ReparamError(
+            "nothing to write: give --onnx OUT.onnx, --trt OUT.engine or --openvino OUT.xml"
+        )
+    shapes = profile(min_shapes, opt_shapes, max_shapes)
+    written = {
+        "onnx": target,
+        "trt": trt,
+        "openvino": openvino,
+        "json": json,
+        "junit": junit,
+        "report": report,
+    }
+    check_written(**written, timing_cache=timing_cache)
     page, json = report_files(report, json)
-    for path in (target, trt, json, junit, timing_cache, page):
-        check_folder(path)
-    request = ExportRequest(
-        model=model,
-        checkpoint=checkpoint,
-        onnx=target,
-        engine=trt,
-        shapes=tuple(shape(text) for text in input_shape),
-        batch=batch,
-        precision=precision,
-        static_batch=static_batch,
-        simplify=simplify,
-        flavor=trt_flavor,
-        compute_capability=compute_capability,
-        allow_pickle=allow_pickle,
-        data=inputs,
-        keep_fp32=tuple(keep_fp32 or ()),
-        calibration=calibration,
-        profile=profile(min_shapes, opt_shapes, max_shapes),
-        workspace_gb=workspace,
+    if openvino is not None and openvino.suffix != ".xml":
+        raise ReparamError(f"--openvino {openvino}: OpenVINO's files end in .xml; name it so")
+    if openvino is not None and precision == "bf16":
+        raise ReparamError("--openvino: takes fp32, fp16 and int8; export bf16 without it")
+    oldest = 22 if precision == "bf16" else 18
+    if opset is not None and not oldest <= opset:
+        raise ReparamError(f"--opset {opset}: {precision} needs {oldest} or newer")
+    check_there(checkpoint=checkpoint)
+    check_engine_options(
+        trt is not None,
+        shapes=shapes,
+        workspace=workspace,
         tf32=tf32,
         timing_cache=timing_cache,
-        report=page,
-        command=str(context.find_root().obj or ""),
+        compute_capability=compute_capability,
+        flavor=trt_flavor,
     )
-    steps = export_steps(request)
-    if json:
-        write_json(json, report_of(request, steps))
-    if page:
-        write_page(page_of_export(request, steps), page)
-    return finish("orepa-export", steps, junit, debug)
+    has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")
+    has_no_effect("--expanded", expanded is not None and not checkpoint, "there is no --checkpoint")
+    has_no_effect("--pretrained", pretrained and checkpoint is not None, "--checkpoint has them")
+    has_no_effect("--allow-pickle", allow_pickle and not checkpoint, "there is no --checkpoint")
+    has_no_effect(
+        "--calibration", calibration is not None and precision == "fp32", "fp32 needs no ranges"
+    )
+    has_no_effect("--keep-fp32", bool(keep_fp32) and precision == "fp32", "all of it is float32")
+    # Only now torch and what the rest needs: a mistake above is told at once.
+    from orepa_compiler.cli.exporting import run_export
+
+    return run_export(
+        {
+            "model": model,
+            "checkpoint": checkpoint,
+            "weights": weights,
+            "pretrained": pretrained,
+            "num_classes": num_classes,
+            "expanded": expanded,
+            "onnx": target,
+            "engine": trt,
+            "openvino": openvino,
+            "shapes": tuple(input_shape or ()),
+            "batch": batch,
+            "precision": precision,
+            "static_batch": static_batch,
+            "simplify": simplify,
+            "opset": opset,
+            "flavor": trt_flavor,
+            "compute_capability": compute_capability,
+            "allow_pickle": allow_pickle,
+            "data": inputs,
+            "images": {"resize": resize, "crop": crop, "mean": mean, "std": std},
+            "evaluate": evaluate,
+            "keep_fp32": tuple(keep_fp32 or ()),
+            "calibration": calibration,
+            "profile": shapes,
+            "workspace_gb": workspace,
+            "tf32": tf32,
+            "timing_cache": timing_cache,
+            "report": page,
+            "command": str(context.find_root().obj or ""),
+        },
+        json=json,
+        junit=junit,
+        debug=debug,
+    )

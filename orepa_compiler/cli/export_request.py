@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from orepa_compiler.cli.arguments import random_inputs
-from orepa_compiler.cli.calibration import BATCH, load_calibration
-from orepa_compiler.cli.inputs import load_inputs
+from orepa_compiler.choices import Flavor, Precision, Weights
+from orepa_compiler.cli.arguments import floating_type, inputs_for, named_block, typed_shape
+from orepa_compiler.cli.forward_arguments import Batch
+from orepa_compiler.cli.images import ImageOptions
+from orepa_compiler.cli.inputs import check_source, load_inputs
+from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.flavors import Flavor
-from orepa_compiler.export.precision import Precision
+from orepa_compiler.export.flavors import load_flavor
+from orepa_compiler.export.precision import cast_tensors
 from orepa_compiler.export.profiles import Shape
 from orepa_compiler.export.quantization import calibration_batches
+from orepa_compiler.model_source import check_function, check_options
+from orepa_compiler.preprocessing import Preprocessing, preprocessing_of
+
+# Samples in one call while the ranges are taken.
+CALIBRATION_BATCH = 8
 
 
 @dataclass(frozen=True)
 class ExportRequest:
     """What orepa-export was asked for.
 
-    shapes: of the inputs, without the batch. batch: of the inputs compared; None is 1 where the
-    artifacts keep it, and 2 where it is free, so that more than one image is really compared.
-    data: the user's own inputs, to be compared beside random ones of their shape. calibration:
-    where the data for int8 comes from. profile: the shapes that the engine takes. report: where a
-    page goes, for which the models are measured.
+    shapes: of the inputs, without the batch, as written; none where the model's own are taken.
+    batch: of the inputs compared; None is 1 where the artifacts keep it, and 2 where it is free, so
+    that more than one image is really compared. data: the user's own inputs, to be compared beside
+    random ones of their shape. images: how images become inputs. calibration: where the data for
+    int8 comes from. evaluate: the user's function that tells how good a form is. profile: the
+    shapes that the engine takes. report: where a page goes, for which the models are measured.
     """
 
     model: str
     onnx: Path
     checkpoint: Path | None = None
+    weights: Weights | None = None
+    pretrained: bool = False
+    num_classes: int | None = None
+    expanded: str | None = None
     engine: Path | None = None
-    shapes: tuple[tuple[int, ...], ...] = ((3, 224, 224),)
+    openvino: Path | None = None
+    shapes: tuple[str, ...] = ()
     batch: int | None = None
     precision: Precision = "fp32"
     static_batch: bool = False
     simplify: bool = False
+    opset: int | None = None
     flavor: Flavor = "auto"
     compute_capability: str | None = None
     allow_pickle: bool = False
-    data: Path | None = None
+    data: str | None = None
+    images: ImageOptions = field(default_factory=ImageOptions)
+    evaluate: str | None = None
     keep_fp32: tuple[str, ...] = ()
     calibration: str | None = None
     profile: dict[str, tuple[Shape, ...]] | tuple[Shape, ...] | None = None
@@ -50,40 +68,85 @@ class ExportRequest:
     report: Path | None = None
     command: str = ""
 
-    def inputs(self) -> list[tuple[Tensor, ...]]:
+    def check(self) -> None:
+        """Raises ReparamError for what can be seen to be wrong before the model is loaded."""
+        for text in self.shapes:
+            typed_shape(text)
+        check_options(self.model, self.pretrained, self.num_classes)
+        if self.expanded is not None:
+            named_block(self.expanded, option="--expanded")
+        for option, source in (("--inputs", self.data), ("--calibration", self.calibration)):
+            if source is not None:
+                check_source(source, option)
+        if self.images.given and self.data is None and self.calibration is None:
+            raise ReparamError("--resize, --crop, --mean, --std: there are no images; leave it out")
+        if self.evaluate is not None:
+            check_function(self.evaluate)
+        self._check_packages()
+
+    def _check_packages(self) -> None:
+        packages = {"onnx": "onnx", "onnxscript": "onnx"}
+        packages |= {"onnxsim": "simplify"} if self.simplify else {}
+        packages |= {"openvino": "openvino"} if self.openvino else {}
+        for package, extra in packages.items():
+            import_extra(package, extra=extra)
+        if self.engine is not None:
+            load_flavor(self.flavor)
+
+    def inputs(self, model: nn.Module) -> list[Batch]:
+        """The batches that every form is compared on."""
         batch = self.batch or (1 if self.static_batch else 2)
         if self.data is None:
-            return [random_inputs(self.shapes, batch)]
-        batches = load_inputs(self.data, batch)
+            return [inputs_for(self.model, model, self.shapes, batch)]
+        batches = self._load(self.data, batch, "--inputs", model)
         # A file with a fixed batch takes no smaller one.
-        full = [given for given in batches if len(given[0]) == batch]
+        full = [given for given in batches if _size(given) == batch]
         if self.static_batch and not full:
-            raise ReparamError(f"--inputs {self.data}: holds fewer than {batch} samples")
+            raise ReparamError(f"--inputs {self.data}: holds no batch of {batch} samples")
         return full if self.static_batch else batches
 
+    def preprocessing(self, model: nn.Module) -> Preprocessing:
+        """How images become inputs of this model."""
+        known = preprocessing_of(self.model, model)
+        if self.shapes:
+            known = known.at(typed_shape(self.shapes[0])[0])
+        return self.images.over(known)
 
-def calibration_of(request: ExportRequest, *, is_trained: bool) -> list[tuple[Tensor, ...]]:
-    """The batches of calibration data; none where none are named.
+    def calibrating(self, model: nn.Module, like: Batch, *, is_trained: bool) -> list[Batch]:
+        """The batches of calibration data; none where none are named.
 
-    is_trained: the model has the ranges that it was trained with, so int8 needs none.
-    Raises ReparamError for int8 without any, and for batches of other shapes than the inputs.
-    """
-    if request.calibration is None and request.precision == "int8" and not is_trained:
-        raise ReparamError(
-            "--precision int8 takes the ranges of the values from your data: give --calibration "
-            "FOLDER of .npy files, or path/to/file.py:function that gives batches"
-        )
-    if request.calibration is None:
-        return []
-    like = request.inputs()[0]
-    size = len(like[0]) if request.static_batch else BATCH
-    batches = calibration_batches(load_calibration(request.calibration, size), like)
-    if not request.static_batch:
-        return batches
-    full = [batch for batch in batches if len(batch[0]) == size]
-    if not full:
-        raise ReparamError(
-            f"--calibration {request.calibration}: gives no batch of {size}, which --static-batch "
-            "asks for"
-        )
-    return full
+        is_trained: the model has the ranges that it was trained with, so int8 needs none.
+        Raises ReparamError for int8 without any, and for batches of other shapes than the inputs.
+        """
+        if self.calibration is None and self.precision == "int8" and not is_trained:
+            raise ReparamError(
+                "--precision int8 takes the ranges of the values from your data: give "
+                "--calibration FOLDER of images or .npy files, or path/to/file.py:function that "
+                "gives batches"
+            )
+        if self.calibration is None:
+            return []
+        size = _size(like) if self.static_batch else CALIBRATION_BATCH
+        batches = self._load(self.calibration, size, "--calibration", model)
+        batches = calibration_batches(batches, like)
+        if not self.static_batch:
+            return batches
+        full = [batch for batch in batches if _size(batch) == size]
+        if not full:
+            raise ReparamError(
+                f"--calibration {self.calibration}: gives no batch of {size}, which --static-batch "
+                "asks for"
+            )
+        return full
+
+    def _load(self, source: str, batch: int, option: str, model: nn.Module) -> list[Batch]:
+        images = self.preprocessing(model)
+        found = load_inputs(source, batch, option=option, images=images, model=model)
+        # A model in half precision takes its inputs in that.
+        typed: list[Batch] = cast_tensors(found, floating_type(model))
+        return typed
+
+
+def _size(batch: Any) -> int:
+    first = next((value for value in batch if isinstance(value, Tensor) and value.ndim), None)
+    return 0 if first is None else len(first)

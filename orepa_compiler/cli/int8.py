@@ -6,48 +6,51 @@ from typing import Annotated
 
 import typer
 
-from orepa_compiler.cli.arguments import (
+from orepa_compiler.cli.options import (
     Checkpoint,
     Debug,
     ExitCode,
     Model,
     Pickle,
+    Pretrained,
+    Quiet,
     Shapes,
-    load_source,
-    random_inputs,
-    shape,
+    Which,
+    check_there,
+    has_no_effect,
 )
-from orepa_compiler.cli.calibration import BATCH, load_calibration
-from orepa_compiler.cli.plan import show
-from orepa_compiler.compiler import collapse
-from orepa_compiler.export.progress import announced
-from orepa_compiler.export.quantization import calibration_batches
-from orepa_compiler.int8_analysis import WORST, int8_loss
+
+# How many modules are kept in float32.
+WORST = 3
 
 
 def int8_command(
     model: Model,
     calibration: Annotated[
-        str,
-        typer.Option(metavar="DATA", help="Real inputs: a folder of .npy, or FILE.py:FUNCTION."),
+        str, typer.Option(metavar="DATA", help="Real inputs, as for --inputs of orepa export.")
     ],
     checkpoint: Checkpoint = None,
-    input_shape: Shapes = ["3x224x224"],  # noqa: B006
+    weights: Which = None,
+    pretrained: Pretrained = False,
+    input_shape: Shapes = None,
     worst: Annotated[int, typer.Option(min=1, help="How many modules to keep in float32.")] = WORST,
     allow_pickle: Pickle = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
     """What int8 without training would lose: by module, and what each way out gives.
 
     Examples:
 
-      orepa int8 torchvision:resnet18 --calibration images/
+      orepa int8 torchvision:resnet18 --pretrained --calibration images/
       orepa int8 nets.py:build --checkpoint net.safetensors --calibration data.py:batches
     """
-    inputs = random_inputs([shape(text) for text in input_shape], 1)
-    net = load_source(model, checkpoint, inputs=inputs, allow_pickle=allow_pickle)
-    batches = calibration_batches(load_calibration(calibration, BATCH), inputs)
-    with announced("measuring each module in int8"):
-        found = int8_loss(collapse(net, inputs=inputs), batches, worst=worst)
-    show(found)
+    check_there(checkpoint=checkpoint)
+    has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")
+    has_no_effect("--pretrained", pretrained and checkpoint is not None, "--checkpoint has them")
+    # Only now torch and what the rest needs: a mistake above is told at once.
+    from orepa_compiler.cli.losing import show_int8_loss
+
+    options = {"pretrained": pretrained, "weights": weights, "allow_pickle": allow_pickle}
+    show_int8_loss(model, checkpoint, calibration, input_shape, worst, options)
     return ExitCode.PASS

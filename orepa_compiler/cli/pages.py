@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from orepa_compiler.certificate import LIMIT
-from orepa_compiler.cli.arguments import ExitCode, NotVerified
 from orepa_compiler.cli.export_request import ExportRequest
 from orepa_compiler.cli.facts import comparison_facts, export_facts, recheck_facts
+from orepa_compiler.cli.options import ExitCode, NotVerified
 from orepa_compiler.cli.sides import side_file
 from orepa_compiler.cli.steps import Step
 from orepa_compiler.cli.summary import complaints, verdict
@@ -50,6 +50,8 @@ def page_of_export(request: ExportRequest, steps: Sequence[Step]) -> Page:
         _link(by_name, "ONNX file", "collapsed model", "check onnx"),
         _link(by_name, "TensorRT engine", "collapsed model", "check engine"),
     ]
+    if request.openvino is not None:
+        links.insert(2, _link(by_name, "OpenVINO file", "collapsed model", "check openvino"))
     if request.engine is None:
         links[-1] = Link("TensorRT engine", "collapsed model", "not run", note="no engine was made")
     file = by_name["write manifest"].file if "write manifest" in by_name else None
@@ -168,6 +170,8 @@ def _found(steps: Sequence[Step]) -> dict[str, Any]:
     checks = [Check(s.name, s.verdict, _finite(s.error), _note(s)) for s in steps]
     open_checks = [s for s in steps if s.verdict == "not run"]
     summary = "; ".join(complaints(steps)) or "everything that was compared agrees"
+    scores = [f"{s.name.removeprefix('evaluate ')}: {s.note}" for s in steps if s.scores]
+    summary = "; ".join([summary, *scores])
     divergences = [s.divergence for s in steps if s.divergence is not None]
     return {
         "verdict": outcome,
@@ -202,6 +206,7 @@ def _collapse_link(step: Step) -> Link:
 
 def _file_sizes(steps: Sequence[Step]) -> list[ModelSize]:
     forms = {"write onnx": "ONNX file", "build engine": "TensorRT engine"}
+    forms |= {"write openvino": "OpenVINO file"}
     made = [(forms[step.name], step.file) for step in steps if step.name in forms]
     return [ModelSize.of_file(form, file) for form, file in made if file is not None]
 

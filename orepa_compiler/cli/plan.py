@@ -5,32 +5,34 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from orepa_compiler.cli.arguments import (
+from orepa_compiler.cli.options import (
+    Checkpoint,
+    Classes,
     Debug,
     ExitCode,
     Model,
-    load_source,
-    named_block,
-    random_inputs,
-    shape,
+    Shapes,
+    Which,
+    check_there,
+    has_no_effect,
 )
-from orepa_compiler.compiler import plan
-from orepa_compiler.export.progress import announced
 
 
 def plan_command(
     model: Model,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CxHxW", help="Needed for MACs; once for each input."),
-    ] = None,
+    checkpoint: Checkpoint = None,
+    weights: Which = None,
+    num_classes: Classes = None,
+    input_shape: Shapes = None,
     block: Annotated[str, typer.Option(help="The block every conv becomes, or auto.")] = "auto",
     where: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Only convs on these paths; '!layer4.*' excludes."),
     ] = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="One row for each stage of the net.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     debug: Debug = False,
 ) -> int:
@@ -38,23 +40,32 @@ def plan_command(
 
     Examples:
 
-      orepa plan torchvision:resnet50
+      orepa plan torchvision:resnet50 --summary
       orepa plan timm:mobilenetv3_small_100 --input-shape 3x224x224
       orepa plan nets.py:build --block OREPA --where 'layer1.*' --json
     """
-    inputs = random_inputs([shape(text) for text in input_shape], 1) if input_shape else None
-    net = load_source(model, None, inputs=inputs)
+    has_no_effect("--summary", summary and json, "--json prints the whole plan")
+    has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")
+    check_there(checkpoint=checkpoint)
+    # Only now torch and what the rest needs: a mistake above is told at once.
+    from orepa_compiler.cli.arguments import check_it_runs, inputs_for, load_source, named_block
+    from orepa_compiler.cli.plan_table import plan_text, summary_text
+    from orepa_compiler.compiler import plan
+    from orepa_compiler.export.progress import announced
+    from orepa_compiler.model_source import check_options
+
+    chosen = named_block(block)
+    check_options(model, False, num_classes)
+    net = load_source(
+        model, checkpoint, inputs=None, num_classes=num_classes, weights=weights, is_quiet=True
+    )
+    inputs = inputs_for(model, net, input_shape, 1) if input_shape else None
+    if inputs is not None:
+        check_it_runs(model, net, inputs)
     with announced("planning"):
-        found = plan(net, block=named_block(block), where=where or None, inputs=inputs)
+        found = plan(net, block=chosen, where=where or None, inputs=inputs)
     if json:
         typer.echo(found.to_json())
     else:
-        show(found)
+        typer.echo(summary_text(found) if summary else plan_text(found))
     return ExitCode.PASS
-
-
-def show(found: object) -> None:
-    """Prints what has a table: as wide as the terminal, or as its own text."""
-    console = Console()
-    # A pipe has no width; the text of a plan or a report has one of its own.
-    console.print(found) if console.is_terminal else typer.echo(str(found))

@@ -8,22 +8,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orepa_compiler.cli.arguments import NotVerified, load_source
+from orepa_compiler.choices import ENGINES, OPENVINO, Weights
+from orepa_compiler.cli.arguments import load_source
+from orepa_compiler.cli.options import SIDES as SIDES
+from orepa_compiler.cli.options import NotVerified
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ExportError, MissingPackage, NotRun, ReparamError
 from orepa_compiler.export.latency import example_inputs
+from orepa_compiler.export.openvino import OpenVINORunner
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
-from orepa_compiler.model_source import FORMS
-from orepa_compiler.sides import ENGINES
 
-SIDES = f"FILE.onnx, FILE.onnx@cuda, FILE.engine, {FORMS}, or such a model with @collapsed"
+FILES = (".onnx", OPENVINO, *ENGINES)
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def load_side(
-    source: str, checkpoint: Path | None, *, inputs: tuple[Tensor, ...], allow_pickle: bool
+    source: str,
+    checkpoint: Path | None,
+    *,
+    inputs: tuple[Tensor, ...],
+    allow_pickle: bool,
+    weights: Weights | None = None,
 ) -> Callable[..., Any]:
     """One side of a comparison.
 
@@ -32,8 +39,14 @@ def load_side(
     Raises what load_source raises, and NotVerified where what is needed to run it is not here.
     """
     name, form = _split(source)
-    if not (name.endswith(".onnx") or name.endswith(ENGINES)):
-        model: nn.Module = load_source(name, checkpoint, inputs=inputs, allow_pickle=allow_pickle)
+    if not name.endswith(FILES):
+        model: nn.Module = load_source(
+            name,
+            checkpoint,
+            inputs=inputs,
+            allow_pickle=allow_pickle,
+            weights=weights if checkpoint else None,
+        )
         if form != "collapsed":
             _refuse(source, form)
             return model
@@ -44,6 +57,9 @@ def load_side(
         if name.endswith(ENGINES):
             _refuse(source, form)
             return TensorRTRunner(Path(name))
+        if name.endswith(OPENVINO) or form == "openvino":
+            _refuse(source, form if name.endswith(OPENVINO) else "")
+            return OpenVINORunner(Path(name))
         if form not in ("", *PROVIDERS):
             _refuse(source, form)
         return OnnxRunner(Path(name), provider=PROVIDERS[form or "cpu"])
@@ -55,7 +71,7 @@ def load_side(
 def check_checkpoint(source: str, checkpoint: Path | None) -> None:
     """Raises ReparamError for a checkpoint of an exported file."""
     name, _ = _split(source)
-    if checkpoint is not None and (name.endswith(".onnx") or name.endswith(ENGINES)):
+    if checkpoint is not None and name.endswith(FILES):
         raise ReparamError(f"{source}: an exported file holds its weights; leave out {checkpoint}")
 
 
@@ -66,14 +82,14 @@ def side_file(source: str) -> Path:
 
 def _split(source: str) -> tuple[str, str]:
     name, at, form = source.rpartition("@")
-    return (name, form) if at and form in ("collapsed", *PROVIDERS) else (source, "")
+    return (name, form) if at and form in ("collapsed", "openvino", *PROVIDERS) else (source, "")
 
 
 def _refuse(source: str, form: str) -> None:
     if form:
         raise ReparamError(
-            f"{source}: @{form} has no meaning here; @collapsed goes with a model, @cpu and @cuda "
-            "with an ONNX file"
+            f"{source}: @{form} has no meaning here; @collapsed goes with a model, @cpu, @cuda and "
+            "@openvino with an ONNX file"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 
 from orepa_compiler.atomic import staged
+from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.certificate import Certificate
 from orepa_compiler.certifying import certify
-from orepa_compiler.cli.arguments import load_source
-from orepa_compiler.cli.export_request import ExportRequest, calibration_of
+from orepa_compiler.cli.arguments import check_it_runs, load_told, warn_of_random_weights
+from orepa_compiler.cli.evaluating import Evaluation
+from orepa_compiler.cli.export_request import ExportRequest
 from orepa_compiler.cli.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, compared, judged
 from orepa_compiler.compiler import collapse
-from orepa_compiler.errors import Int8RangeWarning, ReparamError
+from orepa_compiler.errors import Int8RangeWarning, Interrupted, NormsLeftWarning, ReparamError
 from orepa_compiler.export.audit import HALVES, audit_half
 from orepa_compiler.export.dithering import with_int8_noise
 from orepa_compiler.export.external_data import external_files
@@ -27,10 +30,12 @@ from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.latency import timed
 from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
 from orepa_compiler.export.onnx import export_onnx
+from orepa_compiler.export.openvino import OpenVINORunner, write_openvino
 from orepa_compiler.export.precision import PRECISIONS, cast, cast_tensors, kept_modules
 from orepa_compiler.export.progress import announced
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt import build_engine
+from orepa_compiler.int8_analysis import int8_loss
 from orepa_compiler.locating import explain_report
 from orepa_compiler.quantization.flips import with_flips
 from orepa_compiler.quantization.layers import rounded_layers
@@ -53,7 +58,10 @@ def export_steps(request: ExportRequest) -> list[Step]:
     export = _Export(request)
     steps: list[Step] = []
     for name, is_check, run in export.stages():
-        steps.append(attempt(name, is_check, run))
+        try:
+            steps.append(attempt(name, is_check, run))
+        except KeyboardInterrupt as error:
+            raise Interrupted(_left(name, steps)) from error
         if steps[-1].verdict in ("failed", "mismatch"):
             break
     if export.has_written:
@@ -61,21 +69,36 @@ def export_steps(request: ExportRequest) -> list[Step]:
     return steps
 
 
+def _left(name: str, steps: list[Step]) -> str:
+    """What Ctrl-C leaves behind: whole files, for each is put in its place when it is finished."""
+    files = [str(step.file) for step in steps if step.file and step.name != "load"]
+    written = f"{' and '.join(files)} is written and whole" if files else "nothing was written"
+    return f"stopped by Ctrl-C in the step {name!r}; {written}, and there is no manifest"
+
+
 class _Export:
     """The model on its way through the stages: as trained, then collapsed."""
 
     def __init__(self, request: ExportRequest) -> None:
         self.request = request
-        self.inputs = request.inputs()
-        self.model = load_source(
+        self.model, self.origin = load_told(
             request.model,
             request.checkpoint,
             allow_pickle=request.allow_pickle,
-            inputs=self.inputs[0],
+            pretrained=request.pretrained,
+            num_classes=request.num_classes,
+            weights=request.weights,
+            expanded=request.expanded,
         )
+        warn_of_random_weights(request.model, self.origin)
+        self.inputs = request.inputs(self.model)
+        check_it_runs(request.model, self.model, self.inputs[0])
         self.is_trained = bool(rounded_layers(self.model))  # to round to int8
-        self.calibration = calibration_of(request, is_trained=self.is_trained)
+        self.calibration = request.calibrating(
+            self.model, self.inputs[0], is_trained=self.is_trained
+        )
         kept_modules(self.model, request.keep_fp32)  # a pattern that matches nothing stops here
+        self.evaluation = Evaluation(request.evaluate) if request.evaluate else None
         self.certificate: Certificate | None = None
         self.has_written = False
 
@@ -88,25 +111,33 @@ class _Export:
             ("check collapse", True, self.check_collapse),
             ("certify collapse", True, self.certify),
             *([("audit half", True, self.audit)] if request.precision in HALVES else []),
+            *([("measure int8", False, self.measure_int8)] if self.is_calibrated else []),
             ("write onnx", False, self.write_onnx),
             ("check onnx", True, self.check_onnx),
         ]
+        if request.openvino is not None:
+            stages += [
+                ("write openvino", False, self.write_openvino),
+                ("check openvino", True, self.check_openvino),
+            ]
+        stages += self.evaluations()
         if self.request.engine is not None:
             stages += [
                 ("build engine", False, self.build_engine),
                 ("check engine", True, self.check_engine),
+                *([("evaluate engine", True, self.evaluate_engine)] if request.evaluate else []),
             ]
         return stages
 
     def loaded(self) -> Step:
-        checkpoint = self.request.checkpoint
-        note = "" if checkpoint else "no --checkpoint: the weights that the model came with"
-        return Step("load", "done", checkpoint, note=note)
+        return Step("load", "done", self.request.checkpoint, note=self.origin)
 
     def collapse(self) -> Step:
-        with announced("collapsing"):
+        with announced("collapsing"), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", NormsLeftWarning)
             self.deploy = collapse(self.model, inputs=self.inputs)
-        step = Step("collapse", "done")
+        left = [str(w.message) for w in told if issubclass(w.category, NormsLeftWarning)]
+        step = Step("collapse", "done", note="; ".join(left))
         if self.request.report is None:
             return step
         sizes = (
@@ -151,6 +182,16 @@ class _Export:
         # What half precision breaks is seen when the file is checked; this says where and why.
         return Step("audit half", "done", note=found.verdict, audit=found)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it is written in int8 with ranges that no training made."""
+        return self.request.precision == "int8" and not self.is_trained
+
+    def measure_int8(self) -> Step:
+        with announced("measuring each module in int8"):
+            found = int8_loss(self.deploy, self.calibration[:INT8_BATCHES])
+        return Step("measure int8", "done", note=found.verdict)
+
     def write_onnx(self) -> Step:
         request = self.request
         with warnings.catch_warnings(record=True) as told:
@@ -162,6 +203,7 @@ class _Export:
                 dynamic_batch=not request.static_batch,
                 precision=request.precision,
                 simplify=request.simplify,
+                opset=request.opset,
                 certificate=self.certificate,
                 keep_fp32=request.keep_fp32,
                 calibration=self.calibration,
@@ -186,7 +228,7 @@ class _Export:
         """What the collapsed model gives: taken once, for every artifact and for the manifest."""
         if not hasattr(self, "_samples"):
             dtype = PRECISIONS[self.request.precision]
-            is_int8 = self.request.precision == "int8" and not self.is_trained
+            is_int8 = self.is_calibrated
             given = self.calibration[:INT8_BATCHES] if is_int8 else self.inputs
             self._samples = take_samples(self.deploy, given, precision=dtype, stress=not is_int8)
             if self.is_trained:
@@ -214,6 +256,51 @@ class _Export:
                 dynamic_batch=not self.request.static_batch,
             )
             return with_int8_noise(samples, float32, self.request.onnx, Path(folder))
+
+    def write_openvino(self) -> Step:
+        assert self.request.openvino is not None
+        with announced("writing OpenVINO's file"):
+            path = write_openvino(self.request.onnx, self.request.openvino)
+        return Step("write openvino", "done", path)
+
+    def check_openvino(self) -> Step:
+        assert self.request.openvino is not None
+        with announced("running OpenVINO"):
+            runner = OpenVINORunner(self.request.openvino)
+            return judged("check openvino", self.samples(), runner)
+
+    def evaluations(self) -> list[tuple[str, bool, Callable[[], Step]]]:
+        """Where a function tells how good a form is: the model, the collapsed one, the file."""
+        if self.evaluation is None:
+            return []
+        expanded = any(isinstance(module, LinearBlock) for module in self.model.modules())
+        forms: list[tuple[str, Callable[[], Callable[..., Any]]]] = [
+            ("expanded model" if expanded else "model", lambda: self.model),
+            *([("stock model", self.stock)] if expanded else []),
+            ("collapsed model", lambda: self.deploy),
+            ("ONNX file", lambda: OnnxRunner(self.request.onnx)),
+        ]
+        if (file := self.request.openvino) is not None:
+            forms.append(("OpenVINO file", lambda: OpenVINORunner(file)))
+        return [
+            (f"evaluate {form}", True, partial(self.evaluate, form, side)) for form, side in forms
+        ]
+
+    def evaluate(self, form: str, side: Callable[[], Callable[..., Any]]) -> Step:
+        assert self.evaluation is not None
+        found = self.evaluation.of(form, side())
+        return Step(f"evaluate {form}", "done", note=str(found), scores=found.scores)
+
+    def stock(self) -> Callable[..., Any]:
+        """The expanded model as the architecture that it began as, its norms kept."""
+        return collapse(self.model, inputs=self.inputs, fold_norm=False)
+
+    def evaluate_engine(self) -> Step:
+        assert self.request.engine is not None
+        if not torch.cuda.is_available():
+            note = f"{NOT_RUN_ON_A_GPU} (there is no GPU here)"
+            return Step("evaluate engine", "not run", note=note, is_required=False)
+        return self.evaluate("engine", lambda: TensorRTRunner(self.request.engine or ""))
 
     def build_engine(self) -> Step:
         request = self.request

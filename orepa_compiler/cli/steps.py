@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,8 @@ class Step:
     step from being done. is_required: whether the export has failed to verify without it.
     certificate, divergence: what a certificate says, and where a comparison that fails first does;
     a text where that cannot be told. audit: what half precision would do to the values. sizes,
-    branches: what a page shows of the models. latency: of a file that was run.
+    branches: what a page shows of the models. latency: of a file that was run. scores: what the
+    user's own function gave.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Step:
     audit: HalfAudit | None = None
     sizes: tuple[ModelSize, ...] = ()
     branches: tuple[BlockBranches, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
     latency: Timing | None = None
 
 

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from orepa_compiler.atomic import staged
-from orepa_compiler.cli.arguments import ExitCode
 from orepa_compiler.cli.export_request import ExportRequest
 from orepa_compiler.cli.junit import Case, Outcome
+from orepa_compiler.cli.options import ExitCode
 from orepa_compiler.cli.steps import Step
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.external_data import sha256
@@ -159,6 +159,8 @@ def _step_data(step: Step) -> dict[str, Any]:
         data["certificate"] = step.certificate.to_dict()
     if step.divergence is not None:
         data["divergence"] = divergence_data(step.divergence)
+    if step.scores:
+        data["scores"] = step.scores
     if step.audit is not None:
         data["audit"] = step.audit.to_dict()
     if step.cause is not None:

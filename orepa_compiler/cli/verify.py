@@ -7,33 +7,24 @@ from typing import Annotated
 
 import typer
 
-from orepa_compiler.cli.arguments import (
+from orepa_compiler.choices import Precision
+from orepa_compiler.cli.options import (
+    SIDES,
     Checkpoint,
     Debug,
     Inputs,
     Json,
     Junit,
     Pickle,
+    Quiet,
     Report,
     Shapes,
+    Which,
     check_folder,
     report_files,
     shape,
 )
-from orepa_compiler.cli.comparing import compare_sides
-from orepa_compiler.cli.finishing import finish
-from orepa_compiler.cli.pages import not_run_page, page_of_recheck
-from orepa_compiler.cli.rechecking import recheck_steps
-from orepa_compiler.cli.sides import SIDES
-from orepa_compiler.cli.summary import (
-    recheck_report,
-    write_json,
-)
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.manifest import is_manifest
-from orepa_compiler.export.precision import Precision
-from orepa_compiler.export.progress import announced
-from orepa_compiler.report import write_page
 
 
 def verify_command(
@@ -47,7 +38,7 @@ def verify_command(
     checkpoint_a: Checkpoint = None,
     checkpoint_b: Checkpoint = None,
     inputs: Inputs = None,
-    input_shape: Shapes = [],  # noqa: B006
+    input_shape: Shapes = None,
     batch: Annotated[int, typer.Option(min=1, help="Of the inputs compared.")] = 2,
     stress: Annotated[
         bool, typer.Option(help="Compare on random, constant, large and small inputs too.")
@@ -63,6 +54,8 @@ def verify_command(
         Path | None,
         typer.Option(metavar="PNG", help="Where it fails: the error over the feature map."),
     ] = None,
+    weights: Which = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
     """Whether two models give the same outputs, with a tolerance derived from A's own precision.
@@ -83,6 +76,17 @@ def verify_command(
     command = str(context.find_root().obj or "")
     for path in (json, junit, picture, page):
         check_folder(path)
+    shapes = [shape(text) for text in input_shape or ()]
+    # Only now torch and what the rest needs: a mistake above is told at once.
+    from orepa_compiler.cli.comparing import compare_sides
+    from orepa_compiler.cli.finishing import finish
+    from orepa_compiler.cli.pages import not_run_page, page_of_recheck
+    from orepa_compiler.cli.rechecking import recheck_steps
+    from orepa_compiler.cli.summary import recheck_report, write_json
+    from orepa_compiler.export.manifest import is_manifest
+    from orepa_compiler.export.progress import announced
+    from orepa_compiler.report import write_page
+
     if is_manifest(reference):
         if candidate is not None:
             raise ReparamError(f"{reference}: a manifest is checked alone; leave out {candidate}")
@@ -102,11 +106,12 @@ def verify_command(
             (reference, checkpoint_a),
             (candidate, checkpoint_b),
             data=inputs,
-            shapes=[shape(text) for text in input_shape],
+            shapes=shapes,
             batch=batch,
             stress=stress,
             precision=precision,
             allow_pickle=allow_pickle,
+            weights=weights,
             json=json,
             junit=junit,
             picture=picture,

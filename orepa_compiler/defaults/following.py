@@ -47,7 +47,6 @@ _PASSED_NAMES = (
 )  # fmt: skip
 _RETURNED = "its output is the model's"
 _COMPUTED = {ACTIVATES: ACTIVATION, NORMALIZES: NORM, SCALES: PASSED}
-_DEEPEST = 16
 _SHAPE_READS = ("getattr", "size", "dim", "numel")
 _POOLS = ("AdaptiveAvgPool", "AdaptiveMaxPool", "SelectAdaptivePool", "GlobalAvgPool")
 
@@ -57,9 +56,12 @@ def followed_by(capture: Capture, path: str) -> str:
     calls = capture.calls.get(path, [])
     conv = capture.module(path)
     form = getattr(conv, "out_channels", 0), len(getattr(conv, "kernel_size", ()))
-    kinds = {kind for call in calls for kind in _kinds(capture, call, form, depth=0)}
+    seen: set[Call] = set()
+    kinds = {kind for call in calls for kind in _kinds(capture, call, form, seen)}
     if len(kinds) == 1:
         return kinds.pop()
+    if kinds == {NORM, ACTIVATION}:
+        return ACTIVATION  # not all that reads it is normalized
     if not path:
         return _RETURNED
     if not kinds:
@@ -74,30 +76,33 @@ def reads_pooled(capture: Capture, path: str) -> bool:
     return bool(calls) and all(_is_pooled(capture, call, rank) for call in calls)
 
 
-def _kinds(capture: Capture, call: Call, form: tuple[int, int], depth: int) -> Iterator[str]:
-    """What reads a value. form: the channels of its map, and how many axes are behind these."""
+def _kinds(capture: Capture, call: Call, form: tuple[int, int], seen: set[Call]) -> Iterator[str]:
+    """What reads a value. form: the channels of its map, and how many axes are behind these.
+
+    seen: the values that were looked at, since many ways may lead to one (DenseNet).
+    """
+    if call in seen:
+        return
+    seen.add(call)
     consumers = list(capture.consumers(call))
-    kinds = [kind_of(capture, each) if each else _RETURNED for each in consumers]
-    kinds = [
-        PASSED if each and adds_per_channel(each.node, form[1]) else kind
-        for each, kind in zip(consumers, kinds, strict=True)
-    ]
-    told = {kind for kind in kinds if kind}
-    if told <= {NORM, ACTIVATION, PASSED, _RETURNED} or depth >= _DEEPEST:
-        end, found = call, ""
-    else:
+    kinds = [_kind(capture, each, form[1]) for each in consumers]
+    if not {kind for kind in kinds if kind} <= {NORM, ACTIVATION, PASSED, _RETURNED}:
         end, found = _computed(capture, call, form)
-    if found == PASSED:
-        yield from _kinds(capture, end, form, depth + 1)
-        return
-    if found:
-        yield found
-        return
+        if found:
+            yield from _kinds(capture, end, form, seen) if found == PASSED else [found]
+            return
     for consumer, kind in zip(consumers, kinds, strict=True):
-        if consumer and kind == PASSED and depth < _DEEPEST:
-            yield from _kinds(capture, consumer, form, depth + 1)
+        if consumer and kind == PASSED:
+            yield from _kinds(capture, consumer, form, seen)
         elif kind:
             yield kind
+
+
+def _kind(capture: Capture, consumer: Call | None, rank: int) -> str | None:
+    if consumer is None:
+        return _RETURNED
+    is_embedding = adds_per_channel(consumer.node, rank)
+    return PASSED if is_embedding else kind_of(capture, consumer)
 
 
 def adds_per_channel(node: fx.Node, rank: int) -> bool:

@@ -18,7 +18,8 @@ def left_alone_reason(capture: Capture, path: str, conv: _ConvNd, follows: str) 
         return "on maps pooled to one pixel its kernel costs more to make than to apply" + ask
     size = conv.kernel_size
     if size == per_axis(conv.stride, len(size)) and prod(size) > 1:
-        return "a patch embedding (kernel = stride)" + ask
+        what = "an upsampling without overlap" if conv.transposed else "a patch embedding"
+        return f"{what} (kernel = stride)" + ask
     if follows in (NORM, ACTIVATION):
         return None
     if follows == NOTHING and (reason := capture.unknown_calls(path)):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from orepa_compiler.choices import Flavor as Flavor
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, MissingPackage
-
-Flavor = Literal["auto", "trt", "rtx"]
 
 # Flavor -> its package; the classic one first.
 PACKAGES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}

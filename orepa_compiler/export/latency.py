@@ -17,6 +17,7 @@ from orepa_compiler.export.counting import Counts, node_count
 from orepa_compiler.export.external_data import external_files
 from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.latency_report import Bench, BenchRow, Contents, Timing
+from orepa_compiler.export.openvino import OpenVINORunner
 from orepa_compiler.export.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.signature import TensorSpec
 
@@ -64,6 +65,7 @@ def bench(
         )
         for name, provider in BACKENDS.items()
     }
+    pairs["OpenVINO CPU"] = lambda: (OpenVINORunner(model), OpenVINORunner(against))
     pairs["TensorRT"] = lambda: _engines(engine, against_engine)
     rows = []
     for name, make in pairs.items():

@@ -59,7 +59,7 @@ from orepa_compiler.export.trained_int8 import (
 from orepa_compiler.export.weight_record import record_weights
 from orepa_compiler.export.widening import REFUSED_IN_BF16, widen
 from orepa_compiler.quantization.carrying import without_ranges
-from orepa_compiler.quantization.quantizers import Preset
+from orepa_compiler.quantization.quantizers import PRESETS, Preset
 
 # torch's exporter writes operator set 18 and converts upwards from there; 20 is its own default.
 OLDEST_OPSET = 18
@@ -83,6 +83,7 @@ def export_onnx(
     certificate: Certificate | None = None,
     keep_fp32: str | Iterable[str] = (),
     calibration: Sequence[Any] | None = None,
+    int8_preset: Preset | None = None,
 ) -> Path:
     """The path of an ONNX file that computes the collapsed `model`.
 
@@ -96,6 +97,8 @@ def export_onnx(
     PATH.HASH.data where they exceed EMBED_LIMIT_BYTES; a process killed meanwhile leaves the old
     files or the new ones. Every node keeps its torch module under the metadata key orepa.module,
     and the file a hash of each weight. certificate: of the collapse, to be kept in the file too.
+    int8_preset: "tensorrt" (default) or "cpu", for onnxruntime and OpenVINO: uint8 maps, kernels of
+    7 bits, and all operators that they run in integers; a trained model has its own.
     Raises ExportError for a model in train mode, in training form or on the meta device, for a
     path that cannot be written, and where the file would not be what was asked for; MissingPackage
     without onnx and onnxscript, or with simplify without onnxsim and onnxruntime.
@@ -105,6 +108,7 @@ def export_onnx(
     check_ready(model)
     batch, dtype, kept = first_batch(inputs), PRECISIONS[precision], kept_modules(model, keep_fp32)
     trained = _trained(model, precision, calibration, kept)
+    preset = _checked_preset(int8_preset, precision, trained)
     if trained is not None:
         model = without_ranges(value_copy(model))
     wants_data = precision == "int8" and trained is None
@@ -127,7 +131,7 @@ def export_onnx(
         step("translating it to ONNX")
         properties = _model_properties(model, program, precision, kept)
         if precision == "int8":
-            properties[PRESET_KEY] = "tensorrt" if trained is None else trained.preset
+            properties[PRESET_KEY] = preset
         if certificate is not None:
             properties[CERTIFICATE_KEY] = certificate.to_json()
         expected = replace(expected, counts=_write(program, draft, expected, properties))
@@ -144,7 +148,7 @@ def export_onnx(
         elif precision == "int8":
             step(f"calibrating on {len(batches)} batches")
             check_artifact(draft, expected)
-            quantize_file(draft, batches, keep=kept)
+            quantize_file(draft, batches, keep=kept, preset=preset)
         step("checking the file")
         record_weights(draft)
         check_artifact(draft, expected)
@@ -178,6 +182,19 @@ def _trained(
             "others; leave it out, or call orepa.drop_ranges(model)"
         )
     return _Trained(trained_layers(model, keep=kept), preset)
+
+
+def _checked_preset(asked: str | None, precision: str, trained: _Trained | None) -> Preset:
+    if asked is not None and precision != "int8":
+        raise ExportError(f"int8_preset={asked!r} is for precision='int8', not {precision!r}")
+    own = "tensorrt" if trained is None else trained.preset
+    if trained is not None and asked not in (None, own):
+        raise ExportError(
+            f"the model was trained for int8 on {own!r}, not {asked!r}; leave out int8_preset="
+        )
+    if asked not in (None, *PRESETS):
+        raise ExportError(f"int8_preset={asked!r} is not one of {', '.join(PRESETS)}")
+    return asked or own
 
 
 def _check_packages(runs: bool, simplify: bool) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from orepa_compiler.capture.skeleton import value_copy
+from orepa_compiler.choices import Precision as Precision
 from orepa_compiler.errors import ExportError
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 # The type of floating tensors; int8 lies between two nodes of a float32 graph.
 PRECISIONS = {

@@ -9,15 +9,25 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 @contextmanager
 def announced(title: str) -> Iterator[Callable[[str], None]]:
-    """A function that says which step is running."""
-    # rich itself draws no status into a pipe.
-    with Console(stderr=True).status(escape(title)) as status:
-        yield lambda step: status.update(escape(f"{title}: {step}"))
+    """A function that says which step is running; the time that it took so far stands beside it."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    # A pipe gets nothing: rich would write every step into it.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+        task = p.add_task(escape(title), total=None)
+        yield lambda step: p.update(task, description=escape(f"{title}: {step}"))
 
 
 @contextmanager

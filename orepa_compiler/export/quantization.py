@@ -33,6 +33,11 @@ _TENSORRT_SAFE = {
 }
 
 
+# For CPUs: maps in uint8, kernels of 7 bits (x86 without VNNI adds two products in 16 bits), and
+# what a conv gives is quantized too, so that onnxruntime runs it in integers.
+_CPU = {"WeightSymmetric": True, "ActivationSymmetric": False}
+
+
 def calibration_batches(
     calibration: Sequence[Any] | None, batch: tuple[Any, ...]
 ) -> list[tuple[Any, ...]]:
@@ -69,17 +74,23 @@ def _describe(batch: tuple[Any, ...]) -> str:
 
 
 def quantize_file(
-    path: Path, batches: Sequence[tuple[Any, ...]], *, keep: Collection[str] = ()
+    path: Path,
+    batches: Sequence[tuple[Any, ...]],
+    *,
+    keep: Collection[str] = (),
+    preset: Preset = "tensorrt",
 ) -> None:
     """Rewrites the float32 ONNX file at `path` with int8 weights and activations as Q/DQ nodes.
 
     Symmetric everywhere, weights with a scale for each output channel, biases in float. The ranges
     of the activations are the largest magnitudes on `batches`. keep: the torch modules whose nodes
-    stay in float32.
+    stay in float32. preset: "cpu" has uint8 maps with a zero point, 7-bit weights and biases in
+    int32, and quantizes all operators that onnxruntime has in integers.
     Raises ExportError where nothing is quantized, or not in that form; MissingPackage without
     onnxruntime.
     """
     quantization = import_extra("onnxruntime.quantization", extra="cpu")
+    kinds = quantization.QuantType
     model = load_graph(path)
     kept = [node.name for node in walk(model.graph) if lies_in(torch_module(node), keep)]
     candidate = path.with_name(f"quantized-{path.name}")
@@ -89,15 +100,16 @@ def quantize_file(
             str(candidate),
             _reader(quantization, [value.name for value in model.graph.input], batches),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTIZED),
+            op_types_to_quantize=list(QUANTIZED) if preset == "tensorrt" else None,
             per_channel=True,
-            activation_type=quantization.QuantType.QInt8,
-            weight_type=quantization.QuantType.QInt8,
+            reduce_range=preset == "cpu",
+            activation_type=kinds.QInt8 if preset == "tensorrt" else kinds.QUInt8,
+            weight_type=kinds.QInt8,
             nodes_to_exclude=kept,
             use_external_data_format=bool(external_files(model)),
-            extra_options=_TENSORRT_SAFE,
+            extra_options=_TENSORRT_SAFE if preset == "tensorrt" else _CPU,
         )
-    check_quantized(candidate, keep=keep)
+    check_quantized(candidate, keep=keep, preset=preset)
     replace_file(path, candidate)
 
 
@@ -147,6 +159,10 @@ def check_quantized(
             wanted = [False] * len(restored)
         else:
             count += 1
+        if preset == "cpu" and trained is None:
+            # what a neighbour gives is quantized already, and a bias may be
+            free = (0, 2) if is_float else (2,)
+            wanted = [restored[n] if n in free else w for n, w in enumerate(wanted)]
         if restored != wanted:
             raise ExportError(
                 f"node {node.name} ({node.op_type}): the inputs that are int8 are {restored}, not "

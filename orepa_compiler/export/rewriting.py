@@ -29,9 +29,13 @@ def replace_file(draft: Path, candidate: Path) -> None:
     onnx = import_extra("onnx", extra="onnx")
     before, after = load_graph(draft), load_graph(candidate)
     known = {output: node for node in walk(before.graph) for output in node.output}
+    named = {(node.name, node.op_type): node for node in walk(before.graph) if node.name}
     nodes = list(walk(after.graph))
     for node in nodes:
-        origin = next((known[output] for output in node.output if output in known), None)
+        # by its name first: it may give what an activation gave that was joined with it
+        origin = named.get((node.name, node.op_type)) or next(
+            (known[output] for output in node.output if output in known), None
+        )
         if origin is not None:
             set_properties(node, {entry.key: entry.value for entry in origin.metadata_props})
     place_unnamed_nodes(nodes)

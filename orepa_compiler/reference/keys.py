@@ -10,13 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.checkpoints.weights import (
-    PREFIXES,
-    find_state,
-    first_few,
-    read_checkpoint,
-    shape_of,
-)
+from orepa_compiler.checkpoints.reading import read_checkpoint
+from orepa_compiler.checkpoints.states import PREFIXES, find_state, first_few, shape_of
 from orepa_compiler.errors import CheckpointError
 from orepa_compiler.reference.architectures import Architecture, Place
 from orepa_compiler.reference.blocks import Kind, recognised
@@ -49,7 +44,7 @@ def state_of(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any
     else:
         path = Path(source)
         saved = read_checkpoint(path, allow_pickle=False, otherwise="")
-    state = {str(key): value for key, value in find_state(path, saved).items()}
+    state = {str(key): value for key, value in find_state(path, saved, otherwise="").state.items()}
     for prefix in (*PREFIXES, *PREFIXES):  # one wrapper inside the other, either way
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}

@@ -375,9 +375,11 @@ def test_an_unknown_layer_is_refused_by_name_and_says_how_to_add_it() -> None:
     assert caught.value.reason == (
         "GELU is not a known linear layer; if it is one, add it with conv_operator.register(GELU)"
     )
-    with pytest.raises(NotLinear, match="ConvTranspose2d is not a known linear layer"):
+    with pytest.raises(NotLinear, match="ConvTranspose2d is a transposed conv, and no conv of"):
         conv_operator(nn.ConvTranspose2d(4, 4, 3))
-    assert own_forward_reason(nn.ConvTranspose2d(4, 4, 3)) == "ConvTranspose2d is not a conv"
+    assert own_forward_reason(nn.ConvTranspose2d(4, 4, 3)) == (
+        "ConvTranspose2d is a transposed conv"
+    )
 
 
 def test_a_layer_can_be_registered() -> None:

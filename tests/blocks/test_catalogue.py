@@ -80,7 +80,7 @@ def test_the_branches_that_a_block_gives(block: Block, op: ConvOperator, names: 
 
 
 def test_every_block_is_exported_and_found_by_its_name() -> None:
-    exported = {value.name for value in vars(orepa).values() if isinstance(value, Block)}
+    exported = {value.name for value in vars(orepa.public).values() if isinstance(value, Block)}
     assert exported == BLOCKS.keys() - {"OREPA_3X3_REPVGG"}
     assert all(BLOCKS[name].name == name for name in BLOCKS)
     assert orepa.mobileone(2).name == "MOBILEONE_2"

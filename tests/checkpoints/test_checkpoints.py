@@ -19,7 +19,7 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler.capture.skeleton import meta_copy
-from orepa_compiler.checkpoints.weights import PLAN_KEY
+from orepa_compiler.checkpoints.reading import PLAN_KEY
 from orepa_compiler.errors import CheckpointError, ExportError
 from orepa_compiler.planning import recorded_plans
 from tests.compiler_nets import (

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orepa_compiler.checkpoints.weights import has_plan, load_weights
+from orepa_compiler.checkpoints.reading import has_plan
+from orepa_compiler.checkpoints.weights import load_weights
 from orepa_compiler.compiler import expand
 from orepa_compiler.errors import CheckpointError
 from tests.norms import randomise_norms

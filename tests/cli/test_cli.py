@@ -186,7 +186,11 @@ def test_orepa_alone_and_its_version(capsys: pytest.CaptureFixture[str]) -> None
         (export_main, "nets.py:tiny --onx a.onnx", "No such option: --onx"),
         (export_main, f"{EXPORT} --precision fp8", "Invalid value for '--precision'"),
         (export_main, f"{EXPORT} --batch 0", "Invalid value for '--batch'"),
-        (export_main, "nets.py:tiny", "nothing to write: give --onnx OUT.onnx or --trt OUT.engine"),
+        (
+            export_main,
+            "nets.py:tiny",
+            "nothing to write: give --onnx OUT.onnx, --trt OUT.engine or",
+        ),
         (export_main, f"{EXPORT} --input-shape 3,8,8", "--input-shape 3,8,8: write it as sizes"),
         (export_main, f"{EXPORT} --input-shape 3x0x8", "--input-shape 3x0x8: write it as sizes"),
         (export_main, f"{EXPORT} --report no/r.json", "no/r.json: there is no folder no; create"),
@@ -233,7 +237,7 @@ def test_something_unforeseen_is_one_line_and_no_pass(
     def stumble(*args: Any, **options: Any) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr("orepa_compiler.cli.plan.plan", stumble)
+    monkeypatch.setattr("orepa_compiler.compiler.plan", stumble)
     code, _, err = run(main, "plan nets.py:tiny", capsys)
     assert code == 4
     assert err == ["orepa: stopped by ZeroDivisionError: division by zero; --debug shows where"]
@@ -280,6 +284,7 @@ def test_the_options_arrive(verbs: Verbs, capsys: pytest.CaptureFixture[str]) ->
         "dynamic_batch": False,
         "precision": "fp16",
         "simplify": True,
+        "opset": None,
         "certificate": None,
         "keep_fp32": (),
         "calibration": [],

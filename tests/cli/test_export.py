@@ -85,7 +85,10 @@ SHAPES = "--min-shapes 1x3x16x16 --opt-shapes {} --max-shapes {}"
         (f"{INT8} --calibration nets.py:words", "nets.py:words: batch 0 holds str; give a tensor"),
         (f"{INT8} --calibration nets.py:broken", "calling broken() raised OSError: no disk"),
         (f"{INT8} --calibration nets.py:batch", "defines no batch; did you mean batches"),
-        (f"{EXPORT} --keep-fp32 layer4", "keep_fp32: 'layer4' matches none of the 4 modules"),
+        (
+            f"{EXPORT} --precision fp16 --keep-fp32 layer4",
+            "keep_fp32: 'layer4' matches none of",
+        ),
         (f"{EXPORT} --trt-flavor tensorrt", "Invalid value for '--trt-flavor'"),
         (f"{EXPORT} --opt-shapes 1x3x16x16", "--min-shapes and --max-shapes: missing; give all"),
         (
@@ -164,14 +167,15 @@ def test_a_bench_prints_a_table_and_writes_json(capsys: pytest.CaptureFixture[st
     assert "not run: CUDAExecutionProvider" in out
     data = json.loads(Path("bench.json").read_text())
     assert data["batch"] == 2
-    assert [row["verdict"].split(":")[0] for row in data["rows"]][1:] == ["not run", "not run"]
+    verdicts = {row["backend"]: row["verdict"].split(":")[0] for row in data["rows"]}
+    assert verdicts["onnxruntime CUDA"] == verdicts["TensorRT"] == "not run"
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("bench net.onnx", "nothing to compare with: give --against STOCK.onnx"),
-        ("bench gone.onnx --against gone.onnx", "gone.onnx: no such file"),
+        ("bench gone.onnx --against gone.onnx", "gone.onnx: there is no such file"),
         ("bench gone.onnx --against b.onnx --rounds 5", "Invalid value for '--rounds'"),
     ],
 )
@@ -192,7 +196,9 @@ def test_a_bench_is_a_gate_where_it_is_asked_to_be(
     timing = Timing.of([1.0], 1)
     files = (Contents("a", 2, 1, 0, 9), Contents("b", nodes, 1, 0, 9))
     found = Bench(files, (BenchRow("cpu", timing, timing, 1.0, 0.9, 1.1),), 1, 6)
-    monkeypatch.setattr("orepa_compiler.cli.bench.bench", lambda *_, **__: found)
+    monkeypatch.setattr("orepa_compiler.export.latency.bench", lambda *_, **__: found)
+    for name in ("a.onnx", "b.onnx"):
+        Path(name).touch()
     assert main(f"bench a.onnx --against b.onnx {gate}".split()) == code
 
 

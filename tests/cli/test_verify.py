@@ -161,7 +161,7 @@ def test_stress_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
         (f"verify nets.py:tiny@cuda net.onnx {SHAPE}", "nets.py:tiny@cuda: @cuda has no meaning"),
         (f"verify nets.py:tiny net.onnx@collapsed {SHAPE}", "@collapsed has no meaning here"),
         ("verify nets.py:tiny net.onnx --inputs gone.npy", "--inputs gone.npy: there is no such"),
-        ("verify nets.py:tiny net.onnx --inputs nets.py", "give a .npy or .npz file, or a folder"),
+        ("verify nets.py:tiny net.onnx --inputs nets.py", "give a .npy or .npz file, a folder"),
         ("verify nets.py:tiny net.onnx --json no/r.json", "no/r.json: there is no folder no"),
         ("verify nets.py:tiny net.onnx --junit no/r.xml", "no/r.xml: there is no folder no"),
     ],

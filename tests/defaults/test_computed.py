@@ -188,3 +188,20 @@ def test_what_an_activation_of_ones_own_makes_of_the_plan() -> None:
     net.append(Snake())
     plan = orepa.plan(net, inputs=torch.randn(1, 1, 32))
     assert [edit.path for edit in plan.of("expand").edits] == ["0", "2"]
+
+
+def test_what_many_concatenations_lead_to() -> None:
+    class Dense(nn.Module):
+        def __init__(self, depth: int = 24) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4 * (i + 1)) for i in range(depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = torch.cat([x, conv(torch.relu(norm(x))[:, :4])], 1)
+            return torch.relu(x)
+
+    captured = capture(Dense(), training=True, is_leaf=is_leaf)
+    assert followed_by(captured, "convs.0") == ACTIVATION  # one of them; the others are norms
+    assert followed_by(captured, "convs.23") == ACTIVATION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import orepa_compiler as orepa
 from docs.drawing.graphs import Graph, graph_of
 from docs.drawing.layout import laid_out
 from docs.drawing.pictures import PICTURES, linearized, plain, squeezed, unsqueezed
+from docs.site.commands import page
 from docs.site.parameters import itemized
 from tests.docs.test_readme import BLOCK
 
@@ -19,6 +21,23 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def kinds(graph: Graph) -> Counter[str]:
     return Counter(node.kind for node in graph.nodes)
+
+
+def test_the_page_of_the_commands_is_what_they_say() -> None:
+    written = (DOCS / "commands.md").read_text()
+    assert written == page(), "run python -m docs.site.commands"
+
+
+def test_the_citation_and_the_changelog_have_the_version() -> None:
+    root = DOCS.parent
+    assert f"\nversion: {orepa.__version__}\n" in (root / "CITATION.cff").read_text()
+    assert f'version = "{orepa.__version__}"\n' in (root / "pyproject.toml").read_text()
+    (latest,) = re.findall(rf"^## {orepa.__version__} - \d{{4}}-\d\d-\d\d$", _changelog(), re.M)
+    assert _changelog().index(latest) == _changelog().index("\n## ") + 1
+
+
+def _changelog() -> str:
+    return (DOCS.parent / "CHANGELOG.md").read_text()
 
 
 def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +91,7 @@ def test_a_picture_of_a_sum_of_feature_maps() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     pages = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
     blocks = (DOCS / "blocks.md").read_text()
-    for name in vars(orepa):
+    for name in vars(orepa.public):
         value = getattr(orepa, name)
         if name.startswith("_") or type(value).__name__ == "module":
             continue

@@ -33,7 +33,7 @@ def run_blocks(page: str, names: dict[str, Any]) -> int:
 
 
 def test_the_code_of_the_export_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_blocks("export.md", {"__name__": "export"}) == 1
+    assert run_blocks("export.md", {"__name__": "export"}) == 2
     said = capsys.readouterr().out
     assert "overflow" in said
     assert "subnormal" in said

@@ -546,3 +546,37 @@ def test_a_trainable_bias_beside_a_frozen_kernel_stays_trainable() -> None:
     block = orepa.expand(net)[0]
     assert block.bias.requires_grad
     assert not block.branches["origin"].weight.requires_grad
+
+
+def test_a_weight_that_is_no_parameter() -> None:
+    conv = nn.Conv2d(3, 8, 3).requires_grad_(False)
+    torch.nn.utils.parametrizations.weight_norm(conv)
+    torch.nn.utils.parametrize.remove_parametrizations(conv, "weight")
+    net = nn.Sequential(conv, nn.BatchNorm2d(8))
+    (refusal,) = orepa.plan(net).refusals
+    assert refusal.reason.startswith("its weight is a tensor and no parameter, as")
+    weight = conv.weight
+    del conv.weight
+    conv.weight = nn.Parameter(weight)  # as the reason says
+    assert [edit.path for edit in orepa.plan(net).of("expand").edits] == ["0"]
+
+
+def test_no_norm_is_inserted_where_maps_are_one_pixel() -> None:
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+    )
+    big = orepa.expand(net, where=("4", "6"))
+    assert all(big[at].norm is None for at in (4, 6))
+    assert big.train()(torch.randn(1, 3, 5, 5)).shape == (1, 2, 1, 1)
+    net[4] = nn.Conv2d(8, 4, 3, padding=1)
+    (refusal,) = (r for r in orepa.plan(net, where="4", block=orepa.DBB).refusals if r.path == "4")
+    assert refusal.reason.startswith("its maps are one pixel, and of one image no norm")
+
+
+def test_an_upsampling_without_overlap_is_told_from_a_patch_embedding() -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(3, 8, 2, stride=2), nn.BatchNorm2d(8))
+    (refusal,) = orepa.plan(net).refusals
+    assert (
+        refusal.reason == "an upsampling without overlap (kernel = stride); ask for it with where="
+    )

@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)),
-        "ConvTranspose2d is not a conv, and branches that normalize run in its place; ",
+        "ConvTranspose2d is a transposed conv, and branches that normalize run in its place; ",
     ),
     "called twice": (
         lambda: Inline(

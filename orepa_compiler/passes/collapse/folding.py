@@ -24,6 +24,7 @@ from orepa_compiler.passes.collapse.folds import (
     FoldPath,
     FoldRegion,
 )
+from orepa_compiler.passes.collapse.identities import identity_for
 from orepa_compiler.passes.collapse.norms_before import after_norm
 from orepa_compiler.passes.collapse.norms_behind import with_norm
 from orepa_compiler.rewrite import (
@@ -51,7 +52,7 @@ def fold_regions(
         assert value.operator is not None
         conv = like(value.operator.to_module(), replaced)
         for norm in filter(None, (fold.before, fold.behind)):
-            model = set_module(model, norm, _rest(model, norm) or nn.Identity())
+            model = set_module(model, norm, _rest(model, norm) or _identity(model, norm))
         if isinstance(fold, FoldPath):
             model = _fold_path(model, fold, conv)
         else:
@@ -99,9 +100,8 @@ def absorb_norm(model: nn.Module, fold: AbsorbNorm | FoldConcatenation) -> nn.Mo
     for path, conv, factor, shift in zip(paths, convs, factors, shifts, strict=True):
         parameters = list(model.get_submodule(path).parameters())
         model = set_module(model, path, like(absorb(conv, factor, shift), parameters))
-    return set_module(
-        model, norm, (_rest(model, norm) if rest is not None else None) or nn.Identity()
-    )
+    stays = _rest(model, norm) if rest is not None else None
+    return set_module(model, norm, stays or _identity(model, norm))
 
 
 def _own_class(module: nn.Module, path: str) -> nn.Module:
@@ -111,11 +111,15 @@ def _own_class(module: nn.Module, path: str) -> nn.Module:
 
 def _fold_path(model: nn.Module, fold: FoldPath, conv: nn.Module) -> nn.Module:
     for path in fold.layers:
-        new = conv if path == fold.at else nn.Identity()
+        new = conv if path == fold.at else _identity(model, path)
         if path == fold.rest:
             new = _rest(model, path) or new
         model = set_module(model, path, new)
     return model
+
+
+def _identity(model: nn.Module, path: str) -> nn.Module:
+    return identity_for(model.get_submodule(path))
 
 
 def _rest(model: nn.Module, path: str) -> nn.Module | None:

@@ -12,6 +12,7 @@ from orepa_compiler.algebra.overriding import answers_itself
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.capture.calls import PARAMETRIZED
 from orepa_compiler.capture.skeleton import LAZY
+from orepa_compiler.defaults.following import reads_pooled
 
 
 def unsound_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
@@ -53,7 +54,13 @@ def made_weight_reason(conv: nn.Module) -> str | None:
 
 
 def no_conv_reason(layer: nn.Module) -> str:
+    """Why no block can stand for a layer that is no conv with one kernel that is trained."""
     name = type(layer).__name__
+    if isinstance(layer, _ConvNd) and isinstance(getattr(layer, "weight", None), torch.Tensor):
+        return (
+            "its weight is a tensor and no parameter, as remove_parametrizations leaves a frozen "
+            "one; make it one: w = conv.weight; del conv.weight; conv.weight = nn.Parameter(w)"
+        )
     return f"{name} is no conv of torch.nn with one kernel, so no block can stand for it"
 
 
@@ -68,7 +75,12 @@ def scripted_reason(capture: Capture, path: str, module: nn.Module) -> str | Non
 
 
 def takes_norm(capture: Capture, path: str) -> bool:
-    """Whether a BatchNorm may be inserted behind this conv: a plain one, with one known call."""
+    """Whether a BatchNorm may be inserted behind this conv: a plain one, with one known call.
+
+    Not where maps are one pixel: a batch of one image could not be trained on any more.
+    """
+    if reads_pooled(capture, path):
+        return False
     calls = capture.calls.get(path, [])
     is_plain = own_forward_reason(capture.module(path)) is None
     return is_plain and (len(calls) == 1 or not path) and capture.unknown_calls(path) is None
@@ -76,6 +88,11 @@ def takes_norm(capture: Capture, path: str) -> bool:
 
 def no_norms_reason(capture: Capture, path: str, conv: nn.Module) -> str | None:
     """Why no block with norms in its branches may stand here, or None."""
+    if reads_pooled(capture, path):
+        return (
+            "its maps are one pixel, and of one image no norm can be taken there; give a block "
+            "without norms, as by replace(block, scaling_layer='vector')"
+        )
     online = "give a block without norms, as by replace(block, scaling_layer='vector')"
     if reason := own_forward_reason(conv):
         return f"{reason}, and branches that normalize run in its place; {online}"
