@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
@@ -22,6 +25,7 @@ from orepa_compiler.verification.evaluation import (
     paired,
 )
 from orepa_compiler.verification.nesting import is_comparable, is_smooth, map_tensors
+from orepa_compiler.verification.summation import FoldedSums
 
 # How many errors a noise floor is measured on, at least. The largest of few is luck: with a single
 # output, right candidates came to 13 times the noise of one evaluation, and 1.3 times that of 64.
@@ -37,6 +41,10 @@ ROUNDINGS_OF_FLOAT64 = 2
 # Where a mask or an index cannot be followed to what it was decided on, weights are moved so often,
 # and so many eps: what changes its value meanwhile is not decided clearly.
 SHAKES, SHAKEN_EPS = 8, 8.0
+
+# In one of so many of those evaluations norms behind convs are added up as a fold does it: that
+# takes each conv twice.
+FOLDED_SUMS = 2
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -102,8 +110,10 @@ def truth_of(
     is_own = source is reference and working == own
     noisy, watched = [expected] if is_own and working != torch.float64 else [], []
     count = _evaluations(expected, module, working) - len(noisy)
-    for side in _noisy_sides(source, module, working, max(count, 0), is_first=not is_own):
-        watched.append(_checked(expected, evaluate(side, batches, follows=follows)))
+    sides = _noisy_sides(source, module, working, max(count, 0), is_first=not is_own)
+    for number, side in enumerate(sides):
+        with nullcontext() if number % FOLDED_SUMS else FoldedSums():
+            watched.append(_checked(expected, evaluate(side, batches, follows=follows)))
     decisions = _decisions(outputs, watched) if follows else ()
     unclear = _unclear(expected, outputs, decisions, (source, module, working), batches)
     return Truth(outputs, [*noisy, *watched], working, tuple(_notes(outputs)), decisions, unclear)
@@ -167,9 +177,9 @@ def _noisy_sides(
 ) -> Iterator[Side]:
     """The module in the dtype `working`, `count` times.
 
-    All, but the first where it is the first in that dtype, have every weight moved by up to half an
-    eps: they are weights of another rounding, and everything after them rounds differently. eps:
-    how many times as far.
+    All, but the first where it is the first in that dtype, have every weight, and every norm's
+    statistics, moved by up to half an eps: they are weights of another rounding, and everything
+    after them rounds differently. eps: how many times as far.
     """
     if not count:
         return
@@ -186,10 +196,21 @@ def _noisy_sides(
 
 @torch.no_grad()
 def _perturb(module: nn.Module, exact: nn.Module, eps: float, generator: torch.Generator) -> None:
-    for weight, right in zip(module.parameters(), exact.parameters(), strict=True):
+    weights = zip(module.parameters(), exact.parameters(), strict=True)
+    # A norm's statistics go into a folded weight; another buffer may hold indices, or a grid.
+    for weight, right in chain(weights, _statistics(module, exact)):
         if weight.is_floating_point():
             part = torch.rand(weight.shape, generator=generator).to(right.device) - 0.5
             weight.copy_(right * (1 + eps * part.double()))
+
+
+def _statistics(module: nn.Module, exact: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The running mean and variance of each norm, in both."""
+    for ours, theirs in zip(module.modules(), exact.modules(), strict=True):
+        if isinstance(ours, _NormBase) and ours.running_mean is not None:
+            assert isinstance(theirs, _NormBase)
+            for name in ("running_mean", "running_var"):
+                yield ours.get_buffer(name), theirs.get_buffer(name)
 
 
 def _evaluations(expected: list[Outputs], module: nn.Module, working: torch.dtype) -> int:

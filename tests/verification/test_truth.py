@@ -121,6 +121,7 @@ def test_small_outputs_are_measured_often_enough(monkeypatch: pytest.MonkeyPatch
 
     assert all(verdicts())
     monkeypatch.setattr(truth, "LEAST_ERRORS", 1)
+    monkeypatch.setattr(truth, "LEAST_ROUNDINGS", 0)
     assert not any(verdicts())
 
 
