@@ -131,7 +131,7 @@ def test_a_row_is_measured_as_far_as_there_is_no_gpu(
     assert row.checks[TENSORRT].reason.startswith("collapsed.engine: device numerics: not run")
     ours, theirs = row.bench["files"]
     assert (ours["nodes"], ours["convs"]) == (theirs["nodes"], 2)
-    assert [r["backend"] for r in row.bench["rows"]] == [CPU, CUDA, TENSORRT]
+    assert [r["backend"] for r in row.bench["rows"]] == [CPU, CUDA, "OpenVINO CPU", TENSORRT]
     assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
     assert "| net | " in page([row], {})
 
