@@ -60,8 +60,6 @@ def followed_by(capture: Capture, path: str) -> str:
     kinds = {kind for call in calls for kind in _kinds(capture, call, form, seen)}
     if len(kinds) == 1:
         return kinds.pop()
-    if kinds == {NORM, ACTIVATION}:
-        return ACTIVATION  # not all that reads it is normalized
     if not path:
         return _RETURNED
     if not kinds:
