@@ -112,7 +112,7 @@ def _values(hint: Any) -> str:
 
 
 def _code(metavar: str) -> str:
-    text = metavar.replace("|", "\\|")
+    text = metavar.replace("|", "/")  # a bar in code would end the cell, or show its backslash
     return f" `{text}`" if text else ""
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import latency
 from orepa_compiler.export.latency import bench, contents_of, example_inputs, median_interval
 from orepa_compiler.export.latency_report import Bench, BenchRow, Timing
+from orepa_compiler.export.onnx import export_onnx
 from orepa_compiler.export.signature import TensorSpec
 from tests.export.nets import SmallNet
 
@@ -25,7 +27,7 @@ def test_each_backend_is_a_row_and_says_why_it_did_not_run(exported: dict[str, P
         exported["fp32"], exported["dict"], batch=3, rounds=6, turn_s=0.001, step=told.append
     )
     assert found
-    cpu, cuda, tensorrt = found.rows
+    cpu, cuda, openvino, tensorrt = found.rows
     assert cpu.model is not None
     assert cpu.against is not None
     assert cpu.model.calls >= 6
@@ -33,11 +35,29 @@ def test_each_backend_is_a_row_and_says_why_it_did_not_run(exported: dict[str, P
     assert cpu.model.throughput == pytest.approx(3000 / cpu.model.median_ms)
     assert cuda.verdict.startswith("not run: CUDAExecutionProvider is not in the installed")
     assert tensorrt.verdict.startswith("not run: no engine was given; give both ENGINE and")
-    assert told == ["onnxruntime CPU", "onnxruntime CUDA", "TensorRT"]
+    assert told == ["onnxruntime CPU", "onnxruntime CUDA", "OpenVINO CPU", "TensorRT"]
     text = str(found)
     assert "not run: no engine was given" in text
     assert "against" in text
-    assert len(json.loads(json.dumps(found.to_dict()))["rows"]) == 3
+    assert len(json.loads(json.dumps(found.to_dict()))["rows"]) == 4
+    assert openvino.model is not None or "openvino" in openvino.verdict
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: dict[str, Tensor], more: list[Tensor]) -> Tensor:
+        return self.conv(x["image"]) + more[0]  # type: ignore[no-any-return]
+
+
+def test_nested_inputs_are_timed_as_the_file_has_them(tmp_path: Path) -> None:
+    batch = ({"image": torch.randn(1, 3, 8, 8)}, [torch.randn(1, 4, 8, 8)])
+    path = export_onnx(Nested().eval(), batch, tmp_path / "nested.onnx")
+    row = bench(path, path, batch=2, rounds=6, turn_s=0.001).rows[0]
+    assert row.model is not None
+    assert row.reason == ""
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -52,7 +72,7 @@ def test_an_engine_without_a_gpu_is_not_run(exported: dict[str, Path], tmp_path:
         rounds=6,
         turn_s=0.001,
     )
-    assert "net.engine: device numerics: not run; torch sees no CUDA GPU" in found.rows[2].verdict
+    assert "net.engine: device numerics: not run; torch sees no CUDA GPU" in found.rows[3].verdict
 
 
 def test_the_files_are_timed_in_turn_and_the_slower_is_seen(
