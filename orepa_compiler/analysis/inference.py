@@ -30,6 +30,7 @@ class Forms:
         self._found: dict[tuple[str, str], Form] = {}
         self._layers: dict[tuple[str, str], Rule | None] = {}
         self._entered: dict[str, bool] = {}
+        self._constants: dict[fx.Node, Any] = {}
         self._is_done = self._is_changed = False
 
     @property
@@ -50,8 +51,13 @@ class Forms:
             holder, _, name = target.rpartition(".")
             return getattr(self._capture.module(join(owner, holder)), name)
 
+        def value(node: fx.Node) -> Any:
+            if node not in self._constants:
+                self._constants[node] = evaluated(node, attribute)
+            return self._constants[node]
+
         try:
-            return fx.node.map_arg(argument, lambda node: evaluated(node, attribute))
+            return fx.node.map_arg(argument, value)
         except Exception as error:  # the user's code, run here: anything may come out of it
             raise NotLinear(f"what it takes cannot be computed ahead ({error})") from error
 

@@ -72,13 +72,13 @@ class Collapse:
         ]
 
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
-        found = [fold_of(edit) for edit in plan.edits]
+        found, known = [fold_of(edit) for edit in plan.edits], Interpreter(capture, capture.module)
         model = model.eval()  # its own, as the capture shows it: some keep a norm in batch mode
         for owner, group in groupby(found, key=_owner):
             folds = list(group)
             if owner is not None:
                 regions = [fold for fold in folds if isinstance(fold, FoldRegion)]
-                model = fold_regions(model, capture, owner, regions)
+                model = fold_regions(model, known, owner, regions)
                 continue
             for fold in folds:
                 if isinstance(fold, FoldBlock):

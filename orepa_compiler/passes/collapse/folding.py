@@ -38,11 +38,13 @@ from orepa_compiler.rewrite import (
 
 
 def fold_regions(
-    model: nn.Module, capture: Capture, owner: str, folds: Sequence[FoldRegion]
+    model: nn.Module, known: Interpreter, owner: str, folds: Sequence[FoldRegion]
 ) -> nn.Module:
-    """All regions of one owner: first the paths, whose children are swapped, then its graph."""
-    read = _in_float64(model)
-    known = Interpreter(capture, capture.module)
+    """All regions of one owner: first the paths, whose children are swapped, then its graph.
+
+    known: what hangs on no values, of the forwards of the capture.
+    """
+    read, capture = _in_float64(model), known.capture
     replacements = []
     for fold in folds:
         interpreter = known.reading(read)  # anew, for the fold before changed the model
