@@ -70,6 +70,11 @@ class Capture:
         return self.skeleton.get_submodule(path)
 
     @cached_property
+    def layer_graphs(self) -> dict[str, fx.Graph | None]:
+        """The graphs of forwards by path, as far as they were asked for (see Graphs)."""
+        return {}
+
+    @cached_property
     def kept_training(self) -> frozenset[str]:
         """The modules that the model's own eval() leaves in train mode."""
         mode = self.skeleton.training

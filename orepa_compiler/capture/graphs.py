@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -18,16 +18,13 @@ class Graphs:
     """Finds the graph of each forward of a capture, once."""
 
     capture: Capture
-    _graphs: dict[str, fx.Graph | None] = field(default_factory=dict, init=False)
-    _owners: dict[fx.Graph, str] = field(default_factory=dict, init=False)
 
     def graph(self, owner: str) -> fx.Graph | None:
         """The graph of the owner's forward; of a layer that is not torch's own, made when asked."""
-        if owner not in self._graphs:
-            self._graphs[owner] = graph = self._found(owner)
-            if graph is not None:
-                self._owners[graph] = owner
-        return self._graphs[owner]
+        known = self.capture.layer_graphs
+        if owner not in known:
+            known[owner] = self._found(owner)
+        return known[owner]
 
     def _found(self, owner: str) -> fx.Graph | None:
         if owner in self.capture.graphs or owner in self.capture.untraced:
@@ -36,7 +33,3 @@ class Graphs:
         is_layer = not (module._modules or has_torch_forward(module) or answers_itself(module))
         traced = trace(module) if is_layer else ""
         return None if isinstance(traced, str) or seen_of(traced).steers else traced
-
-    def owner_of(self, node: fx.Node) -> str | None:
-        """The module whose forward a node stands in, if its graph was asked for."""
-        return self._owners.get(node.graph)
