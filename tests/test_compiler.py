@@ -116,7 +116,7 @@ class Uncopyable(nn.Conv2d):
         raise TypeError("not me")
 
 
-NEITHER = "neither 'auto' nor a Block such as orepa.OREPA"
+NEITHER = "neither a name nor a Block such as orepa.OREPA"
 LOAD = "the weights are on the meta device: "
 ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "no module": (lambda: {"conv": 1}, {}, "the model is a dict, not a torch.nn.Module"),
@@ -148,7 +148,14 @@ ERRORS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     ),
     "init": (stem_net, {"init": "zero"}, "init='zero' is neither 'preserve' nor 'paper'"),
     "post_norm": (stem_net, {"post_norm": True}, "post_norm=True is neither 'auto' nor 'none'"),
-    "block": (stem_net, {"block": "OREPA"}, f"block='OREPA' is {NEITHER}"),
+    "block": (stem_net, {"block": 3}, f"block=3 is {NEITHER}"),
+    "name of a block": (
+        stem_net,
+        {"block": "OREPE"},
+        "block='OREPE': choose one of auto, OREPA, OREPA_1X1, DEEP_STEM, OREPA_3X3_REPVGG, "
+        "OREPA_VGG, DBB, REPVGG, ACNET, EXPAND_NET, DO_CONV, MOBILEONE_4, DILATED, or a Block of "
+        "yours",
+    ),
     "where": (
         stem_net,
         {"where": []},
