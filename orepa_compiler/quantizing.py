@@ -27,8 +27,7 @@ from orepa_compiler.quantization.layers import Rounded, rounded_layers
 from orepa_compiler.quantization.quantizers import NEW_RANGE, Preset, Quantizer, switch
 from orepa_compiler.selection import Where
 from orepa_compiler.validation.state import state_kept
-from orepa_compiler.verification.evaluation import evaluation_mode
-from orepa_compiler.verification.nesting import map_tensors
+from orepa_compiler.verification.evaluation import evaluation_mode, run_to
 
 Made = tuple[nn.Module, Plan]
 
@@ -95,7 +94,7 @@ def observe(model: nn.Module, batches: Sequence[tuple[Any, ...]], *, widest: boo
             for number, batch in enumerate(batches, 1):
                 _weigh(inputs, 1.0 if widest else 1 / number)
                 known = [_range(quantizer) for quantizer in inputs]
-                _run(model, batch, number - 1)
+                run_to("take ranges", model, batch, number - 1)
                 if widest:
                     _widen(inputs, known)
         found = [{k: v.clone() for k, v in q.state_dict().items()} for q in inputs]
@@ -125,16 +124,6 @@ def _weigh(quantizers: Sequence[Quantizer], part: float) -> None:
     """How much of the next range counts."""
     for quantizer in quantizers:
         quantizer.activation_post_process.averaging_constant = part
-
-
-def _run(model: nn.Module, batch: tuple[Any, ...], index: int) -> None:
-    try:
-        model(*map_tensors(batch, Tensor.clone))  # it may write into what it is given
-    except Exception as error:  # a forward is the user's code: anything may come out of it
-        raise ReparamError(
-            f"the model does not run on batch {index} of the inputs to take ranges on "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def check_rounds(model: nn.Module) -> dict[str, Rounded]:

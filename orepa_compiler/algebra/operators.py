@@ -75,10 +75,6 @@ class ConvOperator(Geometry):
             object.__setattr__(self, name, value)
 
     @property
-    def rank(self) -> int:
-        return self.weight.dim() - 2
-
-    @property
     def kernel_size(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[2:])
 

@@ -77,8 +77,7 @@ class Interpretation(Forwards):
         """Another one of the same kind, with other values for the modules, that joins freely."""
         other = type(self)(self.capture, read, at_any_cost=True)
         other.__dict__["forms"] = self.forms
-        for known in ("_constants", "_reading"):  # they hang on no values
-            setattr(other, known, getattr(self, known))
+        other._constants, other._reading = self._constants, self._reading  # they hang on no values
         if read is self.read:
             other.operators = self.operators
         return other

@@ -17,8 +17,8 @@ import numpy as np
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.external_data import external_files
-from orepa_compiler.export.inspection import load_graph, walk
+from orepa_compiler.export.external_data import load_external
+from orepa_compiler.export.inspection import load_graph, makers, walk
 from orepa_compiler.export.rewriting import save_like
 from orepa_compiler.export.runners import OnnxRunner
 from orepa_compiler.verification import Samples
@@ -96,10 +96,9 @@ def rounding_steps(path: Path) -> Steps:
     """Where an int8 file rounds, and in which steps."""
     onnx = import_extra("onnx", extra="onnx")
     model = load_graph(path)
-    if external_files(model):
-        onnx.external_data_helper.load_external_data_for_model(model, str(path.resolve().parent))
+    load_external(path, model)
     values = {tensor.name: tensor for tensor in model.graph.initializer}
-    made = {output: node for node in walk(model.graph) for output in node.output}
+    made = makers(model.graph)
     steps = {}
     for node in walk(model.graph):
         for index, name in enumerate(node.input):

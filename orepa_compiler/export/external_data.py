@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orepa_compiler.atomic import locked
+from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.inspection import load_graph
 
@@ -88,6 +89,19 @@ def external_files(model: Any) -> list[str]:
     Raises ExportError for one that does not lie in the model's own folder.
     """
     return sorted({ExternalPart.of(tensor).location for tensor in external_tensors(model)})
+
+
+def load_external(path: Path, model: Any) -> None:
+    """Reads the weights that lie in files beside `path` into the ONNX model that was read there.
+
+    Raises ExportError as check_external does.
+    """
+    if not external_files(model):
+        return
+    check_external(path, model)
+    folder = str(path.resolve().parent)
+    helper = import_extra("onnx.external_data_helper", extra="onnx")
+    helper.load_external_data_for_model(model, folder)
 
 
 def name_by_content(model: Any, draft: Path) -> None:

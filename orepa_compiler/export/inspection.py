@@ -72,6 +72,11 @@ def walk(graph: Any) -> Iterator[Any]:
                 yield from walk(body)
 
 
+def makers(graph: Any) -> dict[str, Any]:
+    """The node that makes each value, by the value's name."""
+    return {output: node for node in walk(graph) for output in node.output}
+
+
 def torch_module(node: Any) -> str | None:
     """The path of the torch module that a node comes from, or None where the file does not say."""
     return next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), None)

@@ -11,8 +11,8 @@ import numpy as np
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.external_data import external_files
-from orepa_compiler.export.inspection import load_graph, torch_module, walk
+from orepa_compiler.export.external_data import load_external
+from orepa_compiler.export.inspection import load_graph, makers, torch_module, walk
 from orepa_compiler.export.quantization import QUANTIZED
 from orepa_compiler.export.trained_int8 import TrainedLayer, output_axis
 
@@ -30,10 +30,9 @@ def file_layers(path: Path) -> Iterator[FileLayer]:
     """Every node of an ONNX file that multiplies int8 by int8."""
     onnx = import_extra("onnx", extra="onnx")
     model = load_graph(path)
-    if external_files(model):
-        onnx.external_data_helper.load_external_data_for_model(model, str(path.resolve().parent))
+    load_external(path, model)
     values = {tensor.name: tensor for tensor in model.graph.initializer}
-    made = {output: node for node in walk(model.graph) for output in node.output}
+    made = makers(model.graph)
 
     def read(name: str) -> np.ndarray:
         array: np.ndarray = onnx.numpy_helper.to_array(values[name])

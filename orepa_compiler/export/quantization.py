@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.external_data import external_files
-from orepa_compiler.export.inspection import load_graph, torch_module, walk
+from orepa_compiler.export.inspection import load_graph, makers, torch_module, walk
 from orepa_compiler.export.precision import lies_in
 from orepa_compiler.export.rewriting import replace_file
 from orepa_compiler.export.session import to_numpy
@@ -141,7 +141,7 @@ def check_quantized(
     """
     onnx = import_extra("onnx", extra="onnx")
     model = load_graph(path)
-    made = {output: node for node in walk(model.graph) for output in node.output}
+    made = makers(model.graph)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     count = 0
     for node in walk(model.graph):

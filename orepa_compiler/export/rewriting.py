@@ -8,7 +8,7 @@ from typing import Any
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.export.annotation import place_unnamed_nodes, set_properties
 from orepa_compiler.export.external_data import external_files, name_by_content
-from orepa_compiler.export.inspection import load_graph, walk
+from orepa_compiler.export.inspection import load_graph, makers, walk
 
 
 def save_like(before: Any, after: Any, path: Path) -> None:
@@ -28,7 +28,7 @@ def replace_file(draft: Path, candidate: Path) -> None:
     """
     onnx = import_extra("onnx", extra="onnx")
     before, after = load_graph(draft), load_graph(candidate)
-    known = {output: node for node in walk(before.graph) for output in node.output}
+    known = makers(before.graph)
     named = {(node.name, node.op_type): node for node in walk(before.graph) if node.name}
     nodes = list(walk(after.graph))
     for node in nodes:

@@ -15,7 +15,7 @@ from torch.utils.dlpack import from_dlpack
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, NotRun
-from orepa_compiler.export.external_data import check_external, external_files
+from orepa_compiler.export.external_data import check_external, load_external
 from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.signature import TensorSpec
 
@@ -95,11 +95,7 @@ def plain_session(path: Path, model: Any) -> Any:
     Raises ExportError where onnxruntime cannot load it.
     """
     onnxruntime = import_extra("onnxruntime", extra="cpu")
-    onnx = import_extra("onnx", extra="onnx")
-    if external_files(model):
-        check_external(path, model)
-        folder = str(path.resolve().parent)
-        onnx.external_data_helper.load_external_data_for_model(model, folder)
+    load_external(path, model)
     if model.ByteSize() > _MOST_BYTES:
         raise ExportError(f"{path}: too large to look into ({model.ByteSize()} bytes)")
     options = onnxruntime.SessionOptions()

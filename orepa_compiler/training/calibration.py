@@ -14,10 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import branch_norms
 from orepa_compiler.capture.randomness import random_state_kept
-from orepa_compiler.errors import ReparamError
 from orepa_compiler.validation.state import state_kept
-from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
-from orepa_compiler.verification.nesting import map_tensors
+from orepa_compiler.verification.evaluation import batches_of, evaluation_mode, run_to
 
 
 @dataclass
@@ -60,13 +58,7 @@ def calibrate(model: nn.Module, inputs: Any) -> None:
     moments = {path: _Moments() for path in norms}
     with random_state_kept(), state_kept(model), evaluation_mode(model), _watching(norms, moments):
         for index, batch in enumerate(batches_of(inputs)):
-            try:
-                model(*map_tensors(batch, Tensor.clone))  # it may write into what it is given
-            except Exception as error:  # a forward is the user's code: anything may come out of it
-                raise ReparamError(
-                    f"the model does not run on batch {index} of the inputs to calibrate on "
-                    f"({type(error).__name__}: {error})"
-                ) from error
+            run_to("calibrate", model, batch, index)
     for path, norm in norms.items():
         if moments[path].count:
             _settle(norm, moments[path])

@@ -80,6 +80,17 @@ def batches_of(inputs: Any) -> list[Batch]:
     return batches
 
 
+def run_to(purpose: str, model: nn.Module, batch: Batch, index: int) -> None:
+    """Run the model on a batch for what it does on the way. Raises ReparamError where it raises."""
+    try:
+        model(*map_tensors(batch, Tensor.clone))  # it may write into what it is given
+    except Exception as error:  # a forward is the user's code: anything may come out of it
+        raise ReparamError(
+            f"the model does not run on batch {index} of the inputs to {purpose} on "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
 def _check_arguments(index: int, batch: Batch) -> None:
     for leaf in others_in(batch):
         if not isinstance(leaf, str):

@@ -59,6 +59,16 @@ class ParallelConvs(nn.Module):
         return (self.wide(x) + x + self.point(x)).relu()
 
 
+def far_apart(spread: float = 1e6) -> nn.Sequential:
+    """A conv, and another behind it that takes back how far apart the channels are."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+    with torch.no_grad():
+        first.weight[0] *= spread
+        second.weight[:, 0] /= spread
+    return nn.Sequential(first, nn.ReLU(), second).eval()
+
+
 def images(batch: int = 2, size: int = 16) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 

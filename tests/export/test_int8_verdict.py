@@ -18,28 +18,8 @@ from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.int8_verdict import lost_in_file
 from orepa_compiler.testing import assert_equivalent
-from tests.export.nets import SmallNet, images
+from tests.export.nets import SmallNet, far_apart, images
 from tests.norms import randomise_norms
-
-NETS = """
-import torch
-from torch import nn
-
-def far_apart(spread=1e6):
-    torch.manual_seed(0)
-    first, second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
-    with torch.no_grad():
-        first.weight[0] *= spread
-        second.weight[:, 0] /= spread
-    return nn.Sequential(first, nn.ReLU(), second).eval()
-"""
-
-
-def far_apart(spread: float) -> nn.Module:
-    scope: dict = {}
-    exec(NETS, scope)  # the same net as a file names
-    net: nn.Module = scope["far_apart"](spread)
-    return net
 
 
 @pytest.fixture(scope="module")
