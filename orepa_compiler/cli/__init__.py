@@ -100,7 +100,8 @@ def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
             )
         return int(found or 0)
     except _UsageError as error:
-        message = error.format_message().rstrip(".")
+        # Some versions of typer say of a choice that it is a "Value error", too.
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
         return stop(f"{message}; see {name} --help", ExitCode.USAGE)
     except NotVerified as error:
         return stop(str(error), ExitCode.NOT_VERIFIED)
