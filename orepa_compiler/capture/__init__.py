@@ -23,13 +23,22 @@ from orepa_compiler.capture.calls import ancestors as ancestors
 from orepa_compiler.capture.calls import join as join
 from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.effects import Surroundings, surroundings_of
+from orepa_compiler.capture.patching import modules_patched
 from orepa_compiler.capture.recording import Recording
-from orepa_compiler.capture.skeleton import check_wrapper, meta_copy, names_of, tied_modules
+from orepa_compiler.capture.skeleton import (
+    check_wrapper,
+    meta_copy,
+    names_of,
+    tied_modules,
+    uncollected,
+)
 from orepa_compiler.capture.tracing import has_forward
 from orepa_compiler.capture.visiting import Visits
 
 
 @torch.inference_mode(False)  # whose tensors do not tell when they are written over
+@modules_patched()
+@uncollected()
 def capture(
     model: nn.Module,
     *,
@@ -56,6 +65,8 @@ def capture(
 
 
 @torch.inference_mode(False)  # whose tensors do not tell when they are written over
+@modules_patched()
+@uncollected()
 def untraced_owners(
     model: nn.Module,
     *,

@@ -20,7 +20,6 @@ from orepa_compiler.capture.bytecode import functions_of, names_read
 from orepa_compiler.capture.noticing import (
     TensorsUsed,
     ambient,
-    attributes_set,
     autocast_entered,
 )
 from orepa_compiler.capture.randomness import RandomState
@@ -121,7 +120,6 @@ class Effects:
             with (
                 ambient(self.around.flips),
                 autocast_entered(lambda: self.found.setdefault("switches autocast")),
-                attributes_set(self.set_on),
                 self.tensors,
             ):
                 yield

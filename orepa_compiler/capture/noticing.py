@@ -1,14 +1,13 @@
-"""Notices what runs while a forward is traced: tensors used, attributes set, numbers drawn."""
+"""Notices what runs while a forward is traced: tensors used, gradients and autocast switched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.amp.autocast_mode import autocast
 from torch.overrides import TorchFunctionMode
 
@@ -142,16 +141,3 @@ def autocast_entered(tell: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         autocast.__enter__ = enter  # type: ignore[method-assign]
-
-
-@contextmanager
-def attributes_set(tell: Callable[[nn.Module, str, Any], None]) -> Iterator[None]:
-    """Tells of attributes that are about to be set on any module, also if they are set back."""
-    put: Callable[[nn.Module, str, Any], None] = nn.Module.__setattr__
-
-    def setting(module: nn.Module, name: str, value: Any) -> None:
-        tell(module, name, value)
-        put(module, name, value)
-
-    with mock.patch.object(nn.Module, "__setattr__", setting):
-        yield

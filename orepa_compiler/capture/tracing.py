@@ -15,6 +15,7 @@ from orepa_compiler.capture.bytecode import type_reason
 from orepa_compiler.capture.constants import OF_NUMBERS
 from orepa_compiler.capture.effects import Effects, Surroundings, keep_, output
 from orepa_compiler.capture.kinds import kind_of, kind_of_leaf
+from orepa_compiler.capture.patching import traced_by
 from orepa_compiler.capture.proxies import Proxy, answering
 
 # Gives what a child returns, from its path as the caller sees it and the arguments of the call:
@@ -49,12 +50,18 @@ class _ChildrenAreLeaves(fx.Tracer):
         self.around = around or Surroundings()
         self.attributes_set = self.around.attributes_set
         self.effects: Effects | None = None
+        self.weights_asked_for: dict[str, fx.Proxy] = {}
         self.stopped_by = ""
 
     def stopped(self, why: str) -> fx.proxy.TraceError:
         """The error that ends the trace; remembered, for the forward may catch it and go on."""
         self.stopped_by = self.stopped_by or why
         return fx.proxy.TraceError(why)
+
+    def sets(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute of a module is about to be set."""
+        if self.effects is not None:
+            self.effects.set_on(module, name, value)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         raise self.stopped("symbolically traced variables cannot be used as inputs to control flow")
@@ -282,7 +289,7 @@ def _traced(tracer: _ChildrenAreLeaves, module: nn.Module) -> fx.Graph | str:
     if reason := type_reason(effects.functions):
         return reason
     try:
-        with answering(), effects.watching():
+        with answering(), effects.watching(), traced_by(tracer):
             graph = tracer.trace(module)
     except Exception as error:  # a forward is the user's code: anything may come out of it
         tracer.around.found_before_error(module, effects.seen())

@@ -20,7 +20,7 @@ from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arg
 from orepa_compiler.capture.constants import constants_of
 from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.recording import Recording
-from orepa_compiler.capture.skeleton import meta_copy
+from orepa_compiler.capture.skeleton import meta_copy, uncollected
 from orepa_compiler.holding import hold_new, holdings_of
 from orepa_compiler.overlaps import touched_by
 from orepa_compiler.planning import Edit, Plan
@@ -61,6 +61,7 @@ class Retracing:
     is_leaf: Callable[[nn.Module], bool]
     recording: Recording
 
+    @uncollected()
     def planned(self, step: Step, model: nn.Module, captured: Capture) -> tuple[Capture, Plan]:
         """The capture with what has to stay, and the plan of a pass on it."""
         wanted = step.plan(captured)
