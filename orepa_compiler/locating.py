@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from orepa_compiler.capture import ancestors
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import NotRun, ReparamError
-from orepa_compiler.export.runners import OnnxRunner
-from orepa_compiler.export.tapping import onnx_outputs
+from orepa_compiler.export.run.runners import OnnxRunner
+from orepa_compiler.export.run.tapping import onnx_outputs
 from orepa_compiler.passes.collapse.folds import FoldGraph, fold_of
 from orepa_compiler.planning import Edit, recorded_plans
 from orepa_compiler.verification import NOISE_FACTOR, PRECISIONS, Report

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "choices", "dependencies", "atomic", "schemas", "algebra"),
+    ("errors", "choices", "dependencies", "progress", "atomic", "schemas", "algebra"),
     ("capture", "branches"),
     ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),
@@ -28,27 +28,9 @@ FLOORS = (
     ),
     ("passes",),
     (
-        *(
-            "preconditions",
-            "quantizing",
-            "compiler",
-            "checkpoints",
-            "model_source",
-            "preprocessing",
-            "reference",
-            "export",
-        ),
-        *(
-            "certificate",
-            "certifying",
-            "locating",
-            "report",
-            "sides",
-            "testing",
-            "quantizing",
-            "int8_sides",
-        ),
-        *("equalizing", "int8_analysis"),
+        *("preconditions", "running", "compiler", "checkpoints", "model_source", "preprocessing"),
+        *("reference", "int8", "export", "certificate", "certifying", "locating", "report"),
+        *("sides", "testing"),
     ),
     ("__init__", "__main__", "public", "cli"),
 )

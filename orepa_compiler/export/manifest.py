@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.external_data import is_beside, sha256
+from orepa_compiler.export.onnx.external_data import is_beside, sha256
 from orepa_compiler.schemas import parsed, read_json
 
 FORMAT = 1

@@ -22,8 +22,8 @@ from torch import nn
 
 from orepa_compiler import atomic
 from orepa_compiler.export import OnnxRunner, export_onnx
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.tracing import trace
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.program import trace
 
 KILLS = 20
 PAUSE_S = 0.02
