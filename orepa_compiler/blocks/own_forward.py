@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import conv_operator, kernel_operator, own_forward_reason
+from orepa_compiler.algebra.classifiers import own_forward_reason
+from orepa_compiler.algebra.layers import conv_operator, kernel_operator
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import Block, ReparamConv
 from orepa_compiler.blocks.leaves import call_of

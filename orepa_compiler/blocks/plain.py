@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_channels_last
+from orepa_compiler.algebra.classifiers import is_channels_last
 from orepa_compiler.algebra.operators import CONV_MODULES, ConvOperator
 
 

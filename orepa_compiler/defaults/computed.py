@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import is_norm
+from orepa_compiler.algebra.classifiers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture, join
 from orepa_compiler.capture.effects import Surroundings

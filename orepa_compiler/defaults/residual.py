@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orepa_compiler.algebra.layers import (
+from orepa_compiler.algebra.classifiers import (
     is_batch_norm,
     is_conv_like,
     is_dropout,
     is_norm,
-    linear_part,
 )
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.elementwise import is_add
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture

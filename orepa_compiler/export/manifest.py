@@ -17,10 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.onnx.external_data import is_beside, sha256
-from orepa_compiler.schemas import parsed, read_json
+from orepa_compiler.files.atomic import staged
+from orepa_compiler.files.schemas import parsed, read_json
 
 FORMAT = 1
 _SUFFIX = ".manifest.json"

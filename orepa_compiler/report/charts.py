@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from orepa_compiler.certificate import LIMIT, BlockCertificate
 from orepa_compiler.dependencies import import_extra
+from orepa_compiler.proving.certificate import LIMIT, BlockCertificate
 from orepa_compiler.report.branches import BlockBranches
 from orepa_compiler.verification.divergence import Divergence
 

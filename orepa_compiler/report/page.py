@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orepa_compiler.certificate import Certificate
 from orepa_compiler.export.audit import HalfAudit
 from orepa_compiler.export.manifest import Check, Manifest
+from orepa_compiler.proving.certificate import Certificate
 from orepa_compiler.report.branches import BlockBranches
 from orepa_compiler.report.sizes import ModelSize
 from orepa_compiler.verification import Report

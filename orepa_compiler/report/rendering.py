@@ -7,10 +7,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from orepa_compiler.atomic import staged
-from orepa_compiler.certificate import LIMIT, BlockCertificate
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.export.audit import NEAREST, AuditRow, HalfAudit
+from orepa_compiler.files.atomic import staged
+from orepa_compiler.proving.certificate import LIMIT, BlockCertificate
 from orepa_compiler.report import charts
 from orepa_compiler.report.branches import BlockBranches
 from orepa_compiler.report.page import Page

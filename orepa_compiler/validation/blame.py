@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from orepa_compiler.capture import ancestors
-from orepa_compiler.overlaps import touched_modules
 from orepa_compiler.planning import Edit
+from orepa_compiler.planning.overlaps import touched_modules
 from orepa_compiler.validation.agreement import Disagreement, largest_error
 from orepa_compiler.validation.behaviour import Call, behaviour, flat
 from orepa_compiler.verification.evaluation import Batch

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from orepa_compiler.cli.given.forward_arguments import Batch, arguments_of, bound
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.model_source import call_source
-from orepa_compiler.preprocessing import IMAGE_ENDINGS, Preprocessing
+from orepa_compiler.model_source.preprocessing import IMAGE_ENDINGS, Preprocessing
 
 _ENDINGS = (".npy", ".npz")
 

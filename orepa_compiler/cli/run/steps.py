@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orepa_compiler.certificate import Certificate
 from orepa_compiler.export.audit import HalfAudit
 from orepa_compiler.export.latency import Timing
+from orepa_compiler.proving.certificate import Certificate
 from orepa_compiler.report import BlockBranches, ModelSize
 from orepa_compiler.verification import Report, Samples, judge
 from orepa_compiler.verification.divergence import Divergence

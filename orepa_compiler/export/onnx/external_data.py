@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orepa_compiler.atomic import locked
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.files.atomic import locked
 
 _CHUNK = 1 << 20
 _HASH_DIGITS = 16

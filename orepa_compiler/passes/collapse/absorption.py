@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from orepa_compiler.algebra.layers import has_torch_forward, qualified_name
-from orepa_compiler.algebra.overriding import answers_itself
+from orepa_compiler.algebra.classifiers import qualified_name
+from orepa_compiler.algebra.overriding import answers_itself, has_torch_forward
 from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.tracing import trace

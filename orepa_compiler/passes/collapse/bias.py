@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_batch_norm, linear_part
+from orepa_compiler.algebra.classifiers import is_batch_norm
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.errors import NotLinear, ReparamError

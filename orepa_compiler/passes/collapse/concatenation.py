@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from orepa_compiler.algebra.layers import is_batch_norm, is_plain_conv
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_plain_conv
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Call, Capture

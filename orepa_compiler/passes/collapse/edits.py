@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import holds_kernel, is_idle
+from orepa_compiler.algebra.classifiers import holds_kernel, is_idle
 from orepa_compiler.analysis.functional import functional_conv
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.blocks.own_forward import own_conv

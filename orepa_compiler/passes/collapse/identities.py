@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_norm
+from orepa_compiler.algebra.classifiers import is_norm
 
 
 def identity_for(norm: nn.Module) -> nn.Identity:

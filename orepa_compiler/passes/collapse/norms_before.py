@@ -13,7 +13,8 @@ from itertools import takewhile
 import torch
 from torch import fx
 
-from orepa_compiler.algebra.layers import is_batch_norm, linear_part
+from orepa_compiler.algebra.classifiers import is_batch_norm
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.capture import Call

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from orepa_compiler.algebra.layers import is_batch_norm, is_idle, linear_part
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_idle
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.blocks.own_forward import own_conv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orepa_compiler.algebra.layers import is_batch_norm, is_conv_like
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_conv_like
 from orepa_compiler.analysis.regions import Interpreter
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join

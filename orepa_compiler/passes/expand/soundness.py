@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from orepa_compiler.algebra.layers import own_forward_reason
+from orepa_compiler.algebra.classifiers import own_forward_reason
 from orepa_compiler.algebra.overriding import answers_itself
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.capture.calls import PARAMETRIZED

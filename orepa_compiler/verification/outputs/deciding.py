@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.verification.compared_output import Comparison
-from orepa_compiler.verification.rounding import MAX_TOLERANCE, too_noisy
+from orepa_compiler.verification.outputs.compared_output import Comparison
+from orepa_compiler.verification.outputs.rounding import MAX_TOLERANCE, too_noisy
 from orepa_compiler.verification.verdict import Row
 
 
