@@ -1,4 +1,4 @@
-"""The verbs: plan, expand, cut, collapse."""
+"""Defines the verbs plan, expand, cut and collapse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the verbs ask of a model, its inputs and a plan before they begin."""
+"""Checks what the verbs ask of a model, its inputs and a plan before they begin."""
 
 from __future__ import annotations
 

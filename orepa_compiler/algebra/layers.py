@@ -1,4 +1,4 @@
-"""From a layer to its operator: what conv_operator knows, and how anyone adds to it.
+"""Reads a layer as an operator; conv_operator is where anyone adds a layer.
 
 A handler speaks only for the exact forward it was written for. A subclass with another forward (a
 weight-standardized conv, say) is refused by name and never read as if it were its base class.

@@ -1,4 +1,4 @@
-"""The branches of a sum: what a forward adds up, layer by layer.
+"""Finds the branches of a sum: what a forward adds up, layer by layer.
 
 The interpretation of `regions`, over operators that remember the layers they were composed of.
 """

@@ -1,4 +1,4 @@
-"""What one layer or function tells of the form of the map that it reads, and of what it gives."""
+"""Infers from one layer or function the form of the map it reads, and of the one it gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One walk over a forward: the value of each node, from the values of those before it.
+"""Walks over a forward once: the value of each node comes from the values of those before it.
 
 A node is a layer, a function that is one, or a sum; what none of these explains has no value.
 """

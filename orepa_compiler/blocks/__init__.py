@@ -1,4 +1,4 @@
-"""Blocks: which branches stand in for a conv, and the modules that hold them.
+"""Defines blocks: which branches stand in for a conv, and the modules that hold them.
 
 A Block is a value: names, and for each a function from the conv's operator to a branch, or None
 where the branch does not apply (`catalogue` has those that are published). LinearBlock runs its

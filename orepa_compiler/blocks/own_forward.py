@@ -1,4 +1,4 @@
-"""Blocks for convs with a forward of their own: standardized, padded by size, transposed.
+"""Gives blocks to convs with a forward of their own: standardized, padded by size, transposed.
 
 Their kernel is one thing, what they do with it another. A block replaces the kernel alone: the one
 that its branches make goes into the conv's own forward, which stays the user's.

@@ -1,4 +1,4 @@
-"""The plain conv that a block stands for, with its branches collapsed."""
+"""Builds the plain conv that a block stands for, with its branches collapsed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parts of a model plans have made: a detector's backbone, what an EMA averages."""
+"""Finds the parts of a model that plans have made: a detector's backbone, what an EMA averages."""
 
 from __future__ import annotations
 

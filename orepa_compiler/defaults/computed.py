@@ -1,4 +1,4 @@
-"""What a part of a forward computes, told by running it on numbers: an activation, a norm, a gate.
+"""Tells by running it on numbers whether part of a forward is an activation, a norm or a gate.
 
 An activation may have a class or a formula of its own: x * sigmoid(x), x + sin(a x)^2 / a. What a
 part does to each number alone, and not linearly, is one, whatever its name. As all of defaults, it

@@ -1,4 +1,4 @@
-"""What stands before and behind a conv: the dataflow that decides whether a block fits there.
+"""Finds what stands before and behind a conv, which decides whether a block fits there.
 
 It only chooses defaults. Whether a rewrite is exact never depends on what is found here.
 """

@@ -1,4 +1,4 @@
-"""Whether a net has residual connections: ways past an activation that meet again behind it.
+"""Finds residual connections: ways past an activation that meet again behind it.
 
 Hu et al. 2022 (Sec. 4.5, supplement Sec. 2.4): residual connections connect feature maps across
 activations, and give a net what the norms of explicit branches give one without. RepVGG's identity

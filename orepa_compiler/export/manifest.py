@@ -1,4 +1,4 @@
-"""The manifest beside an export's files: what they are, what was checked, and how to check again.
+"""Writes and reads the manifest beside an export: the files, what was checked, and how.
 
 Two files are written. NAME.manifest.json holds hashes, versions, options and verdicts.
 NAME.samples.safetensors holds inputs with the model's outputs in float64, so that the same

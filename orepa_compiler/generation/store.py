@@ -1,4 +1,4 @@
-"""The kernel of a block, kept for as long as it is the one that its branches make.
+"""Keeps the kernel of a block for as long as it is the one that its branches make.
 
 Two reasons to keep one: nothing is trained (eval, torch.no_grad), or several backward passes share
 one step (`stepping`). What is kept is no part of the block: not of its state_dict, of a pickle, or

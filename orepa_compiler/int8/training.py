@@ -1,4 +1,4 @@
-"""What the verbs of int8 training do: which layers round, and their first ranges."""
+"""Finds which layers round, and takes their first ranges."""
 
 from __future__ import annotations
 

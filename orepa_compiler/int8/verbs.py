@@ -1,4 +1,4 @@
-"""The verbs of int8 training: fake_quantize, freeze_ranges and drop_ranges."""
+"""Defines the verbs of int8 training: fake_quantize, freeze_ranges and drop_ranges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The passes, and the two pipelines they make.
+"""Runs passes one after the other, and defines the two pipelines of the verbs.
 
 A pass first plans, touching nothing, and then applies its plan. Any object with these members is
 one; add yours with Pipeline((MyPass(), *COLLAPSE.passes)).

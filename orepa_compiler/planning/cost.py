@@ -1,4 +1,4 @@
-"""What a model's convs cost: multiply-accumulates for one image."""
+"""Counts what a model's convs cost: multiply-accumulates for one image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The certificate of a collapse: block by block, that one conv computes what the branches did.
+"""Certifies a collapse: block by block, one conv computes what the branches did.
 
 Two statements for each block, and together they leave no room for a wrong weight:
 

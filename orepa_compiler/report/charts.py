@@ -1,4 +1,4 @@
-"""The charts of a page as inline SVG: no script, no font file, no address in them."""
+"""Draws the charts of a page as inline SVG: no script, no font file, no address in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands on a page: the verdict, the chain of forms, and what was found at each step."""
+"""Defines what stands on a page: the verdict, the chain of forms, and what each step found."""
 
 from __future__ import annotations
 

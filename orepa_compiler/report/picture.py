@@ -1,4 +1,4 @@
-"""The error over the feature map as a picture, where matplotlib is installed."""
+"""Draws the error over the feature map, where matplotlib is installed."""
 
 from __future__ import annotations
 

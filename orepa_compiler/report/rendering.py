@@ -1,4 +1,4 @@
-"""A page as the text of one HTML file, and as the file."""
+"""Renders a page as one HTML file."""
 
 from __future__ import annotations
 

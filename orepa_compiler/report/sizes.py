@@ -1,4 +1,4 @@
-"""What one form of a model holds and costs."""
+"""Measures what one form of a model holds and costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a rewritten model does what the model did: outputs, what runs, and what is trained."""
+"""Compares a rewritten model with the model: outputs, what runs, and what is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which edits made a model another function: those at the first module that differs."""
+"""Finds the edits that made a model another function: those at the first module that differs."""
 
 from __future__ import annotations
 

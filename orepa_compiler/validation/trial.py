@@ -1,4 +1,4 @@
-"""The trial of a rewrite: it is run beside the model, and what does not agree is taken back.
+"""Runs a rewrite beside the model, and takes back what does not agree.
 
 In float64, on copies of both, each batch is given with and without gradients, twice where a call
 leaves something behind. Rounding the new weights is no fault: where it shows, the rewrite is made

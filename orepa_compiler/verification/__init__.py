@@ -1,4 +1,4 @@
-"""Whether two models compute the same: a strict verdict, with tolerances that are derived."""
+"""Compares two models: a strict verdict, with tolerances that are derived."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first module whose output is wrong, and where on its feature map it is wrong."""
+"""Finds the first module whose output is wrong, and where on its feature map it is wrong."""
 
 from __future__ import annotations
 

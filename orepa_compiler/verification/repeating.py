@@ -1,4 +1,4 @@
-"""Whether a side gives the same outputs twice: what does not has no verdict.
+"""Runs a side twice: one that does not give the same outputs has no verdict.
 
 A reference with dropout or noise left on would raise its own tolerance, and let wrong weights pass.
 """

@@ -1,4 +1,4 @@
-"""What a comparison holds to be right, in float64, and how noisy a lower precision is beside it."""
+"""Takes the truth in float64, and how noisy a lower precision is beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What orepa-export was asked for, and the data that it names."""
+"""Holds what orepa-export was asked for, and reads the data that it names."""
 
 from __future__ import annotations
 

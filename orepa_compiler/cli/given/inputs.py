@@ -1,4 +1,4 @@
-"""The user's own inputs: .npy, .npz, a folder of them or of images, or what a function gives."""
+"""Reads the user's own inputs: .npy, .npz, a folder of them or of images, or a function's."""
 
 from __future__ import annotations
 

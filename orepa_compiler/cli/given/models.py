@@ -1,4 +1,4 @@
-"""What the words of a command line stand for: blocks, inputs and models."""
+"""Finds the blocks, inputs and models that the words of a command line name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A manifest checked again: the same files, the same gates, the same numbers, on any machine."""
+"""Checks a manifest again: the same files, gates and numbers, on any machine."""
 
 from __future__ import annotations
 

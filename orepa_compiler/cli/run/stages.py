@@ -1,4 +1,4 @@
-"""From a model's name and a checkpoint to ONNX and TensorRT, each step checked against the last."""
+"""Goes from a model and a checkpoint to ONNX and TensorRT; each step is checked by the last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of a command: what it is called, what came of it, and how it is attempted."""
+"""Attempts one step of a command, and holds what came of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command found as JUnit XML, which continuous integration shows test by test."""
+"""Writes what a command found as JUnit XML, which continuous integration shows test by test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a command: what its steps, or its comparison, came to."""
+"""Builds the page of a command from what its steps, or its comparison, came to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export came to: the table, the lines on stderr, the JSON and the exit code."""
+"""Sums up an export: the table, the lines on stderr, the JSON and the exit code."""
 
 from __future__ import annotations
 

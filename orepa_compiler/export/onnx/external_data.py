@@ -1,4 +1,4 @@
-"""The file of weights beside an ONNX file: named by its content, so that no old pair is broken.
+"""Writes the weights beside an ONNX file, named by their content, so no old pair is broken.
 
 An ONNX file with external weights is two files, and no two renames are one. A name that is the
 hash of the content makes them safe: new weights lie beside the old ones, and the one rename of the

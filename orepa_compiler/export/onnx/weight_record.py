@@ -1,4 +1,4 @@
-"""What an ONNX file says of its own weights: a hash of each, so that a changed bit has a place."""
+"""Records a hash of each weight in an ONNX file, so that a changed bit has a place."""
 
 from __future__ import annotations
 

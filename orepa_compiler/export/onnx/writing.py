@@ -1,4 +1,4 @@
-"""A collapsed model as an ONNX file that is what was asked for, or no file at all."""
+"""Writes a collapsed model as an ONNX file that is what was asked for, or writes no file."""
 
 from __future__ import annotations
 

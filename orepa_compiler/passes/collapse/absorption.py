@@ -1,4 +1,4 @@
-"""Norms folded into a conv of any class whose output a kernel scales, by its output channels.
+"""Folds norms into a conv of any class whose output a kernel scales by output channels.
 
 So are a transposed conv, and a conv that pads by the size of its input, which are no operator of
 the algebra: f y + b of its output is the output of the same conv with its kernel and bias scaled.

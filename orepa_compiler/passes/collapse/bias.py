@@ -1,4 +1,4 @@
-"""A bias that a conv has no place for, given to the BatchNorm that alone reads the conv.
+"""Gives a bias that a conv has no place for to the BatchNorm that alone reads the conv.
 
 N(y + b) = N'(y), mean' = mean - b
 """

@@ -1,4 +1,4 @@
-"""The edits of collapse: what goes, what comes and what it counts, for each kind of fold."""
+"""Makes the edits of collapse: what goes, what comes and what it counts, for each kind of fold."""
 
 from __future__ import annotations
 

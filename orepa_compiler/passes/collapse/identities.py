@@ -1,4 +1,4 @@
-"""What stands where a norm was folded: torch's Identity, which answers as the norm that it is."""
+"""Puts torch's Identity where a norm was folded, and lets it answer as the norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms that stand right before a conv, with the border of a module between the two.
+"""Finds norms right before a conv, with the border of a module between the two.
 
 W (f x + s) + b = (W f) x + (W s + b), where the conv pads nothing. In one graph this is a region
 like any other; a net that normalizes first has the norm in the block, the conv in what it calls.

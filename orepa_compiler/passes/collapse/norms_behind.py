@@ -1,4 +1,4 @@
-"""Norms that stand right behind a conv, with the border of a module between the two.
+"""Finds norms right behind a conv, with the border of a module between the two.
 
 A stem written as Sequential(..., conv) with its norm in the parent, or a conv whose norm is the
 first layer of the module that follows: no single graph shows the pair, but nothing else is there.

@@ -1,4 +1,4 @@
-"""What collapse leaves, each with its reason: norms, convs that are not joined, and borders."""
+"""Says why collapse leaves norms, convs that are not joined, and borders."""
 
 from __future__ import annotations
 

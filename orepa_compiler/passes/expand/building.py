@@ -1,4 +1,4 @@
-"""A block is built in the place of a conv, or gains the branches that it lacks."""
+"""Builds a block in the place of a conv, or gives a block the branches that it lacks."""
 
 from __future__ import annotations
 

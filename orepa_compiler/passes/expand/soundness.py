@@ -1,4 +1,4 @@
-"""Whether a block may stand in the place of a conv: what must hold, whatever the user asks for."""
+"""Checks what must hold for a block to stand in the place of a conv, whatever is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a candidate decides as the truth does: the top-1 of all that was given.
+"""Counts how often a candidate decides as the truth does: the top-1 of all that was given.
 
     disagreement  <=  factor * max(disagreement of the noise, one position)
 

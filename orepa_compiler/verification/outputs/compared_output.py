@@ -1,4 +1,4 @@
-"""One output of one batch as every side gave it."""
+"""Holds one output of one batch as every side gave it."""
 
 from __future__ import annotations
 

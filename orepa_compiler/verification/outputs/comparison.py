@@ -1,4 +1,4 @@
-"""One output of one batch, held against the truth: the first thing that is wrong with it."""
+"""Holds one output of one batch against the truth: the first thing that is wrong with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An output that is decided and not rounded: masks, class ids, counts.
+"""Compares an output that is decided and not rounded: masks, class ids, counts.
 
 It must be the truth's exactly wherever the reference decides clearly. Where it does not, any value
 will do whose decision is as near as rounding is large:

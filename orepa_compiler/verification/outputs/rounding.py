@@ -1,4 +1,4 @@
-"""An output that is rounded: how far off it is, and whether that is too far.
+"""Measures how far off a rounded output is, and whether that is too far.
 
 error     = max |candidate - truth| / max |truth|
 noise     = max |rounded - truth| / max |truth|, over evaluations in the working precision: the
