@@ -29,7 +29,7 @@ from orepa_compiler.export.onnx.precision import PRECISIONS, cast_tensors, kept_
 from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.export.run.openvino import OpenVINORunner, write_openvino
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
-from orepa_compiler.export.tensorrt.building import build_engine
+from orepa_compiler.export.tensorrt.engine import build_engine
 from orepa_compiler.files.atomic import staged
 from orepa_compiler.int8.analysis import int8_loss
 from orepa_compiler.progress import announced

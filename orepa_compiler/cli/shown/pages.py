@@ -12,7 +12,7 @@ from torch import nn
 
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.options import ExitCode, NotVerified
-from orepa_compiler.cli.run.sides import side_file
+from orepa_compiler.cli.run.named_sides import side_file
 from orepa_compiler.cli.run.steps import Step
 from orepa_compiler.cli.shown.facts import comparison_facts, export_facts, recheck_facts
 from orepa_compiler.cli.shown.summary import complaints, verdict
