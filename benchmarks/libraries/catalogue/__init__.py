@@ -15,8 +15,8 @@ from benchmarks.libraries.catalogue.segmentation import segmentation
 from benchmarks.libraries.catalogue.sounds import hearing, parting, speaking
 
 _PARTS = (
-    *(detection, segmentation, medical, understanding, diffusion, classification, matching),
-    *(restoration, enlarging, hearing, speaking, parting),
+    *(enlarging, restoration, hearing, speaking, parting, matching, medical),
+    *(understanding, diffusion, detection, segmentation, classification),
 )
 
 

@@ -6,7 +6,7 @@ from benchmarks.libraries.catalogue.entry import Entry, Making, images, values
 
 _PLACE = "pytorchcv.model_provider.get_model"
 _IMAGENET = (
-    "alexnetb", "zfnet", "bn_vgg11b", "bninception", "resnet10", "preresnet10", "resnext14_32x2d",
+    "bninception", "resnet10", "preresnet10", "resnext14_32x2d",
     "seresnet10", "sepreresnet10", "senet16", "resnestabc14", "ibn_resnet50", "airnet50_1x64d_r2",
     "bam_resnet18", "cbam_resnet18", "regnetx002", "diaresnet10", "diapreresnet10",
     "diracnet18v2", "sharesnet18", "peleenet", "drnd22", "dpn68", "darknet_tiny", "darknet19",
@@ -16,10 +16,10 @@ _IMAGENET = (
     "shufflenetv2b_wd2", "menet108_8x1_g3", "mobilenet_wd4", "mobilenetb_wd4", "fdmobilenet_wd4",
     "mobilenetv2_wd4", "mobilenetv3_small_wd2", "igcv3_wd4", "ghostnet", "mnasnet_small",
     "proxylessnas_mobile", "fbnet_cb", "spnasnet", "efficientnet_b0", "efficientnet_b0b",
-    "mixnet_s", "repvgg_a0", "resneta10", "octresnet10_ad2", "isqrtcovresnet18",
+    "mixnet_s", "resneta10", "octresnet10_ad2", "isqrtcovresnet18",
 )  # fmt: skip
 _CIFAR = (
-    "nin_cifar10", "resnet20_cifar10", "preresnet20_cifar10", "resnext20_2x64d_cifar10",
+    "nin_cifar10", "resnet20_cifar10", "preresnet20_cifar10", "resnext20_2x16d_cifar10",
     "seresnet20_cifar10", "densenet40_k12_cifar10", "rir_cifar10", "resdropresnet20_cifar10",
     "shakeshakeresnet20_2x16d_cifar10", "shakedropresnet20_cifar10", "diaresnet20_cifar10",
     "fractalnet_cifar10",
@@ -33,7 +33,6 @@ def _size(height: int, width: int | None = None) -> Making:
 _OTHER: dict[str, tuple[dict[str, object], Making]] = {
     "simplepose_resnet18_coco": ({"pretrained_backbone": False}, _size(64)),
     "centernet_resnet18_voc": ({"pretrained_backbone": False}, _size(128)),
-    "bisenet_resnet18_celebamaskhq": ({}, _size(128)),
     "lednet_cityscapes": ({"in_size": (128, 128)}, _size(128)),
     "edanet_cityscapes": ({"in_size": (128, 128)}, _size(128)),
     "enet_cityscapes": ({"in_size": (128, 128)}, _size(128)),
@@ -43,11 +42,9 @@ _OTHER: dict[str, tuple[dict[str, object], Making]] = {
     "dabnet_cityscapes": ({"in_size": (128, 128)}, _size(128)),
     "sinet_cityscapes": ({"in_size": (128, 128)}, _size(128)),
     "fpenet_cityscapes": ({"in_size": (128, 128)}, _size(128)),
-    "contextnet": ({"in_size": (128, 128)}, _size(128)),
     "linknet_cityscapes": ({"in_size": (128, 128), "pretrained_backbone": False}, _size(128)),
     "segnet_cityscapes": ({"in_size": (64, 64)}, _size(64)),
     "unet_cityscapes": ({"in_size": (64, 64)}, _size(64)),
-    "quartznet5x5_en_ls": ({"num_classes": 29, "from_audio": False}, values(1, 64, 160)),
 }
 
 

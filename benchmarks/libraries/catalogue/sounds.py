@@ -83,7 +83,7 @@ def speaking() -> list[Entry]:
          values(1, 16, 24)),
         ("HifiGAN.DiscriminatorP", {"period": 2}, values(1, 1, 512)),
         ("conv_tasnet.MaskNet", {"N": 16, "B": 8, "H": 16, "P": 3, "X": 2, "R": 1, "C": 2},
-         values(1, 48, 16)),
+         values(1, 16, 48)),
         ("wav2vec.W2VLatentExtractor", {"out_channels": [16] * 3, "kernel_sizes": [11, 3, 3],
                                         "strides": [5, 2, 2]}, lambda: sound(800)),
         ("CRDNN.CRDNN", {"input_shape": (1, 48, 40), "cnn_channels": [8, 16], "rnn_layers": 1,
@@ -106,19 +106,19 @@ def parting() -> list[Entry]:
     bands: dict[str, Any] = {"bn_chan": 16, "num_blocks": 1, "n_filters": 32}
     made: list[tuple[str, str, dict[str, Any], tuple[Any, ...], Making]] = [
         ("ConvTasNet", "models.ConvTasNet", net, (2,), lambda: sound(800, 1)),
-        ("ConvTasNet batch norm", "models.ConvTasNet", {**net, "norm_type": "BN"}, (2,),
+        ("ConvTasNet batch norm", "models.ConvTasNet", {**net, "norm_type": "bN"}, (2,),
          lambda: sound(800, 1)),
         ("ConvTasNet causal", "models.ConvTasNet", {**net, "causal": True, "norm_type": "cLN"},
          (2,), lambda: sound(800, 1)),
-        ("TDConvNet", "masknn.TDConvNet", {**convs, "norm_type": "BN"}, (16, 2),
+        ("TDConvNet", "masknn.TDConvNet", {**convs, "norm_type": "bN"}, (16, 2),
          values(1, 16, 80)),
         ("TDConvNetpp", "masknn.convolutional.TDConvNetpp", convs, (16, 2), values(1, 16, 80)),
         ("SuDORMRFNet", "models.SuDORMRFNet", bands, (2,), lambda: sound(1600, 1)),
         ("SuDORMRFImprovedNet", "models.SuDORMRFImprovedNet", bands, (2,),
          lambda: sound(1600, 1)),
         ("DCUNet", "models.DCUNet", {"stft_n_filters": 256, "stft_kernel_size": 256,
-                                     "stft_stride": 64}, ("DCUNet-10",), lambda: sound(2048, 1)),
-        ("DCCRNet", "models.DCCRNet", {}, ("DCCRN-CL",), lambda: sound(2048, 1)),
+                                     "stft_stride": 64, "fix_length_mode": "pad"},
+         ("DCUNet-10",), lambda: sound(2048, 1)),
     ]  # fmt: skip
     return [
         Entry("asteroid", name, f"asteroid.{place}", options, arguments, inputs=inputs)
