@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from orepa_compiler.choices import Precision
-from orepa_compiler.cli.engine_options import (
+from orepa_compiler.cli.given.engine_options import (
     Calibration,
     ComputeCapability,
     KeepFp32,
@@ -22,7 +22,7 @@ from orepa_compiler.cli.engine_options import (
     check_engine_options,
     profile,
 )
-from orepa_compiler.cli.options import (
+from orepa_compiler.cli.given.options import (
     Checkpoint,
     Classes,
     Crop,
@@ -169,7 +169,7 @@ def export_command(
     )
     has_no_effect("--keep-fp32", bool(keep_fp32) and precision == "fp32", "all of it is float32")
     # Only now torch and what the rest needs: a mistake above is told at once.
-    from orepa_compiler.cli.exporting import run_export
+    from orepa_compiler.cli.run.exporting import run_export
 
     return run_export(
         {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from orepa_compiler.errors import CheckpointError, ReparamError
-from orepa_compiler.export.progress import announced
+from orepa_compiler.progress import announced
 from orepa_compiler.reference.architectures import Architecture, named
 from orepa_compiler.reference.blocks import Kind
 from orepa_compiler.reference.keys import Part, checked, kinds_in, state_of

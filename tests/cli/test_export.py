@@ -12,10 +12,10 @@ import torch
 from onnx import numpy_helper
 
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.cli.engine_options import profile
+from orepa_compiler.cli.given.engine_options import profile
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.inspection import load_graph, torch_module
-from orepa_compiler.export.latency_report import Bench, BenchRow, Contents, Timing
+from orepa_compiler.export.latency import Bench, BenchRow, Contents, Timing
+from orepa_compiler.export.onnx.inspection import load_graph, torch_module
 
 NETS = """
 import torch
@@ -234,7 +234,7 @@ def test_a_simplified_file_with_its_weights_beside_it_is_checked_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxsim")
-    monkeypatch.setattr("orepa_compiler.export.onnx.EMBED_LIMIT_BYTES", 100)
+    monkeypatch.setattr("orepa_compiler.export.onnx.writing.EMBED_LIMIT_BYTES", 100)
     assert run(export_main, f"{EXPORT} --simplify", capsys)[0] == 0
     (weights,) = Path().glob("net.onnx.*.data")
     modules = [torch_module(n) for n in load_graph(Path("net.onnx")).graph.node]

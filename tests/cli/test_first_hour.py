@@ -361,7 +361,7 @@ def test_ctrl_c_says_what_is_there(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orepa_compiler.cli.stages.OnnxRunner", interrupt)
+    monkeypatch.setattr("orepa_compiler.cli.run.stages.OnnxRunner", interrupt)
     code, _, err = run(export_main, f"nets.py:tiny {EXPORT}", capsys)
     assert code == 130
     assert err == [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from orepa_compiler.export.annotation import annotate, set_properties
-from orepa_compiler.export.inspection import torch_module
+from orepa_compiler.export.onnx.annotation import annotate, set_properties
+from orepa_compiler.export.onnx.inspection import torch_module
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 STACK = "pkg.torch.onnx.stack_trace"

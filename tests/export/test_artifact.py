@@ -10,11 +10,11 @@ import onnx
 import pytest
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.annotation import set_properties
-from orepa_compiler.export.artifact import Expected, check_artifact
-from orepa_compiler.export.counting import Counts
-from orepa_compiler.export.inspection import MODULE_KEY
-from orepa_compiler.export.tracing import trace
+from orepa_compiler.export.gates.artifact import Expected, check_artifact
+from orepa_compiler.export.gates.counting import Counts
+from orepa_compiler.export.onnx.annotation import set_properties
+from orepa_compiler.export.onnx.inspection import MODULE_KEY
+from orepa_compiler.export.onnx.program import trace
 from tests.export.nets import SmallNet, images
 
 Change = Callable[[onnx.ModelProto], None]

@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import export_onnx
-from orepa_compiler.export.artifact import check_collapsed
-from orepa_compiler.export.counting import Counts, check_counts
-from orepa_compiler.export.inspection import conv_nodes, load_graph
-from orepa_compiler.export.tracing import trace
-from orepa_compiler.export.weight_record import properties_of
+from orepa_compiler.export.gates.artifact import check_collapsed
+from orepa_compiler.export.gates.counting import Counts, check_counts
+from orepa_compiler.export.onnx.inspection import conv_nodes, load_graph
+from orepa_compiler.export.onnx.program import trace
+from orepa_compiler.export.onnx.weight_record import properties_of
 from tests.export.graphs import WIDE, add, conv, model, norm
 from tests.export.nets import Returns, SmallNet, images
 

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.inspection import (
+from orepa_compiler.export.onnx.inspection import (
     conv_nodes,
     foldable_norms,
     load_graph,

@@ -11,7 +11,7 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.export.openvino import OpenVINORunner, write_openvino
+from orepa_compiler.export.run.openvino import OpenVINORunner, write_openvino
 from tests.norms import randomise_norms
 
 NETS = """

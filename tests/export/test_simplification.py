@@ -13,10 +13,10 @@ import torch
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import OnnxRunner, export_onnx
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.external_data import external_files
-from orepa_compiler.export.inspection import load_graph, torch_module
-from orepa_compiler.export.simplification import agree, compare, simplify_file
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.external_data import external_files
+from orepa_compiler.export.onnx.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.simplification import agree, compare, simplify_file
 from tests.export.nets import SmallNet, images
 
 onnxsim = pytest.importorskip("onnxsim")

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.tracing import (
+from orepa_compiler.export.onnx.program import (
     count_convs,
     foldable_norms,
     output_names,

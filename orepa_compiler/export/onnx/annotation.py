@@ -1,0 +1,82 @@
+"""Names and metadata in an ONNX graph: what the exporter writes, made readable."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from orepa_compiler.export.onnx.inspection import MODULE_KEY, torch_module, walk
+
+# What torch's exporter writes for each node: the module paths from the root down, then the node.
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+# It also writes the stack trace, with the paths of the machine that exported.
+_STACK_KEY = "pkg.torch.onnx.stack_trace"
+
+
+def name_values(graph: Any, outputs: Sequence[str]) -> None:
+    """Names the outputs of an onnx_ir graph, and gives way wherever a name is already taken."""
+    returned = {id(value) for value in graph.outputs}
+    for value in graph.inputs:
+        if value.name in outputs:
+            value.name = f"input_{value.name}"
+    computed = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*computed, *graph.initializers.values()):
+        if value.name in outputs and id(value) not in returned:
+            value.name = f"{value.name}_value"
+    for value, name in zip(graph.outputs, outputs, strict=False):
+        value.name = name
+
+
+def annotate(model: Any, properties: dict[str, str]) -> None:
+    """Writes each node's torch module, the properties of the model, and the symbol `batch`."""
+    nodes = list(walk(model.graph))
+    for node in nodes:
+        entries = {entry.key: entry.value for entry in node.metadata_props}
+        entries.pop(_STACK_KEY, None)
+        if _SCOPES_KEY in entries:
+            # The path before the node's own name is that of the module whose forward ran it.
+            scopes = ast.literal_eval(entries[_SCOPES_KEY])
+            entries[MODULE_KEY] = scopes[-2] if len(scopes) > 1 else ""
+        set_properties(node, entries)
+    place_unnamed_nodes(nodes)
+    set_properties(model, properties)
+    _name_batch(model.graph)
+
+
+def place_unnamed_nodes(nodes: Sequence[Any]) -> None:
+    """Gives a node that an optimizer made the deepest module that holds its readers."""
+    readers: dict[str, list[str]] = defaultdict(list)
+    for node in reversed(nodes):
+        modules = [module for output in node.output for module in readers[output]]
+        if torch_module(node) is None and modules:
+            levels = zip(*(module.split(".") for module in modules), strict=False)
+            common = takewhile(lambda level: len(set(level)) == 1, levels)
+            node.metadata_props.add(key=MODULE_KEY, value=".".join(level[0] for level in common))
+        module = torch_module(node)
+        if module is not None:
+            for name in node.input:
+                readers[name].append(module)
+
+
+def set_properties(message: Any, properties: dict[str, str]) -> None:
+    """Replaces the metadata_props of a node or a model."""
+    del message.metadata_props[:]
+    for key, value in properties.items():
+        message.metadata_props.add(key=key, value=value)
+
+
+def _name_batch(graph: Any) -> None:
+    """Calls the symbol of the inputs' first axis `batch`, also inside expressions such as 4*s7."""
+    shapes = [value.type.tensor_type.shape for value in graph.input]
+    symbols = {shape.dim[0].dim_param for shape in shapes if shape.dim} - {""}
+    if len(symbols) != 1:
+        return  # no symbol, or several: the check of the file speaks about that
+    pattern = re.compile(rf"\b{re.escape(symbols.pop())}\b")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = pattern.sub("batch", dim.dim_param)
