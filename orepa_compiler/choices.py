@@ -1,4 +1,4 @@
-"""What a command line offers to choose from: plain text, read before torch is imported."""
+"""Lists what a command line offers to choose from; read before torch is imported."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import orepa_compiler as orepa
-from orepa_compiler.locating import UNSEEN, explain, explain_report, locate
+from orepa_compiler.proving.locating import UNSEEN, explain, explain_report, locate
 from orepa_compiler.verification import verify
 from tests.norms import randomise_norms
 

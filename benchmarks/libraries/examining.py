@@ -16,7 +16,7 @@ from benchmarks.zoo.building import Subject
 from benchmarks.zoo.checks import described
 from benchmarks.zoo.counting import convs_of, count_plan, watching_norms
 from benchmarks.zoo.examining import Limits, Row
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 
 TOLERANCE = 1e-3  # relative to the largest output, in float32, of random weights
 _SPREAD = 0.5  # of the random statistics around those of a fresh norm

@@ -1,4 +1,4 @@
-"""Blocks: which branches stand in for a conv, and the modules that hold them.
+"""Defines blocks: which branches stand in for a conv, and the modules that hold them.
 
 A Block is a value: names, and for each a function from the conv's operator to a branch, or None
 where the branch does not apply (`catalogue` has those that are published). LinearBlock runs its
@@ -22,6 +22,7 @@ from orepa_compiler.algebra.kernels import sum_biases
 from orepa_compiler.algebra.layers import conv_operator, stated_padding
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks.leaves import call_of
+from orepa_compiler.blocks.plain import conv_with, plain_conv
 from orepa_compiler.blocks.stated import WRITTEN, read_only
 from orepa_compiler.branches import Geometry
 from orepa_compiler.capture.skeleton import is_sharded
@@ -208,9 +209,11 @@ class LinearBlock(BranchSum):
 
         In float64, cast once. Raises NotLinear where an inserted norm is not affine.
         """
-        from orepa_compiler.blocks.plain import plain_conv
-
         return plain_conv(self)
+
+    def plain(self) -> nn.Module:
+        """That conv in the block's own precision. Raises NotLinear likewise."""
+        return conv_with(self.as_conv(), self)
 
     def switch_to_deploy(self) -> None:
         """Become that conv, in place: for converters that were written for RepVGG or MobileOne."""

@@ -1,4 +1,4 @@
-"""The squeeze by the algebra: the branches of a block as one kernel, for branches of any kind.
+"""Squeezes the branches of a block by the algebra, for branches of any kind.
 
 This is where the cost of re-parameterization falls from O(H W) to O(K_H K_W) (Hu et al. 2022, Sec.
 3.3). The package does the same at less cost, and is tested against this.

@@ -1,4 +1,4 @@
-"""The kernels of blocks of one form, and their gradients, in few operations for all of them.
+"""Makes the kernels of blocks of one form in few operations for all of them.
 
 It computes what `rules` computes, over stacks of parameters and without parts: there memory is
 saved, here launches. So it is the way of a GPU, and of small kernels on a CPU.

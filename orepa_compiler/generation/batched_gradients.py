@@ -1,4 +1,4 @@
-"""The gradients of blocks of one form, in few operations for all of them: see `batched`.
+"""Computes the gradients of blocks of one form in few operations: see `batched`.
 
 Everything is linear in G = dL/dW_e, so nothing but the parameters is needed. The products whose
 sums are the scaling layers' gradients, dv = <W_m, G>, stand side by side in one table, and one

@@ -1,4 +1,4 @@
-"""The contraction of two kernels over the channels between them: where the arithmetic is.
+"""Contracts two kernels over the channels between them, which is where the arithmetic is.
 
     R[o, i, k] = sum_t K[o, t, k] D[t, i]        within each group
 

@@ -1,4 +1,4 @@
-"""The form of a block: what blocks must have in common for their kernels to be made together."""
+"""Groups blocks by form: what they must share for their kernels to be made together."""
 
 from __future__ import annotations
 

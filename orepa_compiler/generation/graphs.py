@@ -1,4 +1,4 @@
-"""Kernels of many blocks, and their gradients, as two CUDA graphs: one launch each.
+"""Makes kernels of many blocks, and their gradients, by two CUDA graphs: one launch each.
 
 A graph is recorded once and runs again on the same addresses. So it serves while parameters stand
 still in memory and change in place, as an optimizer changes them; where they have moved, it is

@@ -1,4 +1,4 @@
-"""The depthwise - pointwise branch: a small product for each input channel.
+"""Squeezes the depthwise - pointwise branch: a small product for each input channel.
 
     W[o, i, k] = sum_j p[o, i, j] d[i, j, k]
 

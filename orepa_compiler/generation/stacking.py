@@ -1,4 +1,4 @@
-"""Tensors of equal blocks side by side in memory, so that one operation reaches all of them."""
+"""Lays tensors of equal blocks side by side in memory, so that one operation reaches all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of many blocks in one autograd Function: those of one form in the same operations."""
+"""Makes the kernels of many blocks in one autograd Function, those of one form together."""
 
 from __future__ import annotations
 

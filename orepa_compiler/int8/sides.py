@@ -1,4 +1,4 @@
-"""A model that rounds to int8 compared with what was made of it: integers first, then outputs."""
+"""Compares a model that rounds to int8 with a file: integers first, then outputs."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.branches.sequences import trained_kernel
 from orepa_compiler.capture import Capture
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.overlaps import Touched
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.rewrite import set_module_everywhere
-from orepa_compiler.selection import Where, selection
+from orepa_compiler.planning.overlaps import Touched
+from orepa_compiler.rewriting.selection import Where, selection
+from orepa_compiler.rewriting.swapping import set_module_everywhere
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from orepa_compiler.blocks import LinearBlock, ReparamConv, squeezed
 from orepa_compiler.capture import Capture
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan
-from orepa_compiler.rewrite import set_module_everywhere
+from orepa_compiler.rewriting.swapping import set_module_everywhere
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The networks of the authors' code: how the stock ones are built, and where their parts are."""
+"""Builds the stock networks of the authors' code, and finds their parts."""
 
 from __future__ import annotations
 

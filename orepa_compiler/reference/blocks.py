@@ -1,4 +1,4 @@
-"""The authors' blocks, in training and deploy form: how to tell them, and what they compute."""
+"""Recognizes the authors' blocks, in training and deploy form, and says what they compute."""
 
 from __future__ import annotations
 

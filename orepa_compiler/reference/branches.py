@@ -1,4 +1,4 @@
-"""From the tensors of the authors' blocks to the parameters of ours, one for one.
+"""Turns tensors of the authors' blocks into the parameters of ours, one for one.
 
 Every tensor keeps its meaning, so training can go on from it. Four are written differently: the
 rows of a grouped pointwise kernel, the layers of the deep stem behind the first, the prior's shape,

@@ -1,4 +1,4 @@
-"""The network of a checkpoint: our expanded model, or the stock one with composed kernels."""
+"""Builds the network of a checkpoint: our expanded model, or the stock one."""
 
 from __future__ import annotations
 

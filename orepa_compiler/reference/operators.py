@@ -1,4 +1,4 @@
-"""Tensors of the authors' code as operators: a conv, a norm, a diverse branch block."""
+"""Reads tensors of the authors' code as operators: a conv, a norm, a diverse branch block."""
 
 from __future__ import annotations
 

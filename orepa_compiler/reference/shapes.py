@@ -1,4 +1,4 @@
-"""The keys and shapes of the tensors that each of the authors' blocks stores.
+"""Lists the keys and shapes of the tensors that each of the authors' blocks stores.
 
 Those of the public implementation of Hu et al. 2022. O, I, G, k: of the conv that a block stands
 for; T: the channels inside a 1x1 - kxk branch.

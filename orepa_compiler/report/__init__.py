@@ -1,4 +1,4 @@
-"""The HTML report of an export or a comparison: one file that needs no network."""
+"""Writes the report of an export or a comparison: one HTML file that needs no network."""
 
 from orepa_compiler.report.branches import BlockBranches, block_branches
 from orepa_compiler.report.page import Link, Outcome, Page

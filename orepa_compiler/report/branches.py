@@ -1,4 +1,4 @@
-"""The branches of a model in training form, as the paper draws them."""
+"""Draws the branches of a model in training form, as the paper does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimizer, carried over when its model changes form in the middle of training."""
+"""Carries an optimizer over when its model changes form in the middle of training."""
 
 from __future__ import annotations
 

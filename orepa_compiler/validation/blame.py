@@ -1,4 +1,4 @@
-"""Which edits made a model another function: those at the first module that differs."""
+"""Finds the edits that made a model another function: those at the first module that differs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from orepa_compiler.capture import ancestors
-from orepa_compiler.overlaps import touched_modules
 from orepa_compiler.planning import Edit
+from orepa_compiler.planning.overlaps import touched_modules
 from orepa_compiler.validation.agreement import Disagreement, largest_error
 from orepa_compiler.validation.behaviour import Call, behaviour, flat
 from orepa_compiler.verification.evaluation import Batch

@@ -1,4 +1,4 @@
-"""Whether there is room for a copy of a model in float64."""
+"""Tells whether there is room for a copy of a model in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trial of a rewrite: it is run beside the model, and what does not agree is taken back.
+"""Runs a rewrite beside the model, and takes back what does not agree.
 
 In float64, on copies of both, each batch is given with and without gradients, twice where a call
 leaves something behind. Rounding the new weights is no fault: where it shows, the rewrite is made
@@ -16,8 +16,8 @@ from torch import nn
 from orepa_compiler.capture.randomness import RandomState
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.overlaps import touched_modules
 from orepa_compiler.planning import Plan
+from orepa_compiler.planning.overlaps import touched_modules
 from orepa_compiler.validation.agreement import (
     Disagreement,
     Origin,
@@ -37,7 +37,11 @@ from orepa_compiler.validation.memory import fits_in_float64
 from orepa_compiler.validation.state import ModelState
 from orepa_compiler.verification.evaluation import Batch, own_dtype
 from orepa_compiler.verification.nesting import describe, map_tensors
-from orepa_compiler.verification.rounding import MAX_TOLERANCE, NOISE_FACTOR, UNMEASURED_NOISE
+from orepa_compiler.verification.outputs.rounding import (
+    MAX_TOLERANCE,
+    NOISE_FACTOR,
+    UNMEASURED_NOISE,
+)
 
 # What composing kernels in another order may change in float64, through a whole net.
 EXACT = 1e-9

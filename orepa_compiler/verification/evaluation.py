@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification.decisions import Deciding, Decision
 from orepa_compiler.verification.modes import evaluation_mode as evaluation_mode
 from orepa_compiler.verification.nesting import (
     Form,
@@ -27,6 +26,7 @@ from orepa_compiler.verification.nesting import (
     others_in,
     tensors_in,
 )
+from orepa_compiler.verification.outputs.decisions import Deciding, Decision
 
 Batch = tuple[Any, ...]  # the positional arguments of one call
 

@@ -1,4 +1,4 @@
-"""The tensors inside a call's arguments and outputs, which may be nested, and their names."""
+"""Finds the tensors in nested arguments and outputs, and names them."""
 
 from __future__ import annotations
 

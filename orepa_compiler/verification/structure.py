@@ -1,4 +1,4 @@
-"""How the arguments of a call are nested, as plain data beside their tensors."""
+"""Writes how the arguments of a call are nested as plain data beside their tensors."""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ import onnx
 import torch
 from torch import nn
 
-from orepa_compiler import atomic
 from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export.onnx import writing as exporting
 from orepa_compiler.export.onnx.program import trace
+from orepa_compiler.files import atomic
 
 KILLS = 20
 PAUSE_S = 0.02

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.certificate import BlockCertificate, Certificate
 from orepa_compiler.export.audit import AuditRow, HalfAudit
 from orepa_compiler.export.manifest import Check, FileRecord, Manifest
+from orepa_compiler.proving.certificate import BlockCertificate, Certificate
 from orepa_compiler.report import Link, ModelSize, Page, block_branches, measure_model
 from orepa_compiler.verification import verify
 from orepa_compiler.verification.divergence import Divergence

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.verification import rounding, verify
+from orepa_compiler.verification import verify
+from orepa_compiler.verification.outputs import rounding
 from tests.verification_nets import Returning, X, changed, folded, net, only_row, reasons
 
 

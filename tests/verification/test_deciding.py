@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.verification import verify
-from orepa_compiler.verification.decisions import Deciding
+from orepa_compiler.verification.outputs.decisions import Deciding
 from tests.verification_nets import Returning, X, only_row, reasons
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification import NOISE_FACTOR, rounding, truth, verify
+from orepa_compiler.verification import NOISE_FACTOR, truth, verify
+from orepa_compiler.verification.outputs import rounding
 from tests.norms import randomise_norms
 from tests.verification_nets import Returning, X, folded, fuse, net, only_row, reasons
 

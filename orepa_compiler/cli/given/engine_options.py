@@ -1,4 +1,4 @@
-"""The options of orepa-export that say how an engine is built and in which precision."""
+"""Defines the options of orepa-export for engines and precisions."""
 
 from __future__ import annotations
 

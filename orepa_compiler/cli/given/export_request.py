@@ -1,4 +1,4 @@
-"""What orepa-export was asked for, and the data that it names."""
+"""Holds what orepa-export was asked for, and reads the data that it names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orepa_compiler.export.onnx.precision import cast_tensors
 from orepa_compiler.export.tensorrt.flavors import load_flavor
 from orepa_compiler.export.tensorrt.profiles import Shape
 from orepa_compiler.model_source import check_function, check_options
-from orepa_compiler.preprocessing import Preprocessing, preprocessing_of
+from orepa_compiler.model_source.preprocessing import Preprocessing, preprocessing_of
 
 # Samples in one call while the ranges are taken.
 CALIBRATION_BATCH = 8

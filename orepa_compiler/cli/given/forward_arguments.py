@@ -1,4 +1,4 @@
-"""What a model's forward takes, and a batch of a data set put in that order."""
+"""Reads what a model's forward takes, and puts a batch of a data set in that order."""
 
 from __future__ import annotations
 

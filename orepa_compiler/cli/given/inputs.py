@@ -1,4 +1,4 @@
-"""The user's own inputs: .npy, .npz, a folder of them or of images, or what a function gives."""
+"""Reads the user's own inputs: .npy, .npz, a folder of them or of images, or a function's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from orepa_compiler.cli.given.forward_arguments import Batch, arguments_of, bound
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.model_source import call_source
-from orepa_compiler.preprocessing import IMAGE_ENDINGS, Preprocessing
+from orepa_compiler.model_source.preprocessing import IMAGE_ENDINGS, Preprocessing
 
 _ENDINGS = (".npy", ".npz")
 

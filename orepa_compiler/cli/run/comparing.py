@@ -25,11 +25,11 @@ from orepa_compiler.cli.shown.summary import (
 )
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.manifest import versions
-from orepa_compiler.locating import explain_report
 from orepa_compiler.progress import announced
+from orepa_compiler.proving.locating import explain_report
+from orepa_compiler.proving.sides import verify
 from orepa_compiler.report import write_page
 from orepa_compiler.report.picture import save_picture
-from orepa_compiler.sides import verify
 from orepa_compiler.verification import Report
 from orepa_compiler.verification.divergence import Divergence
 

@@ -1,4 +1,4 @@
-"""What stands on one side of `orepa verify`: a torch model, an ONNX file or a TensorRT engine."""
+"""Makes a side of `orepa verify` of a torch model, an ONNX file or a TensorRT engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model's name and a checkpoint to ONNX and TensorRT, each step checked against the last."""
+"""Goes from a model and a checkpoint to ONNX and TensorRT; each step is checked by the last."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.certificate import Certificate
-from orepa_compiler.certifying import certify
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.models import check_it_runs, load_told, warn_of_random_weights
 from orepa_compiler.cli.run.evaluating import Evaluation
@@ -33,12 +30,15 @@ from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.export.run.openvino import OpenVINORunner, write_openvino
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt.building import build_engine
+from orepa_compiler.files.atomic import staged
 from orepa_compiler.int8.analysis import int8_loss
-from orepa_compiler.locating import explain_report
 from orepa_compiler.progress import announced
+from orepa_compiler.proving.certificate import Certificate
+from orepa_compiler.proving.certifying import certify
+from orepa_compiler.proving.locating import explain_report
+from orepa_compiler.proving.sides import verify
 from orepa_compiler.quantization.layers import rounded_layers
 from orepa_compiler.report import block_branches, measure_model
-from orepa_compiler.sides import verify
 from orepa_compiler.verification import Samples
 from orepa_compiler.verification.nesting import tensors_in
 from orepa_compiler.verification.sample_file import save_samples

@@ -1,4 +1,4 @@
-"""One step of a command: what it is called, what came of it, and how it is attempted."""
+"""Attempts one step of a command, and holds what came of it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orepa_compiler.certificate import Certificate
 from orepa_compiler.export.audit import HalfAudit
 from orepa_compiler.export.latency import Timing
+from orepa_compiler.proving.certificate import Certificate
 from orepa_compiler.report import BlockBranches, ModelSize
 from orepa_compiler.verification import Report, Samples, judge
 from orepa_compiler.verification.divergence import Divergence

@@ -1,4 +1,4 @@
-"""What a page says of an export in a line each: the command, the file's interface, its latency."""
+"""Says of an export, in a line each: the command, the file's interface, its latency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a command: what its steps, or its comparison, came to."""
+"""Builds the page of a command from what its steps, or its comparison, came to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from orepa_compiler.certificate import LIMIT
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.options import ExitCode, NotVerified
 from orepa_compiler.cli.run.sides import side_file
@@ -18,6 +17,7 @@ from orepa_compiler.cli.run.steps import Step
 from orepa_compiler.cli.shown.facts import comparison_facts, export_facts, recheck_facts
 from orepa_compiler.cli.shown.summary import complaints, verdict
 from orepa_compiler.export.manifest import Check, read_manifest
+from orepa_compiler.proving.certificate import LIMIT
 from orepa_compiler.report import (
     Link,
     ModelSize,

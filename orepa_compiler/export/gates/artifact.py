@@ -1,4 +1,4 @@
-"""The check that an ONNX file is what was asked for."""
+"""Checks that an ONNX file is what was asked for."""
 
 from __future__ import annotations
 

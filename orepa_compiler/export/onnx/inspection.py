@@ -1,4 +1,4 @@
-"""What an ONNX graph holds: its convs and their types, and the marks of a forgotten collapse."""
+"""Looks into an ONNX graph: its convs, their types, and the marks of a forgotten collapse."""
 
 from __future__ import annotations
 

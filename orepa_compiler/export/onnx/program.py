@@ -1,4 +1,4 @@
-"""From a torch model to a traced program of aten operators, and what that program says."""
+"""Traces a torch model into a program of aten operators, and reads that program."""
 
 from __future__ import annotations
 

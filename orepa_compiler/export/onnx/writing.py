@@ -1,4 +1,4 @@
-"""A collapsed model as an ONNX file that is what was asked for, or no file at all."""
+"""Writes a collapsed model as an ONNX file that is what was asked for, or writes no file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from orepa_compiler.atomic import real_target, staged
 from orepa_compiler.capture.skeleton import value_copy
-from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, Int8RangeWarning
 from orepa_compiler.export.gates.artifact import Expected, check_artifact
@@ -57,7 +55,9 @@ from orepa_compiler.export.onnx.simplification import simplify_file
 from orepa_compiler.export.onnx.weight_record import record_weights
 from orepa_compiler.export.onnx.widening import REFUSED_IN_BF16, widen
 from orepa_compiler.export.run.session import PRESET_KEY
+from orepa_compiler.files.atomic import real_target, staged
 from orepa_compiler.progress import announced
+from orepa_compiler.proving.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.quantization.carrying import without_ranges
 from orepa_compiler.quantization.quantizers import PRESETS, Preset
 

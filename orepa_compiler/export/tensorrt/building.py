@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.gates.network import ParsedNetwork, parse_network
 from orepa_compiler.export.tensorrt.flavors import Flavor, error_log, load_flavor
 from orepa_compiler.export.tensorrt.profiles import Shapes, set_shapes
+from orepa_compiler.files.atomic import staged
 from orepa_compiler.progress import build_monitor
 
 # Built for where no GPU tells its own: Ada, the newest that most desktops have.

@@ -1,10 +1,10 @@
-"""The edits of collapse: what goes, what comes and what it counts, for each kind of fold."""
+"""Makes the edits of collapse: what goes, what comes and what it counts, for each kind of fold."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import holds_kernel, is_idle
+from orepa_compiler.algebra.classifiers import holds_kernel, is_idle
 from orepa_compiler.analysis.functional import functional_conv
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.blocks.own_forward import own_conv

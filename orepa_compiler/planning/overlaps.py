@@ -1,4 +1,4 @@
-"""Whether the edits of a plan fit a model, and one another, looked at before any is applied.
+"""Checks that the edits of a plan fit a model, and one another, before any is applied.
 
 Each edit was found right by itself. Two that change one module, or one node of a forward, are not:
 the second would be carried out on what the first left.

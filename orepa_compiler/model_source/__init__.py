@@ -1,4 +1,4 @@
-"""A model named by a string: what a command line can say about a model."""
+"""Makes the model that a string names: what a command line can say about a model."""
 
 from __future__ import annotations
 

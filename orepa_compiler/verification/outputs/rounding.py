@@ -1,4 +1,4 @@
-"""An output that is rounded: how far off it is, and whether that is too far.
+"""Measures how far off a rounded output is, and whether that is too far.
 
 error     = max |candidate - truth| / max |truth|
 noise     = max |rounded - truth| / max |truth|, over evaluations in the working precision: the
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.verification.compared_output import Comparison, size_of, wide
+from orepa_compiler.verification.outputs.compared_output import Comparison, size_of, wide
 from orepa_compiler.verification.verdict import Row
 
 # How much worse than the reference a right candidate may be. On models with random norms (ResNet,

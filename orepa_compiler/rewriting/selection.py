@@ -1,4 +1,4 @@
-"""Which modules a user means: `where=` as a predicate or as glob patterns on module paths."""
+"""Selects modules by `where=`: a predicate, or glob patterns on module paths."""
 
 from __future__ import annotations
 

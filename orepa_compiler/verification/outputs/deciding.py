@@ -1,4 +1,4 @@
-"""An output that is decided and not rounded: masks, class ids, counts.
+"""Compares an output that is decided and not rounded: masks, class ids, counts.
 
 It must be the truth's exactly wherever the reference decides clearly. Where it does not, any value
 will do whose decision is as near as rounding is large:
@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.verification.compared_output import Comparison
-from orepa_compiler.verification.rounding import MAX_TOLERANCE, too_noisy
+from orepa_compiler.verification.outputs.compared_output import Comparison
+from orepa_compiler.verification.outputs.rounding import MAX_TOLERANCE, too_noisy
 from orepa_compiler.verification.verdict import Row
 
 

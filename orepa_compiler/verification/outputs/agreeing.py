@@ -1,4 +1,4 @@
-"""How often a candidate decides as the truth does: the top-1 of all that was given.
+"""Counts how often a candidate decides as the truth does: the top-1 of all that was given.
 
     disagreement  <=  factor * max(disagreement of the noise, one position)
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from orepa_compiler.verification.compared_output import wide
 from orepa_compiler.verification.nesting import is_comparable
+from orepa_compiler.verification.outputs.compared_output import wide
 from orepa_compiler.verification.samples import Samples
 from orepa_compiler.verification.verdict import Agreement, Row
 

@@ -1,4 +1,4 @@
-"""What blocks add to a training step: the arithmetic of their kernels beside that of their convs.
+"""Predicts what blocks add to a training step: the arithmetic of their kernels.
 
 The making of a kernel costs the same for one image as for a thousand, so it counts most where a
 batch is small and feature maps are too.

@@ -1,4 +1,4 @@
-"""The certificate of a collapse: block by block, that one conv computes what the branches did.
+"""Certifies a collapse: block by block, one conv computes what the branches did.
 
 Two statements for each block, and together they leave no room for a wrong weight:
 
@@ -17,7 +17,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orepa_compiler.schemas import read_json
+from orepa_compiler.files.schemas import read_json
 
 # The most that composing kernels in another order may change in float64: 4,500 eps. The blocks of
 # thirty models came to 6e-15 at most.

@@ -1,4 +1,4 @@
-"""A model as it was: what a rewrite that failed in the middle changed is put back."""
+"""Puts a model back as it was when a rewrite fails in the middle."""
 
 from __future__ import annotations
 

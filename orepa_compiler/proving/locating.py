@@ -1,4 +1,4 @@
-"""Where two models part: the first torch module whose output is not what the reference gives."""
+"""Finds the first torch module whose output is not what the reference gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One output of one batch as every side gave it."""
+"""Holds one output of one batch as every side gave it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orepa_compiler.verification.decisions import Decision
 from orepa_compiler.verification.nesting import kind_of
+from orepa_compiler.verification.outputs.decisions import Decision
 from orepa_compiler.verification.verdict import Row
 
 

@@ -1,4 +1,4 @@
-"""What a model's convs cost: multiply-accumulates for one image."""
+"""Counts what a model's convs cost: multiply-accumulates for one image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_conv_like
+from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture.skeleton import meta_copy, value_copy
 from orepa_compiler.errors import ReparamError

@@ -1,4 +1,4 @@
-"""What masks and class ids are decided on: the values behind each comparison and each choice.
+"""Finds the values on which masks and class ids are decided: comparisons and choices.
 
 An output of 0 and 1, or of indices, has no rounding error. It is right or wrong, but where the
 values that it was decided on are as near to each other as rounding is large: there both are right.

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.capture.skeleton import value_copy
-from orepa_compiler.certificate import BlockCertificate, Certificate, ForwardCertificate
 from orepa_compiler.compiler import collapsed_by
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.collapse.folds import Fold, fold_of
 from orepa_compiler.planning import Edit, Plan, recorded_plans
 from orepa_compiler.preconditions import check_unrounded
+from orepa_compiler.proving.certificate import BlockCertificate, Certificate, ForwardCertificate
 from orepa_compiler.validation.agreement import largest_error, stale_modules
 from orepa_compiler.validation.behaviour import Call, behaviour
 from orepa_compiler.validation.blame import place_of
-from orepa_compiler.verification.comparison import size_of
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors, named_leaves
+from orepa_compiler.verification.outputs.comparison import size_of
 
 _DIGITS = 16  # of a sha256, in what is printed and kept
 

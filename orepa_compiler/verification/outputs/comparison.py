@@ -1,13 +1,13 @@
-"""One output of one batch, held against the truth: the first thing that is wrong with it."""
+"""Holds one output of one batch against the truth: the first thing that is wrong with it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from orepa_compiler.verification.compared_output import Comparison, short, size_of, wide
-from orepa_compiler.verification.deciding import decide
 from orepa_compiler.verification.nesting import is_comparable, kind_of, nonfinite_counts
-from orepa_compiler.verification.rounding import measure, noise_of, too_noisy
+from orepa_compiler.verification.outputs.compared_output import Comparison, short, size_of, wide
+from orepa_compiler.verification.outputs.deciding import decide
+from orepa_compiler.verification.outputs.rounding import measure, noise_of, too_noisy
 from orepa_compiler.verification.verdict import Row
 
 __all__ = ["Comparison", "compare", "short", "size_of", "unfit"]

@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import fx, nn
 
 from orepa_compiler.errors import CheckpointError, ReparamError
-from orepa_compiler.schemas import parsed, read_json
+from orepa_compiler.files.schemas import parsed, read_json
 
 _FORMAT = 1
 _ATTRIBUTE = "_orepa_plans"

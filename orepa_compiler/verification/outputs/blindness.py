@@ -1,4 +1,4 @@
-"""What a comparison that passes could not have seen, given these inputs and tolerances."""
+"""Tells what a comparison that passes could not have seen, given inputs and tolerances."""
 
 from __future__ import annotations
 

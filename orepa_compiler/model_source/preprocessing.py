@@ -1,4 +1,4 @@
-"""How an image becomes the input of a model: by what timm or torchvision say of it."""
+"""Reads how an image becomes the input of a model, by what timm or torchvision say of it."""
 
 from __future__ import annotations
 
