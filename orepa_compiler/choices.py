@@ -10,6 +10,9 @@ FORMS = "torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:
 # The types of an exported file; int8 lies between two nodes of a float32 graph.
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
+# What int8 is for: engines of TensorRT, or onnxruntime and OpenVINO on CPUs.
+Preset = Literal["tensorrt", "cpu"]
+
 # Which TensorRT builds an engine: the one that needs the GPU, or the one that does not.
 Flavor = Literal["auto", "trt", "rtx"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orepa_compiler.choices import Flavor, Precision, Weights
+from orepa_compiler.choices import Flavor, Precision, Preset, Weights
 from orepa_compiler.cli.given.forward_arguments import Batch
 from orepa_compiler.cli.given.images import ImageOptions
 from orepa_compiler.cli.given.inputs import check_source, load_inputs
@@ -34,8 +34,9 @@ class ExportRequest:
     batch: of the inputs compared; None is 1 where the artifacts keep it, and 2 where it is free, so
     that more than one image is really compared. data: the user's own inputs, to be compared beside
     random ones of their shape. images: how images become inputs. calibration: where the data for
-    int8 comes from. evaluate: the user's function that tells how good a form is. profile: the
-    shapes that the engine takes. report: where a page goes, for which the models are measured.
+    int8 comes from. int8_preset: what runs it; None is the model's own, or TensorRT. evaluate: the
+    user's function that tells how good a form is. profile: the shapes that the engine takes.
+    report: where a page goes, for which the models are measured.
     """
 
     model: str
@@ -61,6 +62,7 @@ class ExportRequest:
     evaluate: str | None = None
     keep_fp32: tuple[str, ...] = ()
     calibration: str | None = None
+    int8_preset: Preset | None = None
     profile: dict[str, tuple[Shape, ...]] | tuple[Shape, ...] | None = None
     workspace_gb: float | None = None
     tf32: bool = False

@@ -18,6 +18,7 @@ from orepa_compiler.export.onnx.inspection import conv_nodes, load_graph
 from orepa_compiler.export.onnx.precision import ELEMENT_TYPES
 from orepa_compiler.export.onnx.weight_record import check_weights, properties_of
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
+from orepa_compiler.export.run.session import PRESET_KEY
 from orepa_compiler.proving.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.verification.sample_file import load_samples
 
@@ -94,8 +95,11 @@ class _Recheck:
         return Step("certificate", verdict, note=note, cause=reason, certificate=certificate)
 
     def network(self) -> Step:
+        path = self.path_of("onnx")
+        if properties_of(load_graph(path)).get(PRESET_KEY) == "cpu":
+            raise NotRun("its int8 is for CPUs, which TensorRT does not parse")
         try:
-            summary = inspect_network(self.path_of("onnx"))
+            summary = inspect_network(path)
         except MissingPackage:
             raise
         except ExportError as error:

@@ -209,6 +209,7 @@ class _Export:
                 certificate=self.certificate,
                 keep_fp32=request.keep_fp32,
                 calibration=self.calibration,
+                int8_preset=request.int8_preset,
             )
         self.has_written = True
         ranges = [str(w.message) for w in told if issubclass(w.category, Int8RangeWarning)]
