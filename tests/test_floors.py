@@ -18,7 +18,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "choices", "dependencies", "progress", "atomic", "schemas", "algebra"),
+    (
+        *("errors", "choices", "naming", "dependencies", "progress", "atomic", "schemas"),
+        "algebra",
+    ),
     ("capture", "branches"),
     ("generation", "holding", "rewrite", "restoring", "selection"),
     ("blocks",),

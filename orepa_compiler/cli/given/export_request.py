@@ -33,7 +33,8 @@ class ExportRequest:
     shapes: of the inputs, without the batch, as written; none where the model's own are taken.
     batch: of the inputs compared; None is 1 where the artifacts keep it, and 2 where it is free, so
     that more than one image is really compared. data: the user's own inputs, to be compared beside
-    random ones of their shape. images: how images become inputs. calibration: where the data for
+    random ones of their shape. input_names, output_names: in the files; none for
+    those of the model. images: how images become inputs. calibration: where the data for
     int8 comes from. evaluate: the user's function that tells how good a form is. profile: the
     shapes that the engine takes. report: where a page goes, for which the models are measured.
     """
@@ -51,6 +52,9 @@ class ExportRequest:
     batch: int | None = None
     precision: Precision = "fp32"
     static_batch: bool = False
+    dynamic_size: bool = False
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
     simplify: bool = False
     opset: int | None = None
     flavor: Flavor = "auto"

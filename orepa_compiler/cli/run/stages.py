@@ -196,6 +196,9 @@ class _Export:
                 self.inputs,
                 request.onnx,
                 dynamic_batch=not request.static_batch,
+                dynamic_size=request.dynamic_size,
+                input_names=request.input_names or None,
+                output_names=request.output_names or None,
                 precision=request.precision,
                 simplify=request.simplify,
                 opset=request.opset,
@@ -317,6 +320,11 @@ class _Export:
         if any(step.name == "build engine" and step.verdict == "done" for step in steps):
             assert request.engine is not None
             files.append(("engine", request.engine))
+        if request.openvino and any(
+            s.name == "write openvino" and s.verdict == "done" for s in steps
+        ):
+            files.append(("openvino", request.openvino))
+            files.append(("weights", request.openvino.with_suffix(".bin")))
         note = ""
         try:
             files.append(("samples", self._write_samples()))
