@@ -17,10 +17,12 @@ from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.int8.quantization import calibration_batches
 from orepa_compiler.export.onnx.precision import cast_tensors
+from orepa_compiler.export.onnx.sizes import check_images, other_sizes
 from orepa_compiler.export.tensorrt.flavors import load_flavor
 from orepa_compiler.export.tensorrt.profiles import Shape
 from orepa_compiler.model_source import check_function, check_options
 from orepa_compiler.preprocessing import Preprocessing, preprocessing_of
+from orepa_compiler.verification.nesting import tensors_in
 
 # Samples in one call while the ranges are taken.
 CALIBRATION_BATCH = 8
@@ -108,6 +110,18 @@ class ExportRequest:
         if self.static_batch and not full:
             raise ReparamError(f"--inputs {self.data}: holds no batch of {batch} samples")
         return full if self.static_batch else batches
+
+    def check_interface(self, model: nn.Module, batch: Batch) -> None:
+        """Raises ReparamError for more or fewer names than inputs, and for a size that is fixed."""
+        names, count = self.input_names, len(list(tensors_in(batch)))
+        if names and len(names) != count:
+            raise ReparamError(
+                f"--input-names {','.join(names)}: names {len(names)} inputs, and the model takes "
+                f"{count}; give one name for each"
+            )
+        if self.dynamic_size:
+            check_images(batch)
+            next(other_sizes(model, batch))
 
     def preprocessing(self, model: nn.Module) -> Preprocessing:
         """How images become inputs of this model."""
