@@ -94,6 +94,7 @@ class _Export:
         warn_of_random_weights(request.model, self.origin)
         self.inputs = request.inputs(self.model)
         check_it_runs(request.model, self.model, self.inputs[0])
+        request.check_interface(self.model, self.inputs[0])
         self.is_trained = bool(rounded_layers(self.model))  # to round to int8
         self.calibration = request.calibrating(
             self.model, self.inputs[0], is_trained=self.is_trained
@@ -203,6 +204,9 @@ class _Export:
                 self.inputs,
                 request.onnx,
                 dynamic_batch=not request.static_batch,
+                dynamic_size=request.dynamic_size,
+                input_names=request.input_names or None,
+                output_names=request.output_names or None,
                 precision=request.precision,
                 simplify=request.simplify,
                 opset=request.opset,
@@ -325,6 +329,11 @@ class _Export:
         if any(step.name == "build engine" and step.verdict == "done" for step in steps):
             assert request.engine is not None
             files.append(("engine", request.engine))
+        if request.openvino and any(
+            s.name == "write openvino" and s.verdict == "done" for s in steps
+        ):
+            files.append(("openvino", request.openvino))
+            files.append(("weights", request.openvino.with_suffix(".bin")))
         note = ""
         try:
             files.append(("samples", self._write_samples()))
