@@ -84,13 +84,23 @@ def _error(expected: list[torch.Tensor], made: nn.Module, inputs: tuple[Any, ...
 
 
 def _exports(model: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """ "" where the export is written and passes its gates, or what it says."""
+    """ "" where the export is written and passes its gates, or what it says.
+
+    As torch's own does by default, for one batch size where the forward holds for no other.
+    """
+    said = ""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            orepa.export_onnx(model, _given(inputs), Path(folder) / "model.onnx")
-        except Exception as problem:
-            return described(problem)
-    return ""
+        for dynamic in (True, False):
+            file = Path(folder) / f"{dynamic}.onnx"
+            try:
+                orepa.export_onnx(model, _given(inputs), file, dynamic_batch=dynamic)
+            except Exception as problem:
+                said = described(problem)
+                if "dynamic_batch=False" not in said:
+                    return said
+            else:
+                return ""
+    return said
 
 
 def _torch_exports(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
