@@ -223,7 +223,7 @@ class LinearBlock(BranchSum):
 
     def plain(self) -> nn.Module:
         """That conv in the block's own precision. Raises NotLinear likewise."""
-        return conv_with(self.as_conv(), self)
+        return conv_with(conv_operator(self), self)
 
     def switch_to_deploy(self) -> None:
         """Become that conv, in place: for converters that were written for RepVGG or MobileOne."""

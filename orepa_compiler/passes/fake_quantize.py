@@ -10,16 +10,12 @@ from torch import Tensor, nn
 from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture
+from orepa_compiler.choices import Preset
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.quantization.carrying import without_ranges
 from orepa_compiler.quantization.layers import ROUNDED, Rounded, rounded, rounded_layers
-from orepa_compiler.quantization.quantizers import (
-    Preset,
-    check_preset,
-    input_quantizer,
-    weight_quantizer,
-)
+from orepa_compiler.quantization.quantizers import check_preset, input_quantizer, weight_quantizer
 from orepa_compiler.rewriting.selection import Where, selection
 from orepa_compiler.rewriting.swapping import exchange
 
