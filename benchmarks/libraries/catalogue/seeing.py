@@ -116,7 +116,7 @@ def _configuration(model: str) -> str:
 
 def matching() -> list[Entry]:
     patches: Making = lambda: images(1, 32, 4)  # noqa: E731
-    features = [(f"feature.{n}", (False,), {}, patches)
+    features: list[tuple[str, tuple[Any, ...], dict[str, Any], Making]] = [(f"feature.{n}", (False,), {}, patches)
                 for n in ("HardNet", "HardNet8", "SOSNet", "TFeat", "HyNet")]  # fmt: skip
     made: list[tuple[str, tuple[Any, ...], dict[str, Any], Making]] = [
         *features,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -36,8 +36,11 @@ def name_values(graph: Any, outputs: Sequence[str], inputs: Sequence[str] = ()) 
         value.name = name
 
 
-def annotate(model: Any, properties: dict[str, str]) -> None:
-    """Writes each node's torch module, the model's properties, and names of symbols."""
+def annotate(model: Any, properties: dict[str, str], modules: Collection[str] = ()) -> None:
+    """Writes each node's torch module, the model's properties, and names of symbols.
+
+    modules: the paths of those with a weight.
+    """
     nodes = list(walk(model.graph))
     for node in nodes:
         entries = {entry.key: entry.value for entry in node.metadata_props}
@@ -45,11 +48,22 @@ def annotate(model: Any, properties: dict[str, str]) -> None:
         if _SCOPES_KEY in entries:
             # The path before the node's own name is that of the module whose forward ran it.
             scopes = ast.literal_eval(entries[_SCOPES_KEY])
-            entries[MODULE_KEY] = scopes[-2] if len(scopes) > 1 else ""
+            entries[MODULE_KEY] = _from_the_root(scopes[:-1], modules)
         set_properties(node, entries)
     place_unnamed_nodes(nodes)
     set_properties(model, properties)
     _name_symbols(model.graph)
+
+
+def _from_the_root(scopes: list[str], modules: Collection[str]) -> str:
+    """The path of the innermost module; "" is the root's.
+
+    torch names the child of a module whose forward was bound to it (module.forward = ...) from
+    that module, and not from the root.
+    """
+    path = scopes[-1] if scopes else ""
+    whole = f"{scopes[-2]}.{path}" if len(scopes) > 1 and scopes[-2] else path
+    return whole if path not in modules and whole in modules else path
 
 
 def place_unnamed_nodes(nodes: Sequence[Any]) -> None:

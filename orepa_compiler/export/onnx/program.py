@@ -53,7 +53,7 @@ def trace_program(
         shapes = pytree.tree_map(lambda leaf: _symbols(leaf, batch_axis, free), batch)
     try:
         with quiet(), torch.no_grad():
-            return torch.export.export(model, batch, dynamic_shapes=shapes)
+            return _exported(model, batch, shapes)
     except Exception as error:  # whatever the model's own forward raises while it is traced
         reason = next((line for line in str(error).splitlines() if line.strip()), "no message")
         advice = "; where forward fixes the batch size, pass dynamic_batch=False"
@@ -70,6 +70,20 @@ def _symbols(leaf: Any, batch_axis: dict[int, Any], free: Any) -> dict[int, Any]
         return None
     sizes = axis_names(leaf.dim()) if free is not None and is_image(leaf) else {}
     return {**batch_axis, **dict.fromkeys(sizes, free)}
+
+
+def _exported(model: nn.Module, batch: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    """The program that torch.export makes: by running the forward, or else by reading its code.
+
+    Some read numbers out of tensors, which only the second way follows: the mask of a length.
+    """
+    try:
+        return torch.export.export(model, batch, dynamic_shapes=shapes)
+    except Exception as first:
+        try:
+            return torch.export.export(model, batch, dynamic_shapes=shapes, strict=True)
+        except Exception:
+            raise first from None
 
 
 def _has_batch(leaf: Any) -> bool:

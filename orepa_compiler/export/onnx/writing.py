@@ -309,7 +309,7 @@ def _write(
     )
     counts = Counts.of_graph(graph)
     name_by_content(graph, draft)
-    annotate(graph, properties | counts.properties())
+    annotate(graph, properties | counts.properties(), expected.modules)
     if expected.element_type == "BFLOAT16":
         widen(graph, REFUSED_IN_BF16, keep=expected.kept)
     onnx.save(graph, draft)
