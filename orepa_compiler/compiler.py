@@ -1,4 +1,4 @@
-"""The verbs: plan, expand, cut, collapse."""
+"""Defines the verbs plan, expand, cut and collapse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import nn
 from orepa_compiler.blocks import Block, LinearBlock
 from orepa_compiler.blocks.catalogue import named
 from orepa_compiler.capture.skeleton import meta_copy
-from orepa_compiler.cost import conv_costs
 from orepa_compiler.errors import NormsLeftWarning, NothingExpandedWarning, ReparamError
 from orepa_compiler.int8.verbs import fake_quantize
 from orepa_compiler.passes import (
@@ -31,6 +30,8 @@ from orepa_compiler.passes import (
 from orepa_compiler.passes.expand import Init, PostNorm
 from orepa_compiler.passes.fake_quantize import DropRanges, FakeQuantize
 from orepa_compiler.planning import Plan, record_plan
+from orepa_compiler.planning.cost import conv_costs
+from orepa_compiler.planning.step_cost import affordable, with_step_costs
 from orepa_compiler.preconditions import (
     check_cut,
     check_inputs,
@@ -40,6 +41,7 @@ from orepa_compiler.preconditions import (
     check_values,
 )
 from orepa_compiler.quantization.carrying import ranges_of, with_ranges, without_ranges
+from orepa_compiler.rewriting.selection import Where
 from orepa_compiler.running import (
     Inputs,
     Made,
@@ -49,8 +51,6 @@ from orepa_compiler.running import (
     record_forwards,
     run_passes,
 )
-from orepa_compiler.selection import Where
-from orepa_compiler.step_cost import affordable, with_step_costs
 from orepa_compiler.training.calibration import calibrate
 from orepa_compiler.validation.trial import Kept, Wanted
 from orepa_compiler.verification.evaluation import (
@@ -285,7 +285,7 @@ def _expansion(pipeline: Pipeline, options: dict[str, Any], plan: Plan | None) -
     Norms in branches stay as they are, unless a linear block is named, or a plan that says so.
     """
     passes, block = pipeline.configured(**options), options["block"]
-    stays = block == "auto" or block.scaling_layer == "norm"
+    stays = block == "auto" or block.is_offline
     is_planned = plan is not None and plan.of("linearize").edits
     return passes.without("linearize") if stays and not is_planned else passes
 

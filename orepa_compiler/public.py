@@ -16,7 +16,6 @@ from orepa_compiler.blocks.catalogue import OREPA_VGG as OREPA_VGG
 from orepa_compiler.blocks.catalogue import REPVGG as REPVGG
 from orepa_compiler.blocks.catalogue import mobileone as mobileone
 from orepa_compiler.branches.field import DCTFilter as DCTFilter
-from orepa_compiler.certifying import certify as certify
 from orepa_compiler.checkpoints import load as load
 from orepa_compiler.checkpoints import save as save
 from orepa_compiler.compiler import collapse as collapse
@@ -39,7 +38,7 @@ from orepa_compiler.export.run.openvino import OpenVINORunner as OpenVINORunner
 from orepa_compiler.export.run.openvino import write_openvino as write_openvino
 from orepa_compiler.export.run.runners import OnnxRunner as OnnxRunner
 from orepa_compiler.export.run.runners import TensorRTRunner as TensorRTRunner
-from orepa_compiler.export.tensorrt.building import build_engine as build_engine
+from orepa_compiler.export.tensorrt.engine import build_engine as build_engine
 from orepa_compiler.int8.analysis import int8_loss as int8_loss
 from orepa_compiler.int8.equalizing import equalize as equalize
 from orepa_compiler.int8.verbs import drop_ranges as drop_ranges
@@ -50,8 +49,9 @@ from orepa_compiler.passes import EXPAND as EXPAND
 from orepa_compiler.passes import Pipeline as Pipeline
 from orepa_compiler.planning import Plan as Plan
 from orepa_compiler.planning import recorded_plans as recorded_plans
+from orepa_compiler.proving.certifying import certify as certify
+from orepa_compiler.proving.sides import verify as verify
 from orepa_compiler.reference import load_reference as load_reference
-from orepa_compiler.sides import verify as verify
 from orepa_compiler.training.branch_history import BranchHistory as BranchHistory
 from orepa_compiler.training.hooks import step_hooks as step_hooks
 from orepa_compiler.training.optimizer_mapping import map_optimizer as map_optimizer

@@ -16,7 +16,7 @@ from benchmarks.zoo.building import Subject
 from benchmarks.zoo.checks import described
 from benchmarks.zoo.counting import convs_of, count_plan, watching_norms
 from benchmarks.zoo.examining import Limits, Row
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 
 TOLERANCE = 1e-3  # relative to the largest output, in float32, of random weights
 _SPREAD = 0.5  # of the random statistics around those of a fresh norm
@@ -47,8 +47,9 @@ def _examined(entry: Entry, exports: bool) -> Row:
     with torch.no_grad(), watching_norms(model) as norms:
         expected = outputs_of(model(*inputs))
     row |= {"norms": norms.total, "norms_behind_conv": len(norms.behind)}
-    row["plan"] = count_plan(convs, orepa.plan(model, inputs=_given(inputs)))
-    big = orepa.expand(model, inputs=_given(inputs)).eval()
+    plan = orepa.plan(model, inputs=_given(inputs))
+    row["plan"] = count_plan(convs, plan)
+    big = orepa.expand(model, inputs=_given(inputs), plan=plan).eval()
     small = orepa.collapse(big, inputs=_given(inputs))
     row["errors"] = {
         name: _error(expected, made, inputs)

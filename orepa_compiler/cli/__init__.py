@@ -1,4 +1,4 @@
-"""The command line: orepa plan, export, verify and bench; orepa-export stands alone too."""
+"""Defines the command line: orepa plan, export, verify, bench and int8, and orepa-export."""
 
 from __future__ import annotations
 

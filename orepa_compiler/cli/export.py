@@ -11,6 +11,7 @@ from orepa_compiler.choices import Precision
 from orepa_compiler.cli.given.engine_options import (
     Calibration,
     ComputeCapability,
+    Int8Preset,
     KeepFp32,
     MaxShapes,
     MinShapes,
@@ -20,6 +21,7 @@ from orepa_compiler.cli.given.engine_options import (
     TrtFlavor,
     Workspace,
     check_engine_options,
+    check_preset_option,
     profile,
 )
 from orepa_compiler.cli.given.interface_options import (
@@ -100,6 +102,7 @@ def export_command(
     ] = None,
     keep_fp32: KeepFp32 = None,
     calibration: Calibration = None,
+    int8_preset: Int8Preset = None,
     trt_flavor: TrtFlavor = "auto",
     compute_capability: ComputeCapability = None,
     min_shapes: MinShapes = None,
@@ -187,6 +190,7 @@ def export_command(
     has_no_effect(
         "--calibration", calibration is not None and precision == "fp32", "fp32 needs no ranges"
     )
+    check_preset_option(int8_preset, precision=precision, has_engine=trt is not None)
     has_no_effect("--keep-fp32", bool(keep_fp32) and precision == "fp32", "all of it is float32")
     # Only now torch and what the rest needs: a mistake above is told at once.
     from orepa_compiler.cli.run.exporting import run_export
@@ -219,6 +223,7 @@ def export_command(
             "evaluate": evaluate,
             "keep_fp32": tuple(keep_fp32 or ()),
             "calibration": calibration,
+            "int8_preset": int8_preset,
             "profile": shapes,
             "workspace_gb": workspace,
             "tf32": tf32,

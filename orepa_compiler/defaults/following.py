@@ -1,4 +1,4 @@
-"""What stands before and behind a conv: the dataflow that decides whether a block fits there.
+"""Finds what stands before and behind a conv, which decides whether a block fits there.
 
 It only chooses defaults. Whether a rewrite is exact never depends on what is found here.
 """
@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from orepa_compiler.algebra.layers import is_activation, is_conv_like, is_dropout, is_norm
+from orepa_compiler.algebra.classifiers import (
+    is_activation,
+    is_conv_like,
+    is_dropout,
+    is_norm,
+)
 from orepa_compiler.analysis.elementwise import addition
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS

@@ -1,4 +1,4 @@
-"""What half precision would do to a model's values, before anything is cast: named by torch module.
+"""Finds what half precision would do to a model's values, before anything is cast.
 
 A value above the type's largest becomes inf. One below its smallest normal number has fewer digits,
 down to none: a tensor is called subnormal where that costs more than the type's rounding does,

@@ -1,4 +1,4 @@
-"""How long a collapsed model takes beside the stock one: both in turns, in one run."""
+"""Times a collapsed model beside the stock one: both in turns, in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where int8 without training loses, module by module, and what each way out would give."""
+"""Measures what int8 without training loses, module by module, and what each way out gives."""
 
 from __future__ import annotations
 

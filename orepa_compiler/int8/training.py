@@ -1,4 +1,4 @@
-"""What the verbs of int8 training do: which layers round, and their first ranges."""
+"""Finds which layers round, and takes their first ranges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import holds_kernel, is_batch_norm, is_idle
+from orepa_compiler.algebra.classifiers import holds_kernel, is_batch_norm, is_idle
 from orepa_compiler.capture.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy
@@ -25,7 +25,7 @@ from orepa_compiler.passes.fake_quantize import FakeQuantize
 from orepa_compiler.planning import Plan
 from orepa_compiler.quantization.layers import Rounded, rounded_layers
 from orepa_compiler.quantization.quantizers import NEW_RANGE, Preset, Quantizer, switch
-from orepa_compiler.selection import Where
+from orepa_compiler.rewriting.selection import Where
 from orepa_compiler.validation.state import state_kept
 from orepa_compiler.verification.evaluation import evaluation_mode, run_to
 

@@ -1,4 +1,4 @@
-"""The verbs of int8 training: fake_quantize, freeze_ranges and drop_ranges."""
+"""Defines the verbs of int8 training: fake_quantize, freeze_ranges and drop_ranges."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from orepa_compiler.preconditions import (
     check_values,
 )
 from orepa_compiler.quantization.quantizers import Preset, check_preset, check_range, freeze
+from orepa_compiler.rewriting.selection import Where
 from orepa_compiler.running import Inputs, copy_model, record_forwards
-from orepa_compiler.selection import Where
 from orepa_compiler.verification.evaluation import (
     batches_of,
 )

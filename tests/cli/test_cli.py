@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from orepa_compiler import __version__
-from orepa_compiler.certificate import Certificate
 from orepa_compiler.checkpoints import save
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.cli.run import comparing, sampling, sides, stages, steps
+from orepa_compiler.cli.run import comparing, sampling, stages, steps
+from orepa_compiler.cli.run import named_sides as sides
 from orepa_compiler.cli.run.steps import Step
 from orepa_compiler.compiler import expand
 from orepa_compiler.errors import ExportError, MissingPackage, ReparamError
 from orepa_compiler.model_source import load_model
+from orepa_compiler.proving.certificate import Certificate
 from tests.norms import randomise_norms
 
 ROOT = Path(__file__).parents[2]
@@ -297,6 +298,7 @@ def test_the_options_arrive(verbs: Verbs, capsys: pytest.CaptureFixture[str]) ->
         "certificate": None,
         "keep_fp32": (),
         "calibration": [],
+        "int8_preset": None,
     }
     assert verbs.calls["samples"] == {"precision": torch.float16, "stress": True}
     assert verbs.calls["engine"] == {

@@ -21,7 +21,7 @@ from orepa_compiler.export.gates.artifact import check_collapsed, check_precisio
 from orepa_compiler.export.onnx import writing as exporting
 from orepa_compiler.export.onnx.inspection import MODULE_KEY, conv_nodes, load_graph, torch_module
 from orepa_compiler.export.onnx.weight_record import check_weights
-from orepa_compiler.locating import explain_report
+from orepa_compiler.proving.locating import explain_report
 from orepa_compiler.verification.divergence import Divergence
 from tests.mutation.artifacts import CONV, RESNET, STRIDED, images, trained
 

@@ -1,4 +1,4 @@
-"""The options of orepa-export that say how an engine is built and in which precision."""
+"""Defines the options of orepa-export for engines and precisions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orepa_compiler.choices import Flavor
+from orepa_compiler.choices import Flavor, Precision, Preset
 from orepa_compiler.cli.given.options import has_no_effect, shape
 from orepa_compiler.errors import ReparamError
 
@@ -27,6 +27,10 @@ Calibration = Annotated[
     typer.Option(
         metavar="PATH", help="For int8, and for the audit of fp16 and bf16: as for --inputs."
     ),
+]
+Int8Preset = Annotated[
+    Preset | None,
+    typer.Option(help="What int8 is for: tensorrt (default), or cpu for onnxruntime and OpenVINO."),
 ]
 TrtFlavor = Annotated[
     Flavor, typer.Option(help="trt: TensorRT, on this GPU. rtx: TensorRT for RTX, also without.")
@@ -86,6 +90,16 @@ def check_engine_options(
         raise ReparamError(f"--compute-capability {compute_capability}: write it as 8.9")
     if timing_cache is not None and flavor == "rtx":
         raise ReparamError("--timing-cache: TensorRT for RTX times nothing; leave it out")
+
+
+def check_preset_option(preset: Preset | None, *, precision: Precision, has_engine: bool) -> None:
+    """Raises ReparamError for a preset without int8, and for CPUs' where an engine is built."""
+    has_no_effect("--int8-preset", preset is not None and precision != "int8", "it is for int8")
+    if preset == "cpu" and has_engine:
+        raise ReparamError(
+            "--int8-preset cpu: TensorRT refuses its zero points and quantized biases; leave out "
+            "--trt, or write the engine from an export of its own"
+        )
 
 
 def profile(

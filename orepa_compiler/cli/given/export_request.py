@@ -1,4 +1,4 @@
-"""What orepa-export was asked for, and the data that it names."""
+"""Holds what orepa-export was asked for, and reads the data that it names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orepa_compiler.choices import Flavor, Precision, Weights
+from orepa_compiler.choices import Flavor, Precision, Preset, Weights
 from orepa_compiler.cli.given.forward_arguments import Batch
 from orepa_compiler.cli.given.images import ImageOptions
 from orepa_compiler.cli.given.inputs import check_source, load_inputs
@@ -21,7 +21,7 @@ from orepa_compiler.export.onnx.sizes import check_images, other_sizes
 from orepa_compiler.export.tensorrt.flavors import load_flavor
 from orepa_compiler.export.tensorrt.profiles import Shape
 from orepa_compiler.model_source import check_function, check_options
-from orepa_compiler.preprocessing import Preprocessing, preprocessing_of
+from orepa_compiler.model_source.preprocessing import Preprocessing, preprocessing_of
 from orepa_compiler.verification.nesting import tensors_in
 
 # Samples in one call while the ranges are taken.
@@ -35,10 +35,11 @@ class ExportRequest:
     shapes: of the inputs, without the batch, as written; none where the model's own are taken.
     batch: of the inputs compared; None is 1 where the artifacts keep it, and 2 where it is free, so
     that more than one image is really compared. data: the user's own inputs, to be compared beside
-    random ones of their shape. input_names, output_names: in the files; none for
-    those of the model. images: how images become inputs. calibration: where the data for
-    int8 comes from. evaluate: the user's function that tells how good a form is. profile: the
-    shapes that the engine takes. report: where a page goes, for which the models are measured.
+    random ones of their shape. input_names, output_names: in the files; none for those of the
+    model. images: how images become inputs. calibration: where the data for
+    int8 comes from. int8_preset: what runs it; None is the model's own, or TensorRT. evaluate: the
+    user's function that tells how good a form is. profile: the shapes that the engine takes.
+    report: where a page goes, for which the models are measured.
     """
 
     model: str
@@ -67,6 +68,7 @@ class ExportRequest:
     evaluate: str | None = None
     keep_fp32: tuple[str, ...] = ()
     calibration: str | None = None
+    int8_preset: Preset | None = None
     profile: dict[str, tuple[Shape, ...]] | tuple[Shape, ...] | None = None
     workspace_gb: float | None = None
     tf32: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.preprocessing import Preprocessing
+from orepa_compiler.model_source.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the words of a command line stand for: blocks, inputs and models."""
+"""Finds the blocks, inputs and models that the words of a command line name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orepa_compiler.cli.given.options import NotVerified as NotVerified
 from orepa_compiler.cli.given.options import shape
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.model_source import folder_of, importable, is_of_a_zoo, load_model
-from orepa_compiler.preprocessing import preprocessing_of
+from orepa_compiler.model_source.preprocessing import preprocessing_of
 from orepa_compiler.progress import announced
 
 # The seed of a model's own random weights and of the inputs: the same command, the same numbers.

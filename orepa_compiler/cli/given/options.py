@@ -1,4 +1,4 @@
-"""The words of a command line, and what can be said of them before torch is imported."""
+"""Defines options that commands share, and checks them before torch is imported."""
 
 from __future__ import annotations
 

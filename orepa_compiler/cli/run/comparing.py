@@ -14,7 +14,7 @@ from orepa_compiler.choices import Weights
 from orepa_compiler.cli.given.inputs import load_inputs
 from orepa_compiler.cli.given.models import random_inputs
 from orepa_compiler.cli.given.options import ExitCode, NotVerified
-from orepa_compiler.cli.run.sides import check_checkpoint, inputs_of_files, load_side
+from orepa_compiler.cli.run.named_sides import check_checkpoint, inputs_of_files, load_side
 from orepa_compiler.cli.shown.junit import write_junit
 from orepa_compiler.cli.shown.pages import page_of_comparison
 from orepa_compiler.cli.shown.summary import (
@@ -25,11 +25,11 @@ from orepa_compiler.cli.shown.summary import (
 )
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.manifest import versions
-from orepa_compiler.locating import explain_report
 from orepa_compiler.progress import announced
+from orepa_compiler.proving.locating import explain_report
+from orepa_compiler.proving.sides import verify
 from orepa_compiler.report import write_page
 from orepa_compiler.report.picture import save_picture
-from orepa_compiler.sides import verify
 from orepa_compiler.verification import Report
 from orepa_compiler.verification.divergence import Divergence
 

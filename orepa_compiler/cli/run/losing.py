@@ -21,7 +21,7 @@ from orepa_compiler.cli.given.models import (
 from orepa_compiler.compiler import collapse
 from orepa_compiler.export.int8.quantization import calibration_batches
 from orepa_compiler.int8.analysis import int8_loss
-from orepa_compiler.preprocessing import preprocessing_of
+from orepa_compiler.model_source.preprocessing import preprocessing_of
 from orepa_compiler.progress import announced
 
 

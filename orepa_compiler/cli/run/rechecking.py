@@ -1,4 +1,4 @@
-"""A manifest checked again: the same files, the same gates, the same numbers, on any machine."""
+"""Checks a manifest again: the same files, gates and numbers, on any machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.cli.run.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, judged
 from orepa_compiler.errors import ExportError, MissingPackage, NotRun, ReparamError
 from orepa_compiler.export.gates.artifact import check_collapsed, check_precision
@@ -20,6 +19,8 @@ from orepa_compiler.export.onnx.precision import ELEMENT_TYPES
 from orepa_compiler.export.onnx.weight_record import check_weights, properties_of
 from orepa_compiler.export.run.openvino import OpenVINORunner
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
+from orepa_compiler.export.run.session import PRESET_KEY
+from orepa_compiler.proving.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.verification.sample_file import load_samples
 
 CUDA = "CUDAExecutionProvider"
@@ -97,8 +98,11 @@ class _Recheck:
         return Step("certificate", verdict, note=note, cause=reason, certificate=certificate)
 
     def network(self) -> Step:
+        path = self.path_of("onnx")
+        if properties_of(load_graph(path)).get(PRESET_KEY) == "cpu":
+            raise NotRun("its int8 is for CPUs, which TensorRT does not parse")
         try:
-            summary = inspect_network(self.path_of("onnx"))
+            summary = inspect_network(path)
         except MissingPackage:
             raise
         except ExportError as error:

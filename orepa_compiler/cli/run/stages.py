@@ -1,4 +1,4 @@
-"""From a model's name and a checkpoint to ONNX and TensorRT, each step checked against the last."""
+"""Goes from a model and a checkpoint to ONNX and TensorRT; each step is checked by the last."""
 
 from __future__ import annotations
 
@@ -6,39 +6,45 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.certificate import Certificate
-from orepa_compiler.certifying import certify
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.models import check_it_runs, load_told, warn_of_random_weights
+from orepa_compiler.cli.run.artifacts import artifact_files
 from orepa_compiler.cli.run.evaluating import Evaluation
 from orepa_compiler.cli.run.sampling import INT8_BATCHES, samples_for
-from orepa_compiler.cli.run.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, compared, judged
+from orepa_compiler.cli.run.steps import (
+    NOT_RUN_ON_A_GPU,
+    Step,
+    Verdict,
+    attempt,
+    compared,
+    finite,
+    judged,
+)
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import Int8RangeWarning, Interrupted, NormsLeftWarning, ReparamError
 from orepa_compiler.export.audit import HALVES, audit_half
 from orepa_compiler.export.latency import timed
-from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
-from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.manifest import Check, make_manifest, manifest_path, write_manifest
 from orepa_compiler.export.onnx.precision import PRECISIONS, cast_tensors, kept_modules
 from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.export.run.openvino import OpenVINORunner, write_openvino
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
-from orepa_compiler.export.tensorrt.building import build_engine
+from orepa_compiler.export.tensorrt.engine import build_engine
+from orepa_compiler.files.atomic import staged
 from orepa_compiler.int8.analysis import int8_loss
-from orepa_compiler.locating import explain_report
 from orepa_compiler.progress import announced
+from orepa_compiler.proving.certificate import Certificate
+from orepa_compiler.proving.certifying import certify
+from orepa_compiler.proving.locating import explain_report
+from orepa_compiler.proving.sides import verify
 from orepa_compiler.quantization.layers import rounded_layers
 from orepa_compiler.report import block_branches, measure_model
-from orepa_compiler.sides import verify
 from orepa_compiler.verification import Samples
 from orepa_compiler.verification.nesting import tensors_in
 from orepa_compiler.verification.sample_file import save_samples
@@ -206,6 +212,7 @@ class _Export:
                 certificate=self.certificate,
                 keep_fp32=request.keep_fp32,
                 calibration=self.calibration,
+                int8_preset=request.int8_preset,
             )
         self.has_written = True
         ranges = [str(w.message) for w in told if issubclass(w.category, Int8RangeWarning)]
@@ -312,26 +319,13 @@ class _Export:
 
     def write_manifest(self, steps: list[Step]) -> Step:
         request, path = self.request, manifest_path(self.request.onnx)
-        files: list[tuple[Role, Path]] = [("onnx", request.onnx)]
-        files += [
-            ("weights", request.onnx.resolve().parent / n) for n in _weights_files(request.onnx)
-        ]
-        if request.checkpoint:
-            files.append(("checkpoint", request.checkpoint))
-        if any(step.name == "build engine" and step.verdict == "done" for step in steps):
-            assert request.engine is not None
-            files.append(("engine", request.engine))
-        if request.openvino and any(
-            s.name == "write openvino" and s.verdict == "done" for s in steps
-        ):
-            files.append(("openvino", request.openvino))
-            files.append(("weights", request.openvino.with_suffix(".bin")))
+        files = artifact_files(request, steps)
         note = ""
         try:
             files.append(("samples", self._write_samples()))
         except ReparamError as error:
             note = f"without samples, so it cannot be checked again elsewhere: {error}"
-        checks = [Check(s.name, s.verdict, _finite(s.error), s.note) for s in steps]
+        checks = [Check(s.name, s.verdict, finite(s.error), s.note) for s in steps]
         manifest = make_manifest(path, files, options=asdict(request), checks=checks)
         write_manifest(path, manifest)
         return Step("write manifest", "done", path, note=note)
@@ -341,12 +335,3 @@ class _Export:
         with staged(path) as draft:
             save_samples(self.samples(), draft)
         return path
-
-
-def _weights_files(path: Path) -> list[str]:
-    return external_files(load_graph(path))
-
-
-def _finite(error: float | None) -> float | None:
-    # JSON has no inf, which stands for an output that could not be compared at all.
-    return error if error is not None and isfinite(error) else None

@@ -1,16 +1,17 @@
-"""One step of a command: what it is called, what came of it, and how it is attempted."""
+"""Attempts one step of a command, and holds what came of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from orepa_compiler.certificate import Certificate
 from orepa_compiler.export.audit import HalfAudit
 from orepa_compiler.export.latency import Timing
+from orepa_compiler.proving.certificate import Certificate
 from orepa_compiler.report import BlockBranches, ModelSize
 from orepa_compiler.verification import Report, Samples, judge
 from orepa_compiler.verification.divergence import Divergence
@@ -80,3 +81,8 @@ def judged(name: str, samples: Samples, runner: Callable[..., Any]) -> Step:
 def compared(name: str, report: Report) -> Step:
     """The step that a comparison is."""
     return Step(name, "pass" if report else "mismatch", error=report.max_error, report=report)
+
+
+def finite(error: float | None) -> float | None:
+    """The error if JSON can hold it; inf stands for an output that could not be compared at all."""
+    return error if error is not None and isfinite(error) else None

@@ -1,4 +1,4 @@
-"""What a page says of an export in a line each: the command, the file's interface, its latency."""
+"""Says of an export, in a line each: the command, the file's interface, its latency."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from orepa_compiler.cli.run.steps import Step
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.gates.counting import Counts, node_count
 from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.weight_record import properties_of
+from orepa_compiler.export.run.session import PRESET_KEY
 from orepa_compiler.export.run.signature import Interface
 from orepa_compiler.verification import Report
 
@@ -58,6 +60,7 @@ def file_facts(path: Path) -> list[Fact]:
         return []
     held = Interface.of(model)
     return [
+        ("int8 preset", (properties_of(model).get(PRESET_KEY, ""),)),
         ("opset", (str(held.opset),)),
         ("inputs", held.inputs),
         ("outputs", held.outputs),

@@ -1,4 +1,4 @@
-"""What a command found as JUnit XML, which continuous integration shows test by test."""
+"""Writes what a command found as JUnit XML, which continuous integration shows test by test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-from orepa_compiler.atomic import staged
+from orepa_compiler.files.atomic import staged
 
 # What XML 1.0 cannot hold, not even escaped.
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

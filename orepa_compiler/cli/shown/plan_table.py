@@ -1,4 +1,4 @@
-"""A plan as text of 80 columns: a row for each conv, or for each stage of the net."""
+"""Prints a plan in 80 columns: a row for each conv, or for each stage of the net."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export came to: the table, the lines on stderr, the JSON and the exit code."""
+"""Sums up an export: the table, the lines on stderr, the JSON and the exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.options import ExitCode
 from orepa_compiler.cli.run.steps import Step
@@ -23,6 +22,7 @@ from orepa_compiler.cli.shown.junit import Case, Outcome, write_junit
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.manifest import versions
 from orepa_compiler.export.onnx.external_data import sha256
+from orepa_compiler.files.atomic import staged
 from orepa_compiler.verification import Report
 from orepa_compiler.verification.divergence import Divergence, half_blocks, plain_map
 

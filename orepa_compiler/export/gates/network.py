@@ -1,4 +1,4 @@
-"""An ONNX file parsed into a TensorRT network, and the gates it must pass before it is built."""
+"""Parses an ONNX file into a TensorRT network, and checks it before an engine is built."""
 
 from __future__ import annotations
 

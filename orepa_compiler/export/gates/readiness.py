@@ -1,4 +1,4 @@
-"""What must be right with a model and its inputs before anything is exported."""
+"""Checks a model and its inputs before anything is exported."""
 
 from __future__ import annotations
 

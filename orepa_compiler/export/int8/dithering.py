@@ -1,4 +1,4 @@
-"""The noise that int8 must have: the float32 file with each rounding replaced by random noise.
+"""Measures the noise that int8 must have: each rounding replaced by random noise.
 
 Rounding to steps of size s moves a value by up to s/2 either way. So every tensor that the int8
 file quantizes gets, in a copy of the float32 file, noise drawn evenly from [-s/2, s/2]. What comes

@@ -1,4 +1,4 @@
-"""The integers and steps of an int8 file, read back and compared element by element."""
+"""Reads the integers and steps of an int8 file, and compares them element by element."""
 
 from __future__ import annotations
 

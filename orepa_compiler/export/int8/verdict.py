@@ -1,4 +1,4 @@
-"""The verdict on an int8 file: by the noise that int8 must have with its ranges.
+"""Judges an int8 file by the noise that int8 must have with its ranges.
 
 noise     = max |dithered - truth| / max |truth|, over float32 files in which each rounding to int8
             is replaced by random noise of its size (see dithering)

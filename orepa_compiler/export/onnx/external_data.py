@@ -1,4 +1,4 @@
-"""The file of weights beside an ONNX file: named by its content, so that no old pair is broken.
+"""Writes the weights beside an ONNX file, named by their content, so no old pair is broken.
 
 An ONNX file with external weights is two files, and no two renames are one. A name that is the
 hash of the content makes them safe: new weights lie beside the old ones, and the one rename of the
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orepa_compiler.atomic import locked
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.files.atomic import locked
 
 _CHUNK = 1 << 20
 _HASH_DIGITS = 16

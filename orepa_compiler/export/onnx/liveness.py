@@ -1,4 +1,4 @@
-"""What of a traced forward reaches its outputs: some compute more than they return.
+"""Finds what of a traced forward reaches its outputs: some compute more than they return.
 
 A program of torch.export keeps all that ran: heads of deep supervision, losses, counters. A file
 holds what is read, so that is what is judged.

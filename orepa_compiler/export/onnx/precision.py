@@ -1,4 +1,4 @@
-"""The precision of each module: half precision, or float32 where it is asked for."""
+"""Casts each module to half precision, or keeps it in float32 where that is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a torch model to a traced program of aten operators, and what that program says."""
+"""Traces a torch model into a program of aten operators, and reads that program."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TRAIN_FLAGS = {
 _BERNOULLI = {"aten::bernoulli", "aten::bernoulli_"}
 
 
-def trace(
+def trace_program(
     model: nn.Module, batch: tuple[Any, ...], *, dynamic_batch: bool, dynamic_size: bool = False
 ) -> ExportedProgram:
     """Traces the model's forward on `batch` as aten operators.
@@ -125,7 +125,7 @@ def _is_training(node: fx.Node) -> bool:
     return operator in _BERNOULLI or (flag is not None and bool(node.args[flag]))
 
 
-def foldable_norms(program: ExportedProgram) -> list[str]:
+def foldable_norms_in_program(program: ExportedProgram) -> list[str]:
     """Module paths of the BatchNorms in eval form that a collapse would have folded into a conv.
 
     Those are the sole readers of a conv's result. A conv that runs several times is left out, for

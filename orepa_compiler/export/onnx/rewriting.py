@@ -1,4 +1,4 @@
-"""An exported ONNX file replaced by another form of itself: its metadata and weights' file stay."""
+"""Replaces an ONNX file by another form of itself; its metadata and weights' file stay."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.images import axis_names, is_image
-from orepa_compiler.export.onnx.program import trace
+from orepa_compiler.export.onnx.program import trace_program
 from orepa_compiler.export.onnx.simplification import agree
 from orepa_compiler.export.run.runners import OnnxRunner
 from orepa_compiler.verification.nesting import named_leaves, tensors_in
@@ -87,7 +87,7 @@ def other_sizes(model: nn.Module, batch: Batch) -> Iterator[Batch]:
 def check_traced(model: nn.Module, batch: Batch, *, dynamic_batch: bool) -> None:
     """Raises ExportError where what is traced at one size is not the model at others."""
     next(other_sizes(model, batch))  # what the model itself says of its size, before torch.export
-    program = trace(model, batch, dynamic_batch=dynamic_batch, dynamic_size=True)
+    program = trace_program(model, batch, dynamic_batch=dynamic_batch, dynamic_size=True)
     _check_symbols(program)
     traced = program.module(check_guards=False)
     for other in other_sizes(model, batch):

@@ -1,4 +1,4 @@
-"""What an ONNX file says of its own weights: a hash of each, so that a changed bit has a place."""
+"""Records a hash of each weight in an ONNX file, so that a changed bit has a place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.annotation import set_properties
 from orepa_compiler.export.onnx.external_data import ExternalPart, check_external
 from orepa_compiler.export.onnx.inspection import load_graph, torch_module, walk
-from orepa_compiler.schemas import parsed
+from orepa_compiler.files.schemas import parsed
 
 WEIGHTS_KEY = "orepa.weights"
 

@@ -1,4 +1,4 @@
-"""A collapsed model as an ONNX file that is what was asked for, or no file at all."""
+"""Writes a collapsed model as an ONNX file that is what was asked for, or writes no file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from orepa_compiler.atomic import real_target, staged
 from orepa_compiler.capture.skeleton import value_copy
-from orepa_compiler.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, Int8RangeWarning
 from orepa_compiler.export.gates.artifact import Expected, check_artifact
@@ -47,10 +45,10 @@ from orepa_compiler.export.onnx.precision import (
     kept_modules,
 )
 from orepa_compiler.export.onnx.program import (
-    foldable_norms,
+    foldable_norms_in_program,
     quiet,
     returns_mapping,
-    trace,
+    trace_program,
     train_mode_modules,
 )
 from orepa_compiler.export.onnx.simplification import simplify_file
@@ -58,8 +56,10 @@ from orepa_compiler.export.onnx.sizes import check_images, check_traced, check_w
 from orepa_compiler.export.onnx.weight_record import record_weights
 from orepa_compiler.export.onnx.widening import REFUSED_IN_BF16, widen
 from orepa_compiler.export.run.session import PRESET_KEY
+from orepa_compiler.files.atomic import real_target, staged
 from orepa_compiler.naming import problem
 from orepa_compiler.progress import announced
+from orepa_compiler.proving.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.quantization.carrying import without_ranges
 from orepa_compiler.quantization.quantizers import PRESETS, Preset
 from orepa_compiler.verification.nesting import tensors_in
@@ -134,7 +134,9 @@ def export_onnx(
             check_traced(model, batch, dynamic_batch=dynamic_batch)
         typed, own = cast(model, dtype, keep=kept), batch
         batch = cast_tensors(batch, dtype)
-        program = trace(typed, batch, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+        program = trace_program(
+            typed, batch, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size
+        )
         _check_program(model, program)
         expected = Expected.of(
             typed,
@@ -265,7 +267,7 @@ def _check_program(model: nn.Module, program: ExportedProgram) -> None:
             f"runs as in training ({len(training)} such modules); call model.eval() first",
             path=training[0],
         )
-    norms = foldable_norms(program)
+    norms = foldable_norms_in_program(program)
     if norms:
         # The exporter would fold it in the tensors' own precision; collapse does so in float64.
         raise ExportError(norm_left_reason(model, norms[0], len(norms)), path=norms[0])

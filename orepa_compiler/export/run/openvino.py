@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.run.session import first_line, to_numpy
 from orepa_compiler.export.run.signature import TensorSpec, match_inputs
+from orepa_compiler.files.atomic import staged
 
 # OpenVINO's names of types.
 _DTYPES = {

@@ -1,4 +1,4 @@
-"""The inputs and outputs of an exported file, and whether given tensors fit them."""
+"""Reads the inputs and outputs of an exported file, and checks whether tensors fit them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TensorRT packages: classic tensorrt, and tensorrt_rtx, which builds without a GPU."""
+"""Loads a TensorRT package: classic tensorrt, or tensorrt_rtx, which builds without a GPU."""
 
 from __future__ import annotations
 

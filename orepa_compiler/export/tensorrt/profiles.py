@@ -1,4 +1,4 @@
-"""The shapes that an engine takes: for each symbolic input its smallest, tuned-for and largest."""
+"""Sets the shapes that an engine takes: smallest, tuned-for and largest of each input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms that stand right behind a conv, with the border of a module between the two.
+"""Finds norms right behind a conv, with the border of a module between the two.
 
 A stem written as Sequential(..., conv) with its norm in the parent, or a conv whose norm is the
 first layer of the module that follows: no single graph shows the pair, but nothing else is there.
@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from orepa_compiler.algebra.layers import is_batch_norm, is_idle, linear_part
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_idle
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.blocks.own_forward import own_conv
