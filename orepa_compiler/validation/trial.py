@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from orepa_compiler.capture.randomness import RandomState
-from orepa_compiler.capture.remembering import Remembered
+from orepa_compiler.capture.effects.randomness import RandomState
+from orepa_compiler.capture.effects.remembering import Remembered
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Plan

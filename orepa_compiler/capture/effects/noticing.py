@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.amp.autocast_mode import autocast
 from torch.overrides import TorchFunctionMode
 
-from orepa_compiler.capture.nested import tensors
-from orepa_compiler.capture.state import held_proxies
+from orepa_compiler.capture.effects.nested import tensors
+from orepa_compiler.capture.effects.state import held_proxies
 
 _FORM = {
     "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_meta",

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from orepa_compiler.capture.bytecode import contents_of, defaults_of, is_of_torch, names_in
 from orepa_compiler.capture.positions import is_hidden, position_of
+from orepa_compiler.capture.tracing.bytecode import contents_of, defaults_of, is_of_torch, names_in
 
 OWN = ("_parameters", "_buffers", "_modules")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
