@@ -12,6 +12,7 @@ from orepa_compiler.algebra.classifiers import holds_kernel, is_batch_norm, is_i
 from orepa_compiler.capture.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy
+from orepa_compiler.choices import Preset
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import Collapse, Pipeline
 from orepa_compiler.passes.collapse.folds import (
@@ -24,7 +25,7 @@ from orepa_compiler.passes.collapse.folds import (
 from orepa_compiler.passes.fake_quantize import FakeQuantize
 from orepa_compiler.planning import Plan
 from orepa_compiler.quantization.layers import Rounded, rounded_layers
-from orepa_compiler.quantization.quantizers import NEW_RANGE, Preset, Quantizer, switch
+from orepa_compiler.quantization.quantizers import NEW_RANGE, Quantizer, switch
 from orepa_compiler.rewriting.selection import Where
 from orepa_compiler.validation.state import state_kept
 from orepa_compiler.verification.evaluation import evaluation_mode, run_to

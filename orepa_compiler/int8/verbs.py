@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from orepa_compiler.choices import Preset
 from orepa_compiler.int8.training import check_rounds, observe, quantized
 from orepa_compiler.passes import (
     Pipeline,
@@ -16,7 +17,7 @@ from orepa_compiler.preconditions import (
     check_unrounded,
     check_values,
 )
-from orepa_compiler.quantization.quantizers import Preset, check_preset, check_range, freeze
+from orepa_compiler.quantization.quantizers import check_preset, check_range, freeze
 from orepa_compiler.rewriting.selection import Where
 from orepa_compiler.running import Inputs, copy_model, record_forwards
 from orepa_compiler.verification.evaluation import (

@@ -28,6 +28,9 @@ PRESETS: tuple[Preset, ...] = ("tensorrt", "cpu")
 # The largest integer of a kernel.
 LARGEST: dict[Preset, int] = {"tensorrt": 127, "cpu": 64}
 
+# Of too few bits for integers times steps.
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
 # How much of a new batch's range goes into that of the maps: torch's default for it.
 NEW_RANGE = 0.01
 
@@ -55,7 +58,7 @@ class Quantizer(FakeQuantize):
     """
 
     def forward(self, X: Tensor) -> Tensor:
-        x = X.float() if X.dtype in (torch.float16, torch.bfloat16) else X
+        x = X.float() if X.dtype in HALF_TYPES else X
         if self.training and self.observer_enabled[0] == 1:
             return super().forward(x).to(X.dtype)
         return self.rounded(x).to(X.dtype)

@@ -21,6 +21,7 @@ from orepa_compiler.export.onnx.weight_record import properties_of
 
 NETS = """
 import torch
+import orepa_compiler as orepa
 from torch import nn
 
 def tiny():
@@ -36,6 +37,10 @@ def hot():
         net[2][0].weight.mul_(1e6)
         net[2][2].weight.mul_(1e-5)
     return net
+
+def rounding():
+    torch.manual_seed(0)
+    return orepa.fake_quantize(tiny(), inputs=torch.randn(4, 3, 16, 16))
 
 def batches():
     for _ in range(2):
@@ -252,6 +257,16 @@ def test_the_int8_preset_is_in_the_file_and_beside_it(
     assert re.search(rf"<dt>int8 preset</dt>\s*<dd>{preset}</dd>", page)
     code, steps = rechecked(capsys)
     assert (code, steps["onnx on the CPU"]["verdict"]) == (0, "pass"), steps
+
+
+def test_what_was_trained_for_int8_may_be_kept_in_float(capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{INT8.replace('tiny', 'rounding')} --keep-fp32 3 --json net.json"
+    assert run(export_main, line, capsys)[0] == 0
+    steps = {step["step"]: step for step in json.loads(Path("net.json").read_text())["steps"]}
+    assert steps["check onnx"]["error"] < 1e-5  # beside a model whose maps are not rounded there
+    code, _, err = run(export_main, f"{line} --int8-preset cpu", capsys)
+    assert code == 3
+    assert "the model was trained for int8 on 'tensorrt', not 'cpu'" in " ".join(err)
 
 
 def test_a_simplified_file_with_its_weights_beside_it_is_checked_again(

@@ -13,9 +13,10 @@ from torch import nn
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.export.audit import HALVES
 from orepa_compiler.export.int8.dithering import with_int8_noise
-from orepa_compiler.export.onnx.precision import PRECISIONS, cast, kept_modules
+from orepa_compiler.export.onnx.precision import PRECISIONS, cast, kept_modules, lies_in
 from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.quantization.flips import with_flips
+from orepa_compiler.quantization.layers import rounded_layers, with_float_maps
 from orepa_compiler.verification import Samples, take_samples
 from orepa_compiler.verification.evaluation import Side, evaluate
 
@@ -35,6 +36,9 @@ def samples_for(
     dtype = PRECISIONS[request.precision]
     is_calibrated = request.precision == "int8" and not is_trained
     batches = given[:INT8_BATCHES] if is_calibrated else given
+    if is_trained:
+        kept = kept_modules(deploy, request.keep_fp32)
+        deploy = with_float_maps(deploy, [p for p in rounded_layers(deploy) if lies_in(p, kept)])
     samples = take_samples(deploy, batches, precision=dtype, stress=not is_calibrated)
     if is_trained:
         return with_flips(samples, deploy)

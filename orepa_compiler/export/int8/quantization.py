@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from orepa_compiler.choices import Preset
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.external_data import external_files
@@ -18,7 +19,6 @@ from orepa_compiler.export.onnx.precision import lies_in
 from orepa_compiler.export.onnx.program import quiet
 from orepa_compiler.export.onnx.rewriting import replace_file
 from orepa_compiler.export.run.session import to_numpy
-from orepa_compiler.quantization.quantizers import Preset
 
 # What multiplies: all else is as fast in the precision that its neighbours have.
 QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

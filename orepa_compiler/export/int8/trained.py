@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from orepa_compiler.choices import Preset
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, ReparamError
 from orepa_compiler.export.int8.quantization import QUANTIZED
@@ -22,7 +23,7 @@ from orepa_compiler.export.onnx.inspection import load_graph, torch_module, walk
 from orepa_compiler.export.onnx.precision import lies_in
 from orepa_compiler.export.onnx.rewriting import replace_file, save_like
 from orepa_compiler.quantization.layers import Rounded, rounded_layers
-from orepa_compiler.quantization.quantizers import Preset, check_range, preset_of
+from orepa_compiler.quantization.quantizers import check_range, preset_of
 
 
 @dataclass(frozen=True)

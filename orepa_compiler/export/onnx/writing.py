@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from orepa_compiler.capture.skeleton import value_copy
+from orepa_compiler.choices import Preset
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, Int8RangeWarning
 from orepa_compiler.export.gates.artifact import Expected, check_artifact
@@ -59,7 +60,7 @@ from orepa_compiler.files.atomic import real_target, staged
 from orepa_compiler.progress import announced
 from orepa_compiler.proving.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.quantization.carrying import without_ranges
-from orepa_compiler.quantization.quantizers import PRESETS, Preset
+from orepa_compiler.quantization.quantizers import PRESETS
 
 # torch's exporter writes operator set 18 and converts upwards from there; 20 is its own default.
 OLDEST_OPSET = 18
