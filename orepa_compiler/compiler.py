@@ -285,7 +285,7 @@ def _expansion(pipeline: Pipeline, options: dict[str, Any], plan: Plan | None) -
     Norms in branches stay as they are, unless a linear block is named, or a plan that says so.
     """
     passes, block = pipeline.configured(**options), options["block"]
-    stays = block == "auto" or block.scaling_layer == "norm"
+    stays = block == "auto" or block.is_offline
     is_planned = plan is not None and plan.of("linearize").edits
     return passes.without("linearize") if stays and not is_planned else passes
 

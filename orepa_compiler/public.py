@@ -38,7 +38,7 @@ from orepa_compiler.export.run.openvino import OpenVINORunner as OpenVINORunner
 from orepa_compiler.export.run.openvino import write_openvino as write_openvino
 from orepa_compiler.export.run.runners import OnnxRunner as OnnxRunner
 from orepa_compiler.export.run.runners import TensorRTRunner as TensorRTRunner
-from orepa_compiler.export.tensorrt.building import build_engine as build_engine
+from orepa_compiler.export.tensorrt.engine import build_engine as build_engine
 from orepa_compiler.int8.analysis import int8_loss as int8_loss
 from orepa_compiler.int8.equalizing import equalize as equalize
 from orepa_compiler.int8.verbs import drop_ranges as drop_ranges

@@ -47,8 +47,9 @@ def _examined(entry: Entry, exports: bool) -> Row:
     with torch.no_grad(), watching_norms(model) as norms:
         expected = outputs_of(model(*inputs))
     row |= {"norms": norms.total, "norms_behind_conv": len(norms.behind)}
-    row["plan"] = count_plan(convs, orepa.plan(model, inputs=_given(inputs)))
-    big = orepa.expand(model, inputs=_given(inputs)).eval()
+    plan = orepa.plan(model, inputs=_given(inputs))
+    row["plan"] = count_plan(convs, plan)
+    big = orepa.expand(model, inputs=_given(inputs), plan=plan).eval()
     small = orepa.collapse(big, inputs=_given(inputs))
     row["errors"] = {
         name: _error(expected, made, inputs)

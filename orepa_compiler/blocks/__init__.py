@@ -55,6 +55,11 @@ class Block:
     scaling: Mapping[str, float]
     scaling_layer: Scaling = "vector"
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether its branches end in norms: no kernel can be made of them."""
+        return self.scaling_layer == "norm"
+
     def make(self, conv: ConvOperator) -> dict[str, nn.Module]:
         """Fresh branches for a conv, those that apply."""
         made = {name: maker(conv) for name, maker in self.branches.items()}
@@ -80,12 +85,17 @@ class BranchSum(Geometry):
 
     def make(self, conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
         """The branches for a conv. Raises NotLinear for a block whose branches normalize."""
-        if block.scaling_layer == "norm":
+        if block.is_offline:
             raise NotLinear(
                 f"the branches of block {block.name} end in norms, so no kernel can be made of "
                 "them; use replace(block, scaling_layer='vector')"
             )
         return block.make(conv)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the branches end in norms, and run on feature maps at each step."""
+        return self.scaling_layer == "norm"
 
     def operator(self) -> ConvOperator:
         """The branches squeezed into one operator (Hu et al. 2022, Eq. 3 and 4)."""
@@ -213,7 +223,7 @@ class LinearBlock(BranchSum):
 
     def plain(self) -> nn.Module:
         """That conv in the block's own precision. Raises NotLinear likewise."""
-        return conv_with(self.as_conv(), self)
+        return conv_with(conv_operator(self), self)
 
     def switch_to_deploy(self) -> None:
         """Become that conv, in place: for converters that were written for RepVGG or MobileOne."""
@@ -265,7 +275,7 @@ REPARAM_CONVS: dict[int, type[ReparamConv]] = {1: ReparamConv1d, 2: ReparamConv2
 
 def squeezed(block: LinearBlock) -> ReparamConv:
     """The squeezed form of a block: the same parameters, another forward."""
-    assert block.scaling_layer != "norm"
+    assert not block.is_offline
     cls = REPARAM_CONVS[len(block.kernel_size)]
     squeezed_block = cls.__new__(cls)
     squeezed_block.__dict__.update(block.__dict__)

@@ -6,7 +6,7 @@ from orepa_compiler.export.latency import bench
 from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.run.signature import TensorSpec
-from orepa_compiler.export.tensorrt.building import build_engine
+from orepa_compiler.export.tensorrt.engine import build_engine
 
 __all__ = [
     "HalfAudit",

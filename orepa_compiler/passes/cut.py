@@ -63,7 +63,7 @@ class Cut:
         return model, plan
 
     def _refusal(self, capture: Capture, path: str, block: LinearBlock) -> str | None:
-        if block.scaling_layer == "norm":
+        if block.is_offline:
             return (
                 "its branches end in norms, so in train mode no conv does what it does; "
                 "linearize it, or collapse the model"

@@ -30,7 +30,7 @@ class Squeeze:
             for path, module in capture.skeleton.named_modules()
             if isinstance(module, LinearBlock)
             and not isinstance(module, ReparamConv)
-            and module.scaling_layer != "norm"
+            and not module.is_offline
         ]
         return Plan(tuple(self._edit(path, block) for path, block in blocks))
 

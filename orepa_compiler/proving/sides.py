@@ -15,10 +15,10 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.int8.verdict import verify_int8
 from orepa_compiler.export.run.openvino import OpenVINORunner
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
-from orepa_compiler.int8.sides import verify_rounded
+from orepa_compiler.int8.comparing import verify_rounded
 from orepa_compiler.quantization.layers import rounded_layers
 from orepa_compiler.verification import NOISE_FACTOR, Report
-from orepa_compiler.verification import verify as verify_functions
+from orepa_compiler.verification import verify_callables as verify_functions
 
 Side = Callable[..., Any] | str | PathLike[str]
 

@@ -49,7 +49,7 @@ class Architecture:
     aliases: tuple[str, ...] = ()
 
 
-def named(arch: str) -> Architecture:
+def architecture_named(arch: str) -> Architecture:
     """The architecture of this name, upper or lower case, with or without hyphens.
 
     Raises ReparamError for a name that is none.

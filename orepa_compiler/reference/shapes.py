@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from orepa_compiler.branches import DEPTHWISE_MULTIPLIER
-from orepa_compiler.reference.branches import REPVGG_ROWS, ROWS
+from orepa_compiler.reference.parameters import REPVGG_ROWS, ROWS
 
 Shapes = dict[str, tuple[int, ...]]
 

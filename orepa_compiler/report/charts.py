@@ -10,7 +10,7 @@ from typing import Any
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.proving.certificate import LIMIT, BlockCertificate
-from orepa_compiler.report.branches import BlockBranches
+from orepa_compiler.report.block_charts import BlockBranches
 from orepa_compiler.verification.divergence import Divergence
 
 EXTRA = "report"

@@ -8,7 +8,7 @@ from typing import Literal
 from orepa_compiler.export.audit import HalfAudit
 from orepa_compiler.export.manifest import Check, Manifest
 from orepa_compiler.proving.certificate import Certificate
-from orepa_compiler.report.branches import BlockBranches
+from orepa_compiler.report.block_charts import BlockBranches
 from orepa_compiler.report.sizes import ModelSize
 from orepa_compiler.verification import Report
 from orepa_compiler.verification.divergence import Divergence

@@ -12,7 +12,7 @@ from orepa_compiler.export.audit import NEAREST, AuditRow, HalfAudit
 from orepa_compiler.files.atomic import staged
 from orepa_compiler.proving.certificate import LIMIT, BlockCertificate
 from orepa_compiler.report import charts
-from orepa_compiler.report.branches import BlockBranches
+from orepa_compiler.report.block_charts import BlockBranches
 from orepa_compiler.report.page import Page
 from orepa_compiler.verification import Row
 from orepa_compiler.verification.divergence import Divergence

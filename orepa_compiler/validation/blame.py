@@ -41,7 +41,7 @@ class Watch:
     order: list[tuple[str, int]]
 
 
-def module_outputs(
+def outputs_by_module(
     model: nn.Module, batches: list[Batch], calls: list[Call], dtype: torch.dtype | None
 ) -> Watch:
     """What each module gives in the last of the calls, in eval mode."""

@@ -29,11 +29,11 @@ from orepa_compiler.validation.agreement import (
 from orepa_compiler.validation.behaviour import Behaviour, Call, behaviour, evaluation_calls
 from orepa_compiler.validation.blame import (
     blamed_edits,
-    module_outputs,
+    outputs_by_module,
     place_of,
     suspects,
 )
-from orepa_compiler.validation.memory import fits_in_float64
+from orepa_compiler.validation.room import fits_in_float64
 from orepa_compiler.validation.state import ModelState
 from orepa_compiler.verification.evaluation import Batch, own_dtype
 from orepa_compiler.verification.nesting import describe, map_tensors
@@ -247,13 +247,13 @@ class _Trial:
         suspicion = None
         if found.call is not None and not found.places:
             calls = list(self.stock.evaluated.calls[: found.call + 1])
-            theirs = module_outputs(
+            theirs = outputs_by_module(
                 self._runnable(attempt.shown_by), self.batches, calls, self.dtype
             )
         if before is not None:
             before.put_back()
         if found.call is not None and not found.places:
-            ours = module_outputs(self._runnable(self.model), self.batches, calls, self.dtype)
+            ours = outputs_by_module(self._runnable(self.model), self.batches, calls, self.dtype)
             limit = EXACT if self.is_exact else self.limit
             suspicion = suspects(ours, theirs, edits, tolerance=limit)
         blamed, reason = blamed_edits(found, suspicion, edits)

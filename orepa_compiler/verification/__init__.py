@@ -45,7 +45,7 @@ __all__ = ["NOISE_FACTOR", "Report", "Row", "Samples", "judge", "take_samples", 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def verify(
+def verify_callables(
     reference: Callable[..., Any],
     candidate: Callable[..., Any],
     inputs: Any,

@@ -18,7 +18,8 @@ from torch import nn
 from orepa_compiler import __version__
 from orepa_compiler.checkpoints import save
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.cli.run import comparing, sampling, sides, stages, steps
+from orepa_compiler.cli.run import comparing, sampling, stages, steps
+from orepa_compiler.cli.run import named_sides as sides
 from orepa_compiler.cli.run.steps import Step
 from orepa_compiler.compiler import expand
 from orepa_compiler.errors import ExportError, MissingPackage, ReparamError

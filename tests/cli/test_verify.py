@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.cli.run.sides import load_side
+from orepa_compiler.cli.run.named_sides import load_side
 
 NETS = """
 import torch

@@ -15,7 +15,7 @@ from torch import nn
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import build_engine, export_onnx
 from orepa_compiler.export.gates.network import ParsedNetwork, parse_network
-from orepa_compiler.export.tensorrt import building
+from orepa_compiler.export.tensorrt import engine as building
 from orepa_compiler.export.tensorrt.flavors import error_log
 from tests.export.nets import images
 

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.program import (
     count_convs,
-    foldable_norms,
+    foldable_norms_in_program,
     output_names,
     returns_mapping,
-    trace,
+    trace_program,
     train_mode_modules,
 )
 from orepa_compiler.verification.nesting import named_leaves
@@ -27,7 +27,7 @@ from tests.export.nets import Returns, SmallNet, images
 
 
 def traced(model: nn.Module, *inputs: Any, dynamic_batch: bool = False) -> ExportedProgram:
-    return trace(model, inputs or (images(),), dynamic_batch=dynamic_batch)
+    return trace_program(model, inputs or (images(),), dynamic_batch=dynamic_batch)
 
 
 def returned(function: Callable[[Tensor, Tensor], Any]) -> ExportedProgram:
@@ -59,19 +59,25 @@ def norm_after(*layers: nn.Module) -> nn.Module:
 def test_norms_straight_after_a_conv_are_named() -> None:
     inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     model = norm_after(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), inner)
-    assert foldable_norms(traced(model)) == ["1", "3.1"]
+    assert foldable_norms_in_program(traced(model)) == ["1", "3.1"]
 
 
 def test_norms_that_no_collapse_folds_are_left_alone() -> None:
     of_the_batch = nn.BatchNorm2d(3, track_running_stats=False)
-    assert foldable_norms(traced(norm_after(nn.Conv2d(3, 3, 1), of_the_batch))) == []
+    assert foldable_norms_in_program(traced(norm_after(nn.Conv2d(3, 3, 1), of_the_batch))) == []
     shared = nn.Conv2d(3, 3, 1)
     assert (
-        foldable_norms(traced(norm_after(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)))) == []
+        foldable_norms_in_program(
+            traced(norm_after(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)))
+        )
+        == []
     )
-    assert foldable_norms(traced(norm_after(shared, nn.BatchNorm2d(3), shared))) == []
+    assert foldable_norms_in_program(traced(norm_after(shared, nn.BatchNorm2d(3), shared))) == []
     assert (
-        foldable_norms(returned(lambda x, y: y + functional.batch_norm(y, *torch.ones(2, 4)))) == []
+        foldable_norms_in_program(
+            returned(lambda x, y: y + functional.batch_norm(y, *torch.ones(2, 4)))
+        )
+        == []
     )
 
 
@@ -171,7 +177,7 @@ class Unread(nn.Module):
 
 def test_what_no_output_reads_is_not_judged() -> None:
     net = Unread().eval()
-    assert foldable_norms(traced(net)) == ["norm"]  # of the head's norm nobody knows
+    assert foldable_norms_in_program(traced(net)) == ["norm"]  # of the head's norm nobody knows
     net.head[3].train()
     assert train_mode_modules(traced(net)) == []
 

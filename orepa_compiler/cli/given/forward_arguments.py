@@ -28,7 +28,7 @@ def signature_text(model: nn.Module) -> str:
     return f"({', '.join(names)})"
 
 
-def arguments_of(entry: Any, model: nn.Module | None) -> Batch:
+def in_forward_order(entry: Any, model: nn.Module | None) -> Batch:
     """A batch of a data set as a model's positional arguments.
 
     A dict goes by name where the forward has those names, and else is the one argument. Of a tuple

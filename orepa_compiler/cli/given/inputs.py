@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from orepa_compiler.cli.given.forward_arguments import Batch, arguments_of, bound
+from orepa_compiler.cli.given.forward_arguments import Batch, bound, in_forward_order
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.model_source import call_source
 from orepa_compiler.model_source.preprocessing import IMAGE_ENDINGS, Preprocessing
@@ -152,7 +152,7 @@ def _given(source: str, option: str, model: nn.Module | None) -> list[Batch]:
     """The batches of a function of the user's own."""
     batches: list[Batch] = []
     for index, entry in enumerate(_entries(source, call_source(source))):
-        arguments = arguments_of(entry, model)
+        arguments = in_forward_order(entry, model)
         leaves = pytree.tree_leaves(arguments)
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             kinds = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"

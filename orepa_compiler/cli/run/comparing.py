@@ -14,7 +14,7 @@ from orepa_compiler.choices import Weights
 from orepa_compiler.cli.given.inputs import load_inputs
 from orepa_compiler.cli.given.models import random_inputs
 from orepa_compiler.cli.given.options import ExitCode, NotVerified
-from orepa_compiler.cli.run.sides import check_checkpoint, inputs_of_files, load_side
+from orepa_compiler.cli.run.named_sides import check_checkpoint, inputs_of_files, load_side
 from orepa_compiler.cli.shown.junit import write_junit
 from orepa_compiler.cli.shown.pages import page_of_comparison
 from orepa_compiler.cli.shown.summary import (

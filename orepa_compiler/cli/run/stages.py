@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,15 @@ from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.models import check_it_runs, load_told, warn_of_random_weights
 from orepa_compiler.cli.run.evaluating import Evaluation
 from orepa_compiler.cli.run.sampling import INT8_BATCHES, samples_for
-from orepa_compiler.cli.run.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, compared, judged
+from orepa_compiler.cli.run.steps import (
+    NOT_RUN_ON_A_GPU,
+    Step,
+    Verdict,
+    attempt,
+    compared,
+    finite,
+    judged,
+)
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import Int8RangeWarning, Interrupted, NormsLeftWarning, ReparamError
 from orepa_compiler.export.audit import HALVES, audit_half
@@ -29,7 +36,7 @@ from orepa_compiler.export.onnx.precision import PRECISIONS, cast_tensors, kept_
 from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.export.run.openvino import OpenVINORunner, write_openvino
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
-from orepa_compiler.export.tensorrt.building import build_engine
+from orepa_compiler.export.tensorrt.engine import build_engine
 from orepa_compiler.files.atomic import staged
 from orepa_compiler.int8.analysis import int8_loss
 from orepa_compiler.progress import announced
@@ -323,7 +330,7 @@ class _Export:
             files.append(("samples", self._write_samples()))
         except ReparamError as error:
             note = f"without samples, so it cannot be checked again elsewhere: {error}"
-        checks = [Check(s.name, s.verdict, _finite(s.error), s.note) for s in steps]
+        checks = [Check(s.name, s.verdict, finite(s.error), s.note) for s in steps]
         manifest = make_manifest(path, files, options=asdict(request), checks=checks)
         write_manifest(path, manifest)
         return Step("write manifest", "done", path, note=note)
@@ -337,8 +344,3 @@ class _Export:
 
 def _weights_files(path: Path) -> list[str]:
     return external_files(load_graph(path))
-
-
-def _finite(error: float | None) -> float | None:
-    # JSON has no inf, which stands for an output that could not be compared at all.
-    return error if error is not None and isfinite(error) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,3 +81,8 @@ def judged(name: str, samples: Samples, runner: Callable[..., Any]) -> Step:
 def compared(name: str, report: Report) -> Step:
     """The step that a comparison is."""
     return Step(name, "pass" if report else "mismatch", error=report.max_error, report=report)
+
+
+def finite(error: float | None) -> float | None:
+    """The error if JSON can hold it; inf stands for an output that could not be compared at all."""
+    return error if error is not None and isfinite(error) else None

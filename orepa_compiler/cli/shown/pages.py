@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import nn
 
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.options import ExitCode, NotVerified
-from orepa_compiler.cli.run.sides import side_file
-from orepa_compiler.cli.run.steps import Step
+from orepa_compiler.cli.run.named_sides import side_file
+from orepa_compiler.cli.run.steps import Step, finite
 from orepa_compiler.cli.shown.facts import comparison_facts, export_facts, recheck_facts
 from orepa_compiler.cli.shown.summary import complaints, verdict
 from orepa_compiler.export.manifest import Check, read_manifest
@@ -167,7 +166,7 @@ def not_run_page(path: Path | None, reference: str, candidate: str) -> Iterator[
 def _found(steps: Sequence[Step]) -> dict[str, Any]:
     """What the steps of any command tell."""
     outcome = _OUTCOMES[verdict(steps)]
-    checks = [Check(s.name, s.verdict, _finite(s.error), _note(s)) for s in steps]
+    checks = [Check(s.name, s.verdict, finite(s.error), _note(s)) for s in steps]
     open_checks = [s for s in steps if s.verdict == "not run"]
     summary = "; ".join(complaints(steps)) or "everything that was compared agrees"
     scores = [f"{s.name.removeprefix('evaluate ')}: {s.note}" for s in steps if s.scores]
@@ -228,7 +227,3 @@ def _why_no_certificate(step: Step | None) -> tuple[tuple[str, str], ...]:
 
 def _note(step: Step) -> str:
     return step.note or (" ".join(str(step.cause).split()) if step.cause else "")
-
-
-def _finite(error: float | None) -> float | None:
-    return error if error is not None and isfinite(error) else None

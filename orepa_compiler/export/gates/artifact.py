@@ -17,7 +17,7 @@ from orepa_compiler.export.gates.counting import Counts, check_counts
 from orepa_compiler.export.onnx.inspection import (
     ConvNode,
     conv_nodes,
-    foldable_norms,
+    foldable_norms_in_file,
     load_graph,
     parallel_convs,
 )
@@ -120,7 +120,7 @@ def check_collapsed(model: Any, convs: list[ConvNode], counts: Counts | None = N
     Also where the file holds other convs, or more sums or norms, than `counts`: by default what
     the file's metadata says that the collapsed model runs, where it says so.
     """
-    norms = foldable_norms(model)
+    norms = foldable_norms_in_file(model)
     if norms:
         raise ExportError(
             f"not collapsed: a BatchNormalization straight after a conv ({len(norms)} of them); "

@@ -136,7 +136,7 @@ def _conv_node(node: Any, types: dict[str, str], shapes: dict[str, tuple[int, ..
     )
 
 
-def foldable_norms(model: Any) -> list[str]:
+def foldable_norms_in_file(model: Any) -> list[str]:
     """The BatchNormalization nodes that a collapse would have folded, by torch module or name.
 
     Those are the sole readers of a Conv's output.

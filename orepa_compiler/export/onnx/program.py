@@ -33,7 +33,9 @@ _TRAIN_FLAGS = {
 _BERNOULLI = {"aten::bernoulli", "aten::bernoulli_"}
 
 
-def trace(model: nn.Module, batch: tuple[Any, ...], *, dynamic_batch: bool) -> ExportedProgram:
+def trace_program(
+    model: nn.Module, batch: tuple[Any, ...], *, dynamic_batch: bool
+) -> ExportedProgram:
     """The model's forward on `batch` as aten operators; with a symbolic first axis if asked for.
 
     Raises ExportError where torch.export fails.
@@ -108,7 +110,7 @@ def _is_training(node: fx.Node) -> bool:
     return operator in _BERNOULLI or (flag is not None and bool(node.args[flag]))
 
 
-def foldable_norms(program: ExportedProgram) -> list[str]:
+def foldable_norms_in_program(program: ExportedProgram) -> list[str]:
     """Module paths of the BatchNorms in eval form that a collapse would have folded into a conv.
 
     Those are the sole readers of a conv's result. A conv that runs several times is left out, for

@@ -36,11 +36,11 @@ def simplify_file(path: Path, batch: tuple[Any, ...]) -> None:
         after, _ = onnxsim.simplify(str(path))
     candidate = path.with_name(f"simplified-{path.name}")
     save_like(before, after, candidate)
-    compare(expected, OnnxRunner(candidate)(*tensors))
+    check_same(expected, OnnxRunner(candidate)(*tensors))
     replace_file(path, candidate)
 
 
-def compare(expected: Tensor | dict[str, Tensor], outputs: Tensor | dict[str, Tensor]) -> None:
+def check_same(expected: Tensor | dict[str, Tensor], outputs: Tensor | dict[str, Tensor]) -> None:
     """Raises ExportError where the outputs of the two files differ."""
     first = expected if isinstance(expected, dict) else {"output": expected}
     second = outputs if isinstance(outputs, dict) else {"output": outputs}

@@ -46,10 +46,10 @@ from orepa_compiler.export.onnx.precision import (
     kept_modules,
 )
 from orepa_compiler.export.onnx.program import (
-    foldable_norms,
+    foldable_norms_in_program,
     quiet,
     returns_mapping,
-    trace,
+    trace_program,
     train_mode_modules,
 )
 from orepa_compiler.export.onnx.simplification import simplify_file
@@ -119,7 +119,7 @@ def export_onnx(
         step("tracing the model")
         typed = cast(model, dtype, keep=kept)
         batch = cast_tensors(batch, dtype)
-        program = trace(typed, batch, dynamic_batch=dynamic_batch)
+        program = trace_program(typed, batch, dynamic_batch=dynamic_batch)
         _check_program(model, program)
         expected = Expected.of(
             typed,
@@ -224,7 +224,7 @@ def _check_program(model: nn.Module, program: ExportedProgram) -> None:
             f"runs as in training ({len(training)} such modules); call model.eval() first",
             path=training[0],
         )
-    norms = foldable_norms(program)
+    norms = foldable_norms_in_program(program)
     if norms:
         # The exporter would fold it in the tensors' own precision; collapse does so in float64.
         raise ExportError(norm_left_reason(model, norms[0], len(norms)), path=norms[0])

@@ -80,7 +80,7 @@ def block_edit(name: str, capture: Capture, path: str, block: LinearBlock, fold_
 
     Raises ReparamError where that conv had no place for the bias, and nothing else has one.
     """
-    is_shifted = block.norm is not None or block.scaling_layer == "norm"
+    is_shifted = block.norm is not None or block.is_offline
     taker = None
     if not fold_norm:
         if block.block_name == LINEARIZED:

@@ -143,7 +143,7 @@ class Expand:
         branches = block.make(kernel_operator(conv))
         if all(name == "origin" and isinstance(b, Kernel) for name, b in branches.items()):
             return f"block {block.name} has no branch beside the kernel of a {describe(conv)}"
-        is_offline = block.scaling_layer == "norm"
+        is_offline = block.is_offline
         if is_offline and (reason := no_norms_reason(capture, path, conv)):
             return reason
         wants_norm = self.post_norm == "auto" and follows != NORM and not is_offline
@@ -167,7 +167,7 @@ class Expand:
 
     def _may_grow(self, block: LinearBlock) -> bool:
         """Whether a block may gain branches: a linearized one, or where more are asked for."""
-        is_linear = block.scaling_layer != "norm"
+        is_linear = not block.is_offline
         return is_linear and (block.block_name == LINEARIZED or self.block != "auto")
 
     def _extension(self, path: str, block: LinearBlock) -> list[Edit]:

@@ -73,7 +73,7 @@ def missing(block: LinearBlock, wanted: Block) -> dict[str, nn.Module]:
 
 def block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> LinearBlock:
     """The block for a conv: on features, to be squeezed, or with the conv's own forward."""
-    if block.scaling_layer == "norm":
+    if block.is_offline:
         return OfflineBlock(conv, block)
     if own_forward_reason(conv) is not None:
         return OwnForwardConv(conv, block)

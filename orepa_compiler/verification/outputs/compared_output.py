@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orepa_compiler.verification.nesting import kind_of
+from orepa_compiler.verification.nesting import kind_name
 from orepa_compiler.verification.outputs.decisions import Decision
 from orepa_compiler.verification.verdict import Row
 
@@ -54,7 +54,7 @@ class Comparison:
     ) -> Row:
         is_tensor = isinstance(self.reference, Tensor)
         shape = tuple(self.reference.shape) if is_tensor else ()
-        dtype = short(self.reference.dtype) if is_tensor else kind_of(self.reference)
+        dtype = short(self.reference.dtype) if is_tensor else kind_name(self.reference)
         return Row(self.name, self.batch, shape, dtype, error, noise, tolerance, top1, reason)
 
 

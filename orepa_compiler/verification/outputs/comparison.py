@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from orepa_compiler.verification.nesting import is_comparable, kind_of, nonfinite_counts
+from orepa_compiler.verification.nesting import is_comparable, kind_name, nonfinite_counts
 from orepa_compiler.verification.outputs.compared_output import Comparison, short, size_of, wide
 from orepa_compiler.verification.outputs.deciding import decide
 from orepa_compiler.verification.outputs.rounding import measure, noise_of, too_noisy
@@ -48,7 +48,9 @@ def _kinds(output: Comparison) -> str:
     for role, leaf in (("reference", output.reference), ("candidate", output.candidate)):
         if not is_comparable(leaf):
             what = (
-                f"{leaf.layout} or quantized tensor" if isinstance(leaf, Tensor) else kind_of(leaf)
+                f"{leaf.layout} or quantized tensor"
+                if isinstance(leaf, Tensor)
+                else kind_name(leaf)
             )
             return f"the {role} returned a {what}, which cannot be compared; return dense tensors"
     reference, candidate = output.reference.dtype, output.candidate.dtype
@@ -70,7 +72,7 @@ def _shapes(output: Comparison) -> str:
         return f"nothing to compare: shape {shape} holds no value"
     for values in (output.truth, *output.noisy):
         if not isinstance(values, Tensor) or tuple(values.shape) != shape:
-            found = tuple(values.shape) if isinstance(values, Tensor) else kind_of(values)
+            found = tuple(values.shape) if isinstance(values, Tensor) else kind_name(values)
             return (
                 f"shape {shape}, but {found} when the same model runs in another precision: what "
                 f"rounding decides cannot be compared. Compare the values that it is decided on"

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from orepa_compiler.algebra.layers import conv_operator, conv_padding
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.branches import identity_kernel
-from orepa_compiler.reference.branches import Tensors
+from orepa_compiler.reference.parameters import Tensors
 
 # The eps of every norm in their networks.
 EPS = 1e-5
 
 
-def norm_operator(tensors: Tensors, prefix: str) -> ConvOperator:
+def norm_of_tensors(tensors: Tensors, prefix: str) -> ConvOperator:
     """What a stored norm computes in eval mode, in float64."""
     start = f"{prefix}."
     own = {k.removeprefix(start): v.double() for k, v in tensors.items() if k.startswith(start)}
@@ -41,7 +41,7 @@ def dbb_operator(tensors: Tensors, conv: nn.Conv2d, *, first: str) -> ConvOperat
     origin, delta = weights["dbb_origin.conv.weight"], weights[first]
     size = origin.shape[2:]
     pool = origin.new_full((origin.shape[0], 1, *size), 1 / size.numel())
-    norm = partial(norm_operator, tensors)
+    norm = partial(norm_of_tensors, tensors)
     outer = partial(ConvOperator, stride=tuple(conv.stride), groups=conv.groups)
     padded = partial(ConvOperator, padding=conv_padding(conv), groups=conv.groups)
     branches = (
