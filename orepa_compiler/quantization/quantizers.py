@@ -136,7 +136,8 @@ def check_range(quantizer: Quantizer, path: str) -> None:
     if not quantizer.is_ranged:
         raise ReparamError(
             "the maps that go into it have no range: none went through in train mode; train it, "
-            "or give inputs= to fake_quantize",
+            "or give inputs= to fake_quantize; a layer that the forward does not call is left out "
+            f"with where=['!{path}']",
             path=path,
         )
     low, high = float(observer.min_val.min()), float(observer.max_val.max())
