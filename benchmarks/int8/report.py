@@ -125,9 +125,13 @@ def draw(records: Records, path: Path) -> None:
     for axis, net in zip([axes] if len(nets) == 1 else axes, nets, strict=True):
         for number, method in enumerate(reversed(methods)):
             values = differences(records, net, method)
-            axis.plot(values, [number] * len(values), "o", alpha=0.5, markersize=4)
+            axis.plot(values, [number] * len(values), "o", color="C0", alpha=0.5, markersize=4)
             axis.plot(statistics.mean(values), number, "k|", markersize=14)
         axis.axvline(0, color="0.7", linewidth=1)
+        axis.set_xscale("symlog", linthresh=1)  # a tenth of a point is seen beside a dead net
+        axis.set_xlim(-100, 10)
+        axis.set_xticks([-50, -5, -1, 0, 1, 5], ["-50", "-5", "-1", "0", "1", "5"], fontsize=7)
+        axis.minorticks_off()
         axis.set_title(net, fontsize=9)
         axis.set_xlabel("points, minus float", fontsize=8)
         axis.set_yticks(range(len(methods)), list(reversed(methods)), fontsize=8)
