@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from orepa_compiler.cli import export_main, main
 from orepa_compiler.cli.given.engine_options import profile
+from orepa_compiler.cli.run import stages
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.latency import Bench, BenchRow, Contents, Timing
 from orepa_compiler.export.onnx.inspection import load_graph, torch_module
@@ -257,6 +258,20 @@ def test_the_int8_preset_is_in_the_file_and_beside_it(
     assert re.search(rf"<dt>int8 preset</dt>\s*<dd>{preset}</dd>", page)
     code, steps = rechecked(capsys)
     assert (code, steps["onnx on the CPU"]["verdict"]) == (0, "pass"), steps
+
+
+@pytest.mark.parametrize(("preset", "advises"), [("tensorrt", True), ("cpu", False)])
+def test_where_a_cpu_computes_otherwise_the_preset_for_cpus_is_named(
+    preset: str, advises: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(stages, "OpenVINORunner", lambda path: lambda x: torch.zeros(1))
+    line = f"{INT8} --calibration images --openvino net.xml --json net.json --int8-preset {preset}"
+    assert run(export_main, line, capsys)[0] == 1
+    steps = {step["step"]: step for step in json.loads(Path("net.json").read_text())["steps"]}
+    assert steps["check openvino"]["verdict"] == "mismatch"
+    said = "its int8 is for TensorRT, and a CPU without VNNI adds such products in 16 bits"
+    assert steps["check openvino"]["note"].startswith(said) == advises
 
 
 def test_what_was_trained_for_int8_may_be_kept_in_float(capsys: pytest.CaptureFixture[str]) -> None:
