@@ -40,6 +40,26 @@ def test_convs_are_counted_as_often_as_they_run_and_transposed_ones_are_not() ->
     assert count_convs(traced(model.eval())) == 3
 
 
+class Masked(nn.Module):
+    """Makes a mask of lengths, as many positions as the longest has (Conformer of torchaudio)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        longest = int(torch.max(lengths).item())
+        places = torch.arange(longest).expand(lengths.shape[0], longest) + 1
+        return self.conv(x) * (places <= lengths[:, None])[:, None]
+
+
+def test_a_forward_that_reads_a_number_out_of_a_tensor_is_traced() -> None:
+    net, inputs = Masked().eval(), (torch.randn(2, 3, 9), torch.tensor([9, 4]))
+    program = traced(net, *inputs)
+    assert count_convs(program) == 1
+    torch.testing.assert_close(program.module()(*inputs), net(*inputs))
+
+
 def test_convs_of_every_rank_and_form_are_counted() -> None:
     class Convs(nn.Module):
         def forward(self, x: Tensor, w: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,12 @@ _PARTS = (
 
 
 def entries() -> dict[str, Entry]:
-    """Every model by its key, library:name."""
-    return {f"{e.library}:{e.name}": e for part in _PARTS for e in part()}
+    """Every model by its key, library:name; of each library the first, then of each the second.
+
+    So a run that is interrupted has seen all libraries.
+    """
+    turns = zip_longest(*(part() for part in _PARTS))
+    return {f"{e.library}:{e.name}": e for turn in turns for e in turn if e is not None}
 
 
 def outputs_of(value: Any) -> list[Tensor]:

@@ -49,7 +49,9 @@ _OTHER: dict[str, tuple[dict[str, object], Making]] = {
 
 
 def classification() -> list[Entry]:
-    small = [(name, {}, lambda: images(size=224, count=1)) for name in _IMAGENET]
+    small: list[tuple[str, dict[str, object], Making]] = [
+        (name, {}, lambda: images(size=224, count=1)) for name in _IMAGENET
+    ]
     small += [(name, {}, lambda: images(size=32)) for name in _CIFAR]
     small += [(name, *made) for name, made in _OTHER.items()]
     return [

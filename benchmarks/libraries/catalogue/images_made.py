@@ -124,7 +124,7 @@ def enlarging() -> list[Entry]:
         ("SPAN.__arch.span.SPAN", {**_ENDS, "feature_channels": 16}, small),
         ("SwiftSRGAN.__arch.SwiftSRGAN.Generator", {"num_channels": 16, "num_blocks": 2}, small),
         ("DCTLSA.__arch.dctlsa.DCTLSA", {"nf": 20, "num_modules": 6, "num_head": 4}, small),
-        ("SCUNet.__arch.SCUNet.SCUNet", {"config": [1] * 7, "dim": 32}, wide),
+        ("SCUNet.__arch.SCUNet.SCUNet", {"config": [2] * 7, "dim": 64}, wide),
         ("RetinexFormer.__arch.retinexformer_arch.RetinexFormer", {"n_feat": 8, "stage": 1},
          small),
         ("HVICIDNet.__arch.cidnet.CIDNet", {"channels": [8, 8, 16, 32]}, small),

@@ -116,8 +116,10 @@ def _configuration(model: str) -> str:
 
 def matching() -> list[Entry]:
     patches: Making = lambda: images(1, 32, 4)  # noqa: E731
-    features = [(f"feature.{n}", (False,), {}, patches)
-                for n in ("HardNet", "HardNet8", "SOSNet", "TFeat", "HyNet")]  # fmt: skip
+    names = ("HardNet", "HardNet8", "SOSNet", "TFeat", "HyNet")
+    features: list[tuple[str, tuple[Any, ...], dict[str, Any], Making]] = [
+        (f"feature.{name}", (False,), {}, patches) for name in names
+    ]
     made: list[tuple[str, tuple[Any, ...], dict[str, Any], Making]] = [
         *features,
         ("feature.OriNet", (False,), {}, patches),
