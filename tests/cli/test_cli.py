@@ -298,6 +298,7 @@ def test_the_options_arrive(verbs: Verbs, capsys: pytest.CaptureFixture[str]) ->
         "certificate": None,
         "keep_fp32": (),
         "calibration": [],
+        "int8_preset": None,
     }
     assert verbs.calls["samples"] == {"precision": torch.float16, "stress": True}
     assert verbs.calls["engine"] == {
