@@ -138,5 +138,9 @@ class Interpreter(Interpretation):
         if any(node.users for node in placeholders[1:]) or not isinstance(output, fx.Node):
             return None
         value = self.values(path).get(output)
-        whole = value is not None and value.source in placeholders[:1] and value.rest is None
-        return value if whole else None
+        if value is None or value.rest is not None or value.source not in placeholders[:1]:
+            return None
+        # What the forward writes over its input changes what a part of it that stands alone reads.
+        aside = set(graph.nodes) - set(value.nodes)
+        overwrites = self.memory.overwrites
+        return None if any(overwrites(path, n, value.source) for n in aside) else value

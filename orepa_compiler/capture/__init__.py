@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.capture.arguments import Arguments
-from orepa_compiler.capture.beside import beside_graphs
+from orepa_compiler.capture.beside import beside_graphs, held_by_hooks
 from orepa_compiler.capture.calls import Call as Call
 from orepa_compiler.capture.calls import Capture as Capture
 from orepa_compiler.capture.calls import ancestors as ancestors
@@ -25,6 +25,7 @@ from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.effects import Surroundings, surroundings_of
 from orepa_compiler.capture.patching import modules_patched
 from orepa_compiler.capture.recording import Recording
+from orepa_compiler.capture.remembering import code_kept
 from orepa_compiler.capture.skeleton import (
     check_wrapper,
     meta_copy,
@@ -56,12 +57,15 @@ def capture(
     Raises ReparamError for a model that is wrapped, scripted, or cannot be copied.
     """
     check_wrapper(model)
+    held = held_by_hooks(model)
     skeleton = meta_copy(model) if copies else model
     if training is None:
         return _captured(skeleton, lambda module: True, Recording())
     skeleton.train(training)
-    with torch.random.fork_rng(devices=[]):  # a forward may draw random numbers while traced
-        return _captured(skeleton, is_leaf, recording or Recording(), flips=flips)
+    # A forward may draw random numbers while it is traced, and count in a global variable.
+    with torch.random.fork_rng(devices=[]), code_kept(skeleton):
+        found = _captured(skeleton, is_leaf, recording or Recording(), flips=flips)
+    return replace(found, kept={**found.kept, **held}) if held else found
 
 
 @torch.inference_mode(False)  # whose tensors do not tell when they are written over
@@ -82,7 +86,7 @@ def untraced_owners(
     owners: set[str] = set()
     for training in (False, True):
         skeleton.train(training)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), code_kept(skeleton):
             captured = _captured(skeleton, is_leaf, recording or Recording())
             owners |= captured.untraced.keys()
     return owners

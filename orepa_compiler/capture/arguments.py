@@ -7,7 +7,7 @@ An argument that is the same constant at each call is that constant in the trace
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,10 @@ _NOTHING: dict[Any, Any] = {
     inspect.Parameter.VAR_POSITIONAL: (),
     inspect.Parameter.VAR_KEYWORD: {},
 }
+
+
+# Asked for by who takes all further arguments at once.
+WHOLE = "*"
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def bound_forward(module: nn.Module) -> Callable[..., Any]:
 class AskedFor(dict[str, Any]):
     """What a model is given beside its named arguments; remembers which names are asked for.
 
-    asked: name -> the value that is taken where it is not given.
+    asked: name -> the value that is taken where it is not given; WHOLE, where it is handed on, or
+    gone through, as a whole.
     """
 
     def __init__(self, given: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -120,6 +125,10 @@ class AskedFor(dict[str, Any]):
         self.asked.setdefault(name, default[0] if default else None)
         return super().pop(name, *default)
 
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        self.asked.setdefault(name, default)
+        return super().setdefault(name, default)
+
     def __contains__(self, name: object) -> bool:
         self.asked.setdefault(str(name), False)
         return super().__contains__(name)
@@ -128,14 +137,19 @@ class AskedFor(dict[str, Any]):
         self.asked.setdefault(name, None)
         return super().__getitem__(name)
 
-    def __len__(self) -> int:
-        self.asked.setdefault("*", None)
-        return super().__len__()
 
-    def __iter__(self) -> Iterator[str]:
-        self.asked.setdefault("*", None)
-        return super().__iter__()
+def _as_a_whole(name: str) -> Callable[..., Any]:
+    """The method of dict, which tells that all there is was asked for."""
+    of_dict = getattr(dict, name)
 
-    def items(self) -> Any:
-        self.asked.setdefault("*", None)
-        return super().items()
+    def method(self: AskedFor, *args: Any) -> Any:
+        self.asked.setdefault(WHOLE, None)
+        return of_dict(self, *args)
+
+    return method
+
+
+# `f(**options)` and `{**options}` call keys().
+for _name in ("__len__", "__iter__", "__reversed__", "__eq__", "__ne__", "__or__", "__ror__",
+              "__repr__", "keys", "values", "items", "copy", "popitem"):  # fmt: skip
+    setattr(AskedFor, _name, _as_a_whole(_name))

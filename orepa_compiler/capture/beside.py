@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.bytecode import functions_of, names_read
+from orepa_compiler.capture.calls import hooks_of
 from orepa_compiler.capture.effects import Seen, Surroundings, seen_of
 from orepa_compiler.capture.state import Visible, held_values, visible_to
 
@@ -52,6 +53,23 @@ def beside_graphs(
         kept |= {path: _used(owner) for path in reached if path and not _is_inside(path, owner)}
     steered = {owner: f"it {found.steers}" for owner, found in seen.items() if found.steers}
     return Beside({**_steered_by_others(model, graphs, seen), **steered}, kept)
+
+
+def held_by_hooks(model: nn.Module) -> dict[str, str]:
+    """Module path -> why it is kept: a hook holds it, and may run it, or use its weight.
+
+    model: the user's own. What a hook holds, a copy of the hook holds too.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    kept: dict[str, str] = {}
+    for owner, module in model.named_modules():
+        for hook in hooks_of(module):
+            for held in held_values(hook):
+                parts = held.modules() if isinstance(held, nn.Module) else ()
+                found = [paths[id(part)] for part in parts if id(part) in paths]
+                reason = f"a hook on {owner or 'the model'} may use it, or its weight"
+                kept |= dict.fromkeys(filter(None, found), reason)
+    return kept
 
 
 def _steered_by_others(

@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 
 _MOST_FUNCTIONS = 64
+# What may follow where a module is put on the stack: its attribute is read, or it is a key.
+_ASKS = ("LOAD_ATTR", "LOAD_METHOD", "BINARY_SUBSCR", "STORE_SUBSCR")
 
 
 def functions_of(module: nn.Module, forward: str = "forward") -> list[FunctionType]:
@@ -38,22 +40,41 @@ def functions_of(module: nn.Module, forward: str = "forward") -> list[FunctionTy
 def names_in(code: CodeType) -> frozenset[str]:
     """The names that a function looks up: globals and attributes, strings for getattr too."""
     nested = [const for const in code.co_consts if isinstance(const, CodeType)]
-    texts = [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
-    return frozenset(code.co_names).union(texts, *map(names_in, nested))
+    return texts_in(code).union(code.co_names, *map(names_in, nested))
+
+
+@cache
+def texts_in(code: CodeType) -> frozenset[str]:
+    """The strings in a function that could be names, also in tuples and in functions inside."""
+    found: set[str] = set()
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            found |= texts_in(const)
+        for part in const if isinstance(const, (tuple, frozenset)) else (const,):
+            if isinstance(part, str) and part.isidentifier():
+                found.add(part)
+    return frozenset(found)
+
+
+def defaults_of(function: FunctionType) -> dict[str, Any]:
+    """The parameters of a function that need not be given, each with what it is then."""
+    code, positional = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount]
+    return {**dict(zip(names[::-1], positional[::-1], strict=False)),
+            **(function.__kwdefaults__ or {})}  # fmt: skip
 
 
 @cache
 def names_read(code: CodeType) -> frozenset[str]:
     """The attributes that a function reads, and does not only set or count up."""
     nested = [const for const in code.co_consts if isinstance(const, CodeType)]
-    texts = [const for const in code.co_consts if isinstance(const, str) and const.isidentifier()]
     names = set()
     for before, one in pairwise([None, *dis.get_instructions(code)]):
         # `self.count += 1` copies self, and reads the count for itself alone
         updates = before is not None and before.opname in ("COPY", "DUP_TOP")
         if one is not None and one.opname.startswith("LOAD_") and not updates:
             names.add(str(one.argval))
-    return frozenset(names).union(texts, *map(names_read, nested))
+    return texts_in(code).union(names, *map(names_read, nested))
 
 
 def type_reason(functions: list[FunctionType]) -> str | None:
@@ -80,6 +101,22 @@ def _asks_for_type(code: CodeType) -> bool:
         if one.opname == "LOAD_GLOBAL" and one.argval == "type" and after != [True]:
             return True
     return any(_asks_for_type(const) for const in code.co_consts if isinstance(const, CodeType))
+
+
+def goes_inside(hook: FunctionType) -> bool:
+    """Whether a hook does more with its module than ask for attributes, or use it as a key."""
+    code = hook.__code__
+    names = [name for name in code.co_varnames[: code.co_argcount] if name != "self"][:1]
+    steps = [None, *dis.get_instructions(code)]
+    for before, one, after in zip(steps, steps[1:], [*steps[2:], None], strict=False):
+        assert one is not None
+        if not one.opname.startswith("LOAD_") or one.argval not in names:
+            continue
+        is_asked = after is not None and after.opname.startswith(_ASKS)
+        about = before is not None and before.argval in ("id", "type", "isinstance", "hash")
+        if not (is_asked or about):
+            return True
+    return False
 
 
 def _methods(module: nn.Module, name: str) -> Iterator[FunctionType]:

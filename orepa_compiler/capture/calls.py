@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from orepa_compiler.capture.arguments import Arguments
-from orepa_compiler.capture.bytecode import functions_in, names_in
+from orepa_compiler.capture.bytecode import functions_in, goes_inside, names_in
 from orepa_compiler.capture.effects import effects_of
+from orepa_compiler.capture.skeleton import own_kind
 from orepa_compiler.capture.tracing import made_up, trace
 from orepa_compiler.errors import ReparamError
 
@@ -30,6 +33,12 @@ _REACHING = {
 PARAMETRIZED = (
     "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
 )
+
+
+def hooks_of(module: nn.Module) -> Iterator[Any]:
+    """The functions that run around the forward and the backward pass of a module."""
+    for hooks in _HOOKS:
+        yield from getattr(module, hooks).values()
 
 
 @dataclass(frozen=True)
@@ -117,17 +126,20 @@ class Capture:
         """Why a module with a hook, on itself or on what it is read with, must stay, or None."""
         module = self.module(path)
         read = [module] if path in self.graphs else list(module.modules())
-        if any(getattr(part, hooks) for part in read for hooks in _HOOKS):
+        if any(True for part in read for _ in hooks_of(part)):
             return "it has a hook, which a rewrite would no longer call; remove the hook first"
+        if any(vars(torch.nn.modules.module).get(f"_global{hooks}") for hooks in _HOOKS):
+            return "there is a hook on all modules (register_module_forward_hook); remove it first"
         return None
 
     def _reaching_hook(self, path: str) -> str | None:
         """Why a hook around this module may use it, by the names in its code, or None."""
         for owner in ancestors(path):
             module = self.module(owner)
-            names = {path.removeprefix(f"{owner}." if owner else "").partition(".")[0], *_REACHING}
-            for hook in (hook for hooks in _HOOKS for hook in getattr(module, hooks).values()):
-                if any(names & names_in(f.__code__) for f in functions_in(hook)):
+            names = {*path.removeprefix(f"{owner}." if owner else "").split("."), *_REACHING}
+            for hook in hooks_of(module):
+                functions = list(functions_in(hook))
+                if any(names & names_in(f.__code__) or goes_inside(f) for f in functions):
                     return f"a hook on {owner or 'the model'} may use it, or its weight"
         return None
 
@@ -141,6 +153,10 @@ class Capture:
             return reason
         if parametrize.is_parametrized(self.module(path)):
             return PARAMETRIZED
+        module = self.module(path)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and (kind := own_kind(tensor)):
+                return f"its weight is a {kind}, which may compute in a way of its own"
         if path in self.tied:
             return f"its weight is shared with {self.tied[path]}"
         for owner in self.reads.get(path, []):

@@ -38,7 +38,8 @@ class Seen:
     written: its buffers that it writes over. reads: the paths of modules whose tensors it uses, and
     the graph does not show it. sets: (path, attribute) of what it sets on modules. touched: the
     objects that it changes, by identity. asked: the names that it looks for in its **kwargs, each
-    with what it takes where they are not given.
+    with what it takes where they are not given. types: the arguments whose type it asks for, with
+    the classes that they are not.
     """
 
     does: str = ""
@@ -48,6 +49,7 @@ class Seen:
     sets: frozenset[tuple[str, str]] = frozenset()
     touched: frozenset[Hashable] = frozenset()
     asked: tuple[tuple[str, Any], ...] = ()
+    types: tuple[tuple[str, tuple[type, ...]], ...] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -103,6 +105,7 @@ class Effects:
         self.buffers = {id(buffer) for buffer in module.buffers()}
         self.written_outside: set[str] = set()
         self.asked: dict[str, Any] = {}
+        self.types: dict[str, dict[type, None]] = {}
         self.tensors = TensorsUsed(self.read)
 
     def look(self) -> None:
@@ -115,7 +118,7 @@ class Effects:
         """With gradients on; sees what the forward switches, sets, draws and writes over."""
         _WATCHING.append(self)
         before, versions = visible_to(self.module, self.functions), _versions(self.module)
-        drawn = RandomState()
+        drawn, held = RandomState(), _registered(self.module)
         try:
             with (
                 ambient(self.around.flips),
@@ -129,6 +132,11 @@ class Effects:
             self.found |= dict.fromkeys(f"changes its {name}" for name in sorted(self.written))
             self._compare(before, visible_to(self.module, self.functions))
             self._give_back()
+            for mapping, was in held:
+                if not _is_same(mapping, was):
+                    self._steered("changes what is registered in it")
+                    mapping.clear()
+                    mapping.update(was)
             if drawn.has_moved():
                 self._steered("draws random numbers")
                 drawn.put_back()
@@ -168,7 +176,8 @@ class Effects:
         old = vars(module).get(name, _NOTHING)
         if self is not _WATCHING[-1] or name.startswith(MADE_BY_TRACE):
             return
-        if old is value or (type(old) is type(value) and _equal(old, value)):
+        is_same = old is value or (type(old) is type(value) and _equal(old, value))
+        if is_same and (name != "training" or module is self.module):  # in the other mode it is not
             return
         registered = next((d[name] for d in map(vars(module).get, OWN) if d and name in d), None)
         if registered is not None or isinstance(value, (nn.Module, nn.Parameter)):
@@ -211,12 +220,23 @@ class Effects:
             frozenset(sets | own),
             frozenset(self.touched),
             tuple(self.asked.items()),
+            tuple((name, tuple(classes)) for name, classes in self.types.items()),
         )
 
     def note(self, graph: fx.Graph) -> None:
         """Writes what was found into the graph."""
         if (seen := self.seen()) != Seen():
             output(graph).meta[_KEY] = seen
+
+
+def _registered(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The modules, parameters and buffers of a module and of its children, as they are now."""
+    mappings = [getattr(held, own) for held in (module, *module.children()) for own in OWN]
+    return [(mapping, dict(mapping)) for mapping in mappings]
+
+
+def _is_same(mapping: dict[str, Any], before: dict[str, Any]) -> bool:
+    return list(mapping) == list(before) and all(mapping[k] is v for k, v in before.items())
 
 
 def _versions(module: nn.Module) -> dict[str, Any]:

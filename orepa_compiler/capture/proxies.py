@@ -11,6 +11,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import UnionType
 from typing import Any
 
 import torch
@@ -235,8 +236,19 @@ def _is_instance(value: Any, classes: Any) -> bool:
     if (held := value.tracer.attribute_of(value.node)) is not None:
         return _isinstance(held, classes)
     if kind := kind_of(value.node):
-        return issubclass(kind, classes)
+        if not (is_one := issubclass(kind, classes)):
+            value.tracer.is_none_of(value.node, _flat(classes))
+        return is_one
     raise value.tracer.stopped("it asks for the type of a value that a trace does not know")
+
+
+def _flat(classes: Any) -> tuple[type, ...]:
+    """The classes in what isinstance takes: one, a tuple that may be nested, a union."""
+    if _isinstance(classes, UnionType):
+        classes = classes.__args__
+    if _isinstance(classes, tuple):
+        return tuple(cls for part in classes for cls in _flat(part))
+    return (classes,) if _isinstance(classes, type) else ()
 
 
 def _has_attribute(value: Any, name: str) -> bool:

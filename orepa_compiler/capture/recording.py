@@ -23,6 +23,9 @@ from orepa_compiler.capture.arguments import Arguments, arguments_of, bound_forw
 from orepa_compiler.capture.nested import PLAIN, parts, tensors
 from orepa_compiler.capture.watching import tells_form, watching_functions
 
+# Reads of a tensor's form that sizes do not decide.
+_OF_ONE_CALL = {"requires_grad", "grad_fn", "is_leaf"}
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -162,7 +165,11 @@ class _Recorder:
     def called(self, name: str, function: Any, args: Any, kwargs: Any, output: Any) -> None:
         """A torch function ran in the forward of the module on top of the stack."""
         frame = self.frame
-        if frame is None or tells_form(name):
+        if frame is None:
+            return
+        if name in _OF_ONE_CALL:  # another call may answer it in another way
+            frame.asked_values = frame.asked_values or name
+        if tells_form(name):
             return
         touched = [*tensors(args), *tensors(list(kwargs.values()))]
         if not any(id(t) in frame.nodes or id(t) in self.parameters for t in touched):

@@ -28,6 +28,8 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "the model before wrapping it",
     "OptimizedModule": "the model before torch.compile",
 }
+_SEES_ALL = {"__torch_function__", "__torch_dispatch__"}
+_KIND = "_class_before_copy"
 LAZY = (UninitializedParameter, UninitializedBuffer)
 
 
@@ -78,7 +80,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
                 continue
             empty = _empty(tensor)
             is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            empty = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            if kind := own_kind(tensor):
+                setattr(empty, _KIND, kind)
+            memo[id(tensor)] = empty
             keep_alive.append(tensor)
     try:
         return copy.deepcopy(model, memo)
@@ -87,6 +92,17 @@ def meta_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
             "remove what copy.deepcopy cannot copy"
         ) from error
+
+
+def own_kind(tensor: Tensor) -> str | None:
+    """The name of a user's class of tensors that sees every function called on it, or None.
+
+    A copy without values is of torch's class, and remembers that name.
+    """
+    if known := getattr(tensor, _KIND, None):
+        return str(known)
+    users = (c for c in type(tensor).__mro__ if c.__module__.split(".")[0] != "torch")
+    return type(tensor).__name__ if any(_SEES_ALL & vars(c).keys() for c in users) else None
 
 
 def _empty(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ may go another way than the one that was traced.
 
 from __future__ import annotations
 
+from collections import UserDict, UserList, deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,11 +15,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from orepa_compiler.capture.bytecode import contents_of, is_of_torch, names_in
+from orepa_compiler.capture.bytecode import contents_of, defaults_of, is_of_torch, names_in
+from orepa_compiler.capture.positions import is_hidden, position_of
 
 OWN = ("_parameters", "_buffers", "_modules")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 MADE_BY_TRACE = "_tensor_constant"
+# By these an attribute is set without nn.Module being told.
+_BEHIND_MODULES = {"__dict__", "vars", "__setattr__"}
 _DEEPEST, _MOST_FACTS = 4, 2000
 
 
@@ -50,22 +54,36 @@ def visible_to(module: nn.Module, functions: list[FunctionType]) -> Visible:
     for name, value in vars(module).items():
         if name not in OWN and not name.startswith(MADE_BY_TRACE):
             seen.add(f"its {name}", value)
+    if any(_BEHIND_MODULES & names_in(function.__code__) for function in functions):
+        for path, child in module.named_modules():
+            for name, value in vars(child).items() if path else ():
+                if name not in OWN and isinstance(value, _PLAIN):
+                    seen.add(f"{name} of its {path}", value)
     for cls in type(module).__mro__:
         if not is_of_torch(cls.__module__) and cls is not object:
-            for name, value in vars(cls).items():
-                if isinstance(value, (*_PLAIN, list, dict, set)) and not name.startswith("__"):
-                    seen.add(f"{name} of its class", value, (id(cls), name))
+            for name, value in variables_of(cls):
+                seen.add(f"{name} of its class", value, (id(cls), name))
     for function in functions:
+        _add_own_state(seen, function)
         around = function.__globals__
         for name in names_in(function.__code__):
-            if name in around and _is_state(value := around[name]):
+            if name in around and is_state(value := around[name]):
                 seen.add(f"the global {name}", value, (id(around), name))
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
-            if name != "__class__" and _is_state(value := contents_of(cell)):
+            if name != "__class__" and is_state(value := contents_of(cell)):
                 seen.add(f"{name}, a variable around its forward", value, id(cell))
     return seen
+
+
+def _add_own_state(seen: Visible, function: FunctionType) -> None:
+    """What a function keeps from call to call: defaults that can change, and its attributes."""
+    for name, value in defaults_of(function).items():
+        if not isinstance(value, _PLAIN):
+            seen.add(f"{name}, a default of {function.__name__}", value)
+    if vars(function):
+        seen.add(f"an attribute of {function.__name__}", dict(vars(function)), id(vars(function)))
 
 
 def _fact(value: Any, held: set[Hashable], depth: int) -> Any:
@@ -76,8 +94,10 @@ def _fact(value: Any, held: set[Hashable], depth: int) -> Any:
         held.add(id(value))
         return id(value), 0 if value.is_inference() else value._version
     parts = _parts(value)
-    if parts is None or depth == _DEEPEST or len(held) > _MOST_FACTS:
+    if depth == _DEEPEST or len(held) > _MOST_FACTS:
         return id(value)
+    if parts is None:
+        return id(value), position_of(value)
     held.add(id(value))
     return id(value), tuple((key, _fact(part, held, depth + 1)) for key, part in parts)
 
@@ -112,16 +132,37 @@ def _parts(value: Any) -> list[tuple[Any, Any]] | None:
     """What a container or an object of the user's holds; None for what is compared by identity."""
     if isinstance(value, dict):
         return [(key if isinstance(key, _PLAIN) else id(key), part) for key, part in value.items()]
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return list(enumerate(value))
+    if isinstance(value, (UserDict, UserList)):
+        return _parts(value.data)
     if isinstance(value, (set, frozenset)):
         return [(id(part), None) for part in value]
     if isinstance(value, (nn.Module, type, ModuleType, FunctionType, MethodType, partial)):
         return None
-    if callable(value) or is_of_torch(type(value).__module__):
+    if is_of_torch(type(value).__module__) or is_hidden(value):
         return None
-    return list(vars(value).items()) if hasattr(value, "__dict__") else None
+    slots = [name for cls in type(value).__mro__ for name in slots_of(cls)]
+    if not slots and not hasattr(value, "__dict__"):
+        return None
+    attributes = [*getattr(value, "__dict__", {}).items()]
+    return attributes + [(n, getattr(value, n)) for n in slots if hasattr(value, n)]
 
 
-def _is_state(value: Any) -> bool:
+def slots_of(cls: type) -> tuple[str, ...]:
+    """The attributes that a class of the user's keeps in slots."""
+    slots = vars(cls).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def variables_of(cls: type) -> list[tuple[str, Any]]:
+    """The attributes of a class that hold values, and are no methods or the like."""
+    kinds = (*_PLAIN, list, dict, set, deque)
+    return [(name, value) for name, value in vars(cls).items()
+            if isinstance(value, kinds) and not name.startswith("__")]  # fmt: skip
+
+
+def is_state(value: Any) -> bool:
+    """Whether what a name stands for is a value, and no code."""
     return not isinstance(value, (ModuleType, type, FunctionType)) and not callable(value)

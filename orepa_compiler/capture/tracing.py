@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import enum
+import inspect
 import operator
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from functools import singledispatchmethod
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ Returned = Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
 OPAQUE = object()
 
 _LONGEST = 120  # characters of an error that a forward raised
-_CHECKED = (type(None), bool, int, float, str)
+_CHECKED = (type(None), bool, int, float, str, tuple, list, dict, enum.Enum)
 
 
 class _ChildrenAreLeaves(fx.Tracer):
@@ -65,6 +68,11 @@ class _ChildrenAreLeaves(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         raise self.stopped("symbolically traced variables cannot be used as inputs to control flow")
+
+    def is_none_of(self, node: fx.Node, classes: tuple[type, ...]) -> None:
+        """A value was asked whether it is one of these, and said no: an argument may be another."""
+        if self.is_model and self.effects is not None and node.op == "placeholder":
+            self.effects.types.setdefault(str(node.target), {}).update(dict.fromkeys(classes))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         raise self.stopped("it iterates over a value whose length a trace does not know")
@@ -117,6 +125,21 @@ class _ChildrenAreLeaves(fx.Tracer):
             self.effects.look()
         return super().create_node(*args, **kwargs)
 
+    def create_proxy(self, kind: str, target: Any, args: Any, *more: Any, **options: Any) -> Any:
+        """As fx; but a parameter may have a default of any kind, which only its own forward has."""
+        if kind == "placeholder":
+            args = tuple(map(self._default, args))
+        return super().create_proxy(kind, target, args, *more, **options)
+
+    def _default(self, value: Any) -> Any:
+        try:
+            self.create_arg(value)
+        except NotImplementedError:
+            assert self.effects is not None
+            self.effects.found["takes an argument whose default no graph can hold"] = None
+            return None
+        return value
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Proxy(node, self)
 
@@ -131,7 +154,7 @@ class _ChildrenAreLeaves(fx.Tracer):
         name = str(proxy.node.target)
         if name in self.arguments.constants:
             value = self.arguments.constants[name]
-            if self.is_model and (isinstance(value, _CHECKED) or name.startswith("*")):
+            if self.is_model:
                 self._check(proxy, value)
             if name.startswith("**") and type(value) is dict:
                 assert self.effects is not None
@@ -151,6 +174,10 @@ class _ChildrenAreLeaves(fx.Tracer):
 
     def _check(self, proxy: Proxy, value: Any) -> None:
         """What makes a forward that is written anew refuse other calls than the one traced."""
+        if not isinstance(value, _CHECKED):
+            assert self.effects is not None
+            self.effects.found["takes an argument that no graph can compare"] = None
+            return
         test = operator.is_ if value is None else operator.eq
         same = self.create_proxy("call_function", test, (proxy, value), {})
         message = (
@@ -238,6 +265,8 @@ def trace(
     forward = _forward_name(module)
     if forward is None:
         return "a function took its place on this object"
+    if isinstance(inspect.getattr_static(type(module), forward), singledispatchmethod):
+        return "it asks for the type of what it is given (functools.singledispatchmethod)"
     arguments = arguments or usual_arguments(bound_forward(module))
     if arguments is None:
         return "its arguments cannot be told from its signature"

@@ -102,7 +102,8 @@ def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     except _UsageError as error:
         # Some versions of typer say of a choice that it is a "Value error", too.
         message = error.format_message().replace("Value error, ", "").rstrip(".")
-        return stop(f"{message}; see {name} --help", ExitCode.USAGE)
+        called = error.ctx.command_path if error.ctx else name
+        return stop(f"{message}; see {called} --help", ExitCode.USAGE)
     except NotVerified as error:
         return stop(str(error), ExitCode.NOT_VERIFIED)
     except Interrupted as error:

@@ -24,6 +24,13 @@ from orepa_compiler.cli.given.engine_options import (
     check_preset_option,
     profile,
 )
+from orepa_compiler.cli.given.interface_options import (
+    InputNames,
+    OutputNames,
+    check_names,
+    check_sizes,
+    named,
+)
 from orepa_compiler.cli.given.options import (
     Checkpoint,
     Classes,
@@ -78,6 +85,15 @@ def export_command(
     static_batch: Annotated[
         bool, typer.Option("--static-batch", help="Fix the batch size in the artifacts.")
     ] = False,
+    dynamic_size: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-size",
+            help="Leave height and width open too; also checked at a second size.",
+        ),
+    ] = False,
+    input_names: InputNames = None,
+    output_names: OutputNames = None,
     simplify: Annotated[
         bool, typer.Option("--simplify", help="Run onnxsim over the ONNX.")
     ] = False,
@@ -123,6 +139,7 @@ def export_command(
       orepa-export nets.py:build --onnx net.onnx --precision fp16 --json net.json
       orepa-export timm:resnet18 --trt r18.engine --compute-capability 8.9
       orepa-export nets.py:build --trt net.engine --precision int8 --calibration images/
+      orepa-export timm:resnet18 --onnx r18.onnx --dynamic-size --input-names image
       orepa-export nets.py:pair --onnx pair.onnx --input-shape 3x64x64 --input-shape 8
 
     An engine that was built and not run on a GPU does not count as checked: its row says "device
@@ -163,6 +180,9 @@ def export_command(
         compute_capability=compute_capability,
         flavor=trt_flavor,
     )
+    names = named("--input-names", input_names), named("--output-names", output_names)
+    check_names(*names, input_shape or ())
+    check_sizes(dynamic_size, trt is not None, shapes, input_shape or ())
     has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")
     has_no_effect("--expanded", expanded is not None and not checkpoint, "there is no --checkpoint")
     has_no_effect("--pretrained", pretrained and checkpoint is not None, "--checkpoint has them")
@@ -190,6 +210,9 @@ def export_command(
             "batch": batch,
             "precision": precision,
             "static_batch": static_batch,
+            "dynamic_size": dynamic_size,
+            "input_names": names[0],
+            "output_names": names[1],
             "simplify": simplify,
             "opset": opset,
             "flavor": trt_flavor,

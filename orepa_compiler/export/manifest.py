@@ -26,11 +26,11 @@ FORMAT = 1
 _SUFFIX = ".manifest.json"
 _PACKAGES = (
     *("orepa-compiler", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),
-    *("onnxruntime-gpu", "onnxsim", "tensorrt", "tensorrt-rtx", "numpy"),
+    *("onnxruntime-gpu", "onnxsim", "tensorrt", "tensorrt-rtx", "openvino", "numpy"),
 )
 _SHOWN = 12  # digits of a hash in a message
 
-Role = Literal["checkpoint", "onnx", "weights", "engine", "samples"]
+Role = Literal["checkpoint", "onnx", "weights", "engine", "openvino", "samples"]
 
 
 class ManifestError(ReparamError):

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture import Capture, ancestors, capture
-from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arguments
-from orepa_compiler.capture.constants import constants_of
+from orepa_compiler.capture.arguments import WHOLE, Arguments, bound_forward, usual_arguments
+from orepa_compiler.capture.bytecode import defaults_of, functions_of, texts_in
+from orepa_compiler.capture.constants import OF_NUMBERS, constants_of
 from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy, uncollected
@@ -110,7 +111,14 @@ class Retracing:
             there = {_key(step, edit) for edit in step.plan(other).edits}
             for edit in wanted.edits:
                 modules = _modules(step, edit)
-                if _key(step, edit) not in there and any(map(other.calls.get, modules)):
+                if _key(step, edit) in there:
+                    continue
+                # Where its forward has no graph any more, nobody knows which of them it calls.
+                is_lost = any(
+                    owner in other.untraced and owner not in captured.untraced
+                    for module in modules for owner in ancestors(module)
+                )  # fmt: skip
+                if is_lost or any(map(other.calls.get, modules)):
                     reason = f"with {what} the forward goes another way"
                     kept |= dict.fromkeys(modules, reason)
         return Found(kept, {})
@@ -169,8 +177,13 @@ def _other_values(captured: Capture, usual: Arguments) -> Iterator[tuple[str, st
             yield f"{name}= something", name, Tensor
         elif isinstance(value, (int, float, str)):
             yield f"another {name} than {value!r}", name, type(value)
-        elif name.startswith("*") and name != stars:
-            yield "more arguments", name, tuple
+        elif name.startswith("*"):
+            yield from [("more arguments", name, tuple)] if name != stars else []
+        else:  # a member of an enum, a tuple, a function, an object that stands for "not given"
+            yield f"another {name}", name, type(value)
+    for name, classes in seen_of(captured.graphs.get("")).types:
+        for cls in classes:
+            yield f"{name} a {cls.__name__}", name, cls
     if stars is not None:
         for name, default in _further_names(captured).items():
             other = not default if isinstance(default, bool) else Tensor
@@ -181,11 +194,16 @@ def _further_names(captured: Capture) -> dict[str, Any]:
     """What may be given by name to a model that takes **kwargs: what some forward asks for."""
     found: dict[str, Any] = {}
     for path, graph in captured.graphs.items():
-        found |= dict(seen_of(graph).asked)
+        asked = dict(seen_of(graph).asked)
+        if WHOLE in asked:  # it may look for any of the names in its code
+            functions = functions_of(captured.module(path))
+            found |= {name: None for f in functions for name in texts_in(f.__code__)}
+            found |= {name: value for f in functions for name, value in defaults_of(f).items()}
+        found |= asked
         given = captured.arguments.get(path) if path else None
         for name, value in (given.constants if given else {}).items():
             if (value is None or isinstance(value, bool)) and not name.startswith("*"):
-                found.setdefault(name, value)
+                found[name] = value if found.get(name) is None else found[name]
     return found
 
 
@@ -219,16 +237,23 @@ def _parted(before: Capture, after: Capture) -> Iterator[str]:
 
 
 def _form(graph: fx.Graph) -> tuple[Any, ...]:
-    return dataflow(graph), seen_of(graph).reads
+    return dataflow(graph), seen_of(graph).reads, [_numbers(node) for node in graph.nodes]
+
+
+def _numbers(node: fx.Node) -> Any:
+    """What a tensor holds that the forward makes of numbers; they may have been counted."""
+    made = node.meta.get(OF_NUMBERS)
+    return None if made is None else (made.shape, made.dtype, made.flatten().tolist())
 
 
 def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """What runs on what; without the constants, which a block may have others of."""
+    """What runs on what; without what is made of weights, which a block may have others of."""
     constants = constants_of(graph)
     number: dict[fx.Node, int] = {}
     flow: list[tuple[Any, ...]] = []
     for node in graph.nodes:
-        if node in constants or node.op == "get_attr":
+        is_of_weights = node in constants and not number.keys() >= set(node.all_input_nodes)
+        if node.op == "get_attr" or is_of_weights:
             continue
         number[node] = len(number)
 

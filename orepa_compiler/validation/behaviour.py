@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from orepa_compiler.capture.nested import tensors
 from orepa_compiler.capture.randomness import random_state_kept, seed_all
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.validation.state import ModelState, state_kept
+from orepa_compiler.validation.state import Watching, state_kept, state_of
 from orepa_compiler.verification.evaluation import Batch
 from orepa_compiler.verification.nesting import map_tensors, named_leaves
 
@@ -113,7 +113,7 @@ def behaviour(
     reached: dict[int, Tensor] = {}
     counts: dict[str, int] = {}
     with _aside(model, training), _counting(model, watched, counts):
-        before = ModelState(model)
+        before = state_of(model)
         for number, call in enumerate(calls):
             seed_all(_SEED + number)
             batch = _placed(batches[call.batch], dtype)
@@ -211,8 +211,8 @@ def _nothing_saved() -> Iterator[None]:
         yield
 
 
-class _Counter:
-    """A hook that counts; with slots, so that it is no state of the model that it hangs on."""
+class _Counter(Watching):
+    """A hook that counts how often a module runs."""
 
     __slots__ = ("counts", "path")
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from orepa_compiler.capture.randomness import RandomState
+from orepa_compiler.capture.remembering import Remembered
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Plan
@@ -34,7 +35,7 @@ from orepa_compiler.validation.blame import (
     suspects,
 )
 from orepa_compiler.validation.room import fits_in_float64
-from orepa_compiler.validation.state import ModelState
+from orepa_compiler.validation.state import state_of
 from orepa_compiler.verification.evaluation import Batch, own_dtype
 from orepa_compiler.verification.nesting import describe, map_tensors
 from orepa_compiler.verification.outputs.rounding import (
@@ -127,7 +128,7 @@ class _Trial:
         kept: dict[str, str] = {}
         worst: Disagreement | None = None
         for number in range(ROUNDS + 1):
-            before = ModelState(self.model) if self.inplace else None
+            before = state_of(self.model) if self.inplace else None
             attempt = self._attempt(kept, before)
             if attempt.found is None:
                 return attempt.made, replace(attempt.plan, checked=self._checked())
@@ -144,14 +145,14 @@ class _Trial:
             f"the rewritten model does not do what the model does on the inputs: {worst.text}"
         )
 
-    def _attempt(self, kept: Kept, before: ModelState | None) -> _Attempt:
+    def _attempt(self, kept: Kept, before: Remembered | None) -> _Attempt:
         made, plan = self._made(kept, before)
         after = RandomState()
         found, shown_by = self._judged(made, plan, kept)
         after.put_back()
         return _Attempt(made, plan, found, shown_by)
 
-    def _made(self, kept: Kept, before: ModelState | None) -> tuple[nn.Module, Plan]:
+    def _made(self, kept: Kept, before: Remembered | None) -> tuple[nn.Module, Plan]:
         self.random.put_back()
         target = self.model if self.inplace else self.copied(self.model)
         try:
@@ -239,7 +240,7 @@ class _Trial:
         )
 
     def _blamed(
-        self, attempt: _Attempt, before: ModelState | None, *, is_last: bool
+        self, attempt: _Attempt, before: Remembered | None, *, is_last: bool
     ) -> dict[str, str]:
         """Module path -> why it is kept from now on. The model is again what it was."""
         found, edits = attempt.found, attempt.plan.edits

@@ -289,12 +289,16 @@ def test_the_options_arrive(verbs: Verbs, capsys: pytest.CaptureFixture[str]) ->
     assert verbs.calls["onnx"] == {
         "path": Path("pair.onnx"),
         "dynamic_batch": False,
+        "dynamic_size": False,
+        "input_names": None,
+        "output_names": None,
         "precision": "fp16",
         "simplify": True,
         "opset": None,
         "certificate": None,
         "keep_fp32": (),
         "calibration": [],
+        "int8_preset": None,
     }
     assert verbs.calls["samples"] == {"precision": torch.float16, "stress": True}
     assert verbs.calls["engine"] == {

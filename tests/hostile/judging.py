@@ -73,7 +73,8 @@ def faults(
                 problems = list(_tried(form, verb, options, before))
             except Exception as crash:  # whatever it is, it is a fault of the verb
                 problems = [f"CRASH {type(crash).__name__}: {str(crash)[:150]}"]
-            label = " ".join(filter(None, (verb, told, block)))
+            place = "in place" if "inplace" in options else ""
+            label = " ".join(filter(None, (verb, told, block, place)))
             found += [f"{label}: {problem}" for problem in problems]
     return found
 
@@ -82,9 +83,12 @@ def _ways(form: Form, number: int | None) -> Iterator[tuple[str, Options]]:
     told = {"inputs": form.given()}
     first, second = (told, {}) if (number or 0) % 2 else ({}, told)
     block = {} if (number or 0) % 2 else {"block": orepa.OREPA}  # which linearizes first
-    yield from (("plan", second), ("collapse", first), ("expand", {**second, **block}))
+    own = {"inplace": True} if (number or 0) % 3 == 2 else {}
+    yield from (("plan", second), ("collapse", {**first, **own}), ("expand", {**second, **block}))
     if number is None:
         yield from (("plan", first), ("collapse", second), ("expand", first), ("expand", second))
+        for verb in ("collapse", "expand"):
+            yield from ((verb, {**told, "inplace": True}) for told in (first, second))
 
 
 def stock_of(form: Form) -> nn.Module:
@@ -115,11 +119,12 @@ def _tried(form: Form, verb: str, options: Options, before: Before) -> Iterator[
     except orepa.ReparamError as refusal:
         if form.norms is not None or form.blocks is not None:
             yield from () if form.told and "inputs" not in options else [f"REFUSED: {refusal}"]
-    if error := difference(list(state.items()), list(given.state_dict().items())):
-        yield f"changed the state of the given model by {error:.1e}"
-    yield from _differing(before.outputs, outputs(given, form), "the given model is changed: ")
+    if made is None or "inplace" not in options:  # an error leaves it as it was in place too
+        if error := difference(list(state.items()), list(given.state_dict().items())):
+            yield f"changed the state of the given model by {error:.1e}"
+        yield from _differing(before.outputs, outputs(given, form), "the given model is changed: ")
     if isinstance(made, nn.Module):
-        yield from _judged(form, given, made.eval(), verb, options, before)
+        yield from _judged(form, stock_of(form), made.eval(), verb, options, before)
 
 
 def _judged(

@@ -17,10 +17,12 @@ from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.int8.quantization import calibration_batches
 from orepa_compiler.export.onnx.precision import cast_tensors
+from orepa_compiler.export.onnx.sizes import check_images, other_sizes
 from orepa_compiler.export.tensorrt.flavors import load_flavor
 from orepa_compiler.export.tensorrt.profiles import Shape
 from orepa_compiler.model_source import check_function, check_options
 from orepa_compiler.model_source.preprocessing import Preprocessing, preprocessing_of
+from orepa_compiler.verification.nesting import tensors_in
 
 # Samples in one call while the ranges are taken.
 CALIBRATION_BATCH = 8
@@ -33,10 +35,11 @@ class ExportRequest:
     shapes: of the inputs, without the batch, as written; none where the model's own are taken.
     batch: of the inputs compared; None is 1 where the artifacts keep it, and 2 where it is free, so
     that more than one image is really compared. data: the user's own inputs, to be compared beside
-    random ones of their shape. images: how images become inputs. calibration: where the data for
-    int8 comes from. int8_preset: what runs it; None is the model's own, or TensorRT. evaluate: the
-    user's function that tells how good a form is. profile: the shapes that the engine takes.
-    report: where a page goes, for which the models are measured.
+    random ones of their shape. input_names, output_names: in the files; none for those of the
+    model. images: how images become inputs. calibration: where the data for int8 comes from.
+    int8_preset: what runs it; None is the model's own, or TensorRT. evaluate: the user's function
+    that tells how good a form is. profile: the shapes that the engine takes. report: where a page
+    goes, for which the models are measured.
     """
 
     model: str
@@ -52,6 +55,9 @@ class ExportRequest:
     batch: int | None = None
     precision: Precision = "fp32"
     static_batch: bool = False
+    dynamic_size: bool = False
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
     simplify: bool = False
     opset: int | None = None
     flavor: Flavor = "auto"
@@ -106,6 +112,18 @@ class ExportRequest:
         if self.static_batch and not full:
             raise ReparamError(f"--inputs {self.data}: holds no batch of {batch} samples")
         return full if self.static_batch else batches
+
+    def check_interface(self, model: nn.Module, batch: Batch) -> None:
+        """Raises ReparamError for more or fewer names than inputs, and for a size that is fixed."""
+        names, count = self.input_names, len(list(tensors_in(batch)))
+        if names and len(names) != count:
+            raise ReparamError(
+                f"--input-names {','.join(names)}: names {len(names)} inputs, and the model takes "
+                f"{count}; give one name for each"
+            )
+        if self.dynamic_size:
+            check_images(batch)
+            next(other_sizes(model, batch))
 
     def preprocessing(self, model: nn.Module) -> Preprocessing:
         """How images become inputs of this model."""

@@ -17,6 +17,7 @@ from orepa_compiler.export.manifest import FileRecord, read_manifest
 from orepa_compiler.export.onnx.inspection import conv_nodes, load_graph
 from orepa_compiler.export.onnx.precision import ELEMENT_TYPES
 from orepa_compiler.export.onnx.weight_record import check_weights, properties_of
+from orepa_compiler.export.run.openvino import OpenVINORunner
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.run.session import PRESET_KEY
 from orepa_compiler.proving.certificate import CERTIFICATE_KEY, Certificate
@@ -52,6 +53,8 @@ class _Recheck:
         yield "network gates", False, self.network
         yield "onnx on the CPU", True, partial(self.onnx, "CPUExecutionProvider")
         yield "onnx on the GPU", False, partial(self.onnx, CUDA)
+        if self.manifest.of("openvino"):
+            yield "openvino", False, self.openvino
         if self.manifest.of("engine"):
             yield "engine", False, self.engine
 
@@ -110,6 +113,10 @@ class _Recheck:
         name = "onnx on the GPU" if provider == CUDA else "onnx on the CPU"
         runner = OnnxRunner(self.path_of("onnx"), provider=provider)
         return judged(name, load_samples(self.path_of("samples")), runner)
+
+    def openvino(self) -> Step:
+        samples = load_samples(self.path_of("samples"))
+        return judged("openvino", samples, OpenVINORunner(self.path_of("openvino")))
 
     def engine(self) -> Step:
         if not torch.cuda.is_available():

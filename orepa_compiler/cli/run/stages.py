@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.models import check_it_runs, load_told, warn_of_random_weights
 from orepa_compiler.cli.run.evaluating import Evaluation
+from orepa_compiler.cli.run.manifesting import manifest_step
 from orepa_compiler.cli.run.sampling import INT8_BATCHES, samples_for
 from orepa_compiler.cli.run.steps import (
     NOT_RUN_ON_A_GPU,
@@ -22,22 +22,17 @@ from orepa_compiler.cli.run.steps import (
     Verdict,
     attempt,
     compared,
-    finite,
     judged,
 )
 from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import Int8RangeWarning, Interrupted, NormsLeftWarning, ReparamError
 from orepa_compiler.export.audit import HALVES, audit_half
 from orepa_compiler.export.latency import timed
-from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
-from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import load_graph
 from orepa_compiler.export.onnx.precision import PRECISIONS, cast_tensors, kept_modules
 from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.export.run.openvino import OpenVINORunner, write_openvino
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.tensorrt.engine import build_engine
-from orepa_compiler.files.atomic import staged
 from orepa_compiler.int8.analysis import int8_loss
 from orepa_compiler.progress import announced
 from orepa_compiler.proving.certificate import Certificate
@@ -48,7 +43,6 @@ from orepa_compiler.quantization.layers import rounded_layers
 from orepa_compiler.report import block_branches, measure_model
 from orepa_compiler.verification import Samples
 from orepa_compiler.verification.nesting import tensors_in
-from orepa_compiler.verification.sample_file import save_samples
 
 
 def export_steps(request: ExportRequest) -> list[Step]:
@@ -94,6 +88,7 @@ class _Export:
         warn_of_random_weights(request.model, self.origin)
         self.inputs = request.inputs(self.model)
         check_it_runs(request.model, self.model, self.inputs[0])
+        request.check_interface(self.model, self.inputs[0])
         self.is_trained = bool(rounded_layers(self.model))  # to round to int8
         self.calibration = request.calibrating(
             self.model, self.inputs[0], is_trained=self.is_trained
@@ -203,6 +198,9 @@ class _Export:
                 self.inputs,
                 request.onnx,
                 dynamic_batch=not request.static_batch,
+                dynamic_size=request.dynamic_size,
+                input_names=request.input_names or None,
+                output_names=request.output_names or None,
                 precision=request.precision,
                 simplify=request.simplify,
                 opset=request.opset,
@@ -315,32 +313,4 @@ class _Export:
         return replace(step, latency=timed(runner, tensors, len(tensors[0])))
 
     def write_manifest(self, steps: list[Step]) -> Step:
-        request, path = self.request, manifest_path(self.request.onnx)
-        files: list[tuple[Role, Path]] = [("onnx", request.onnx)]
-        files += [
-            ("weights", request.onnx.resolve().parent / n) for n in _weights_files(request.onnx)
-        ]
-        if request.checkpoint:
-            files.append(("checkpoint", request.checkpoint))
-        if any(step.name == "build engine" and step.verdict == "done" for step in steps):
-            assert request.engine is not None
-            files.append(("engine", request.engine))
-        note = ""
-        try:
-            files.append(("samples", self._write_samples()))
-        except ReparamError as error:
-            note = f"without samples, so it cannot be checked again elsewhere: {error}"
-        checks = [Check(s.name, s.verdict, finite(s.error), s.note) for s in steps]
-        manifest = make_manifest(path, files, options=asdict(request), checks=checks)
-        write_manifest(path, manifest)
-        return Step("write manifest", "done", path, note=note)
-
-    def _write_samples(self) -> Path:
-        path = self.request.onnx.with_name(f"{self.request.onnx.name}.samples.safetensors")
-        with staged(path) as draft:
-            save_samples(self.samples(), draft)
-        return path
-
-
-def _weights_files(path: Path) -> list[str]:
-    return external_files(load_graph(path))
+        return manifest_step(self.request, steps, self.samples)

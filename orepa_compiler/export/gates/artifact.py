@@ -22,7 +22,7 @@ from orepa_compiler.export.onnx.inspection import (
     parallel_convs,
 )
 from orepa_compiler.export.onnx.precision import lies_in
-from orepa_compiler.export.onnx.program import output_names
+from orepa_compiler.export.onnx.program import named_outputs
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Expected:
     """What an ONNX file must hold.
 
     counts: what the collapsed model runs. modules: every module path of the torch model -> the
-    shape of its weight where it is a conv. kept: the modules that stay in float32.
+    shape of its weight where it is a conv. kept: the modules that stay in float32. inputs: their
+    names, where they were given.
     """
 
     counts: Counts
@@ -40,6 +41,8 @@ class Expected:
     dynamic_batch: bool
     opset: int
     kept: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    dynamic_size: bool = False
 
     @classmethod
     def of(
@@ -51,11 +54,14 @@ class Expected:
         dynamic_batch: bool,
         opset: int,
         kept: tuple[str, ...] = (),
+        inputs: tuple[str, ...] = (),
+        output_names: tuple[str, ...] = (),
+        dynamic_size: bool = False,
     ) -> Expected:
-        """What the export of a traced model must hold."""
+        """What the export of a traced model must hold; inputs, output_names: as they were given."""
         return cls(
             counts=Counts.of_program(program),
-            outputs=tuple(output_names(program)),
+            outputs=named_outputs(program, output_names, inputs),
             modules={
                 path: tuple(module.weight.shape) if isinstance(module, _ConvNd) else None
                 for path, module in model.named_modules(remove_duplicate=False)
@@ -64,6 +70,8 @@ class Expected:
             dynamic_batch=dynamic_batch,
             opset=opset,
             kept=kept,
+            inputs=inputs,
+            dynamic_size=dynamic_size,
         )
 
 
@@ -152,8 +160,15 @@ def _check_interface(model: Any, expected: Expected) -> None:
         raise ExportError(
             f"the file returns {', '.join(outputs)}, but the model {', '.join(expected.outputs)}"
         )
+    inputs = tuple(value.name for value in model.graph.input)
+    if expected.inputs and inputs != expected.inputs:
+        raise ExportError(
+            f"the file takes {', '.join(inputs)}, but was to take {', '.join(expected.inputs)}"
+        )
     if expected.dynamic_batch:
         _check_batch(model.graph)
+    if expected.dynamic_size:
+        _check_sizes(model.graph)
 
 
 def _check_batch(graph: Any) -> None:
@@ -170,4 +185,14 @@ def _check_batch(graph: Any) -> None:
             raise ExportError(
                 f"output {value.name}: its shape {[d.dim_param or d.dim_value for d in dims]} does "
                 "not depend on the batch size; pass dynamic_batch=False to export a fixed one"
+            )
+
+
+def _check_sizes(graph: Any) -> None:
+    for value in graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) in (4, 5) and not all(dim.dim_param for dim in dims[2:]):
+            raise ExportError(
+                f"dynamic_size: input {value.name} has sizes "
+                f"{[d.dim_param or d.dim_value for d in dims[2:]]} in the file; leave it out"
             )

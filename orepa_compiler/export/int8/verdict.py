@@ -79,13 +79,16 @@ def _float32_file(
             f"precision='int8': the reference is a {type(source).__name__}; give the torch model, "
             "or its float32 ONNX file, whose nodes tell where int8 rounds"
         )
-    is_dynamic = isinstance(candidate.inputs[0].shape[0], str) if candidate.inputs else True
+    shapes = [spec.shape for spec in candidate.inputs]
+    is_dynamic = isinstance(shapes[0][0], str) if shapes else True
+    has_sizes = any(isinstance(axis, str) for shape in shapes for axis in shape[1:])
     was_training = source.training
     try:
         deploy = collapse(source.eval(), inputs=batches[0])
     finally:
         source.train(was_training)
-    return export_onnx(deploy, batches[0], folder / "fp32.onnx", dynamic_batch=is_dynamic)
+    path = folder / "fp32.onnx"
+    return export_onnx(deploy, batches[0], path, dynamic_batch=is_dynamic, dynamic_size=has_sizes)
 
 
 def lost_in_file(float32: Path, int8: Path, batches: Sequence[Batch]) -> list[LostChannels]:

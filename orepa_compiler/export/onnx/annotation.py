@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from itertools import takewhile
 from typing import Any
 
+from orepa_compiler.export.onnx.images import renamed, size_symbols
 from orepa_compiler.export.onnx.inspection import MODULE_KEY, torch_module, walk
 
 # What torch's exporter writes for each node: the module paths from the root down, then the node.
@@ -17,22 +17,27 @@ _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _STACK_KEY = "pkg.torch.onnx.stack_trace"
 
 
-def name_values(graph: Any, outputs: Sequence[str]) -> None:
-    """Names the outputs of an onnx_ir graph, and gives way wherever a name is already taken."""
+def name_values(graph: Any, outputs: Sequence[str], inputs: Sequence[str] = ()) -> None:
+    """Names the outputs of an onnx_ir graph, and its inputs where names are given.
+
+    What else has such a name gets another.
+    """
     returned = {id(value) for value in graph.outputs}
     for value in graph.inputs:
-        if value.name in outputs:
+        if value.name in outputs or value.name in inputs:
             value.name = f"input_{value.name}"
     computed = (value for node in graph.all_nodes() for value in node.outputs)
     for value in (*computed, *graph.initializers.values()):
-        if value.name in outputs and id(value) not in returned:
+        if value.name in (*outputs, *inputs) and id(value) not in returned:
             value.name = f"{value.name}_value"
+    for value, name in zip(graph.inputs, inputs, strict=False):
+        value.name = name
     for value, name in zip(graph.outputs, outputs, strict=False):
         value.name = name
 
 
 def annotate(model: Any, properties: dict[str, str], modules: Collection[str] = ()) -> None:
-    """Writes each node's torch module, the properties of the model, and the symbol `batch`.
+    """Writes each node's torch module, the model's properties, and names of symbols.
 
     modules: the paths of those with a weight.
     """
@@ -47,7 +52,7 @@ def annotate(model: Any, properties: dict[str, str], modules: Collection[str] = 
         set_properties(node, entries)
     place_unnamed_nodes(nodes)
     set_properties(model, properties)
-    _name_batch(model.graph)
+    _name_symbols(model.graph)
 
 
 def _from_the_root(scopes: list[str], modules: Collection[str]) -> str:
@@ -83,14 +88,18 @@ def set_properties(message: Any, properties: dict[str, str]) -> None:
         message.metadata_props.add(key=key, value=value)
 
 
-def _name_batch(graph: Any) -> None:
-    """Calls the symbol of the inputs' first axis `batch`, also inside expressions such as 4*s7."""
-    shapes = [value.type.tensor_type.shape for value in graph.input]
-    symbols = {shape.dim[0].dim_param for shape in shapes if shape.dim} - {""}
-    if len(symbols) != 1:
-        return  # no symbol, or several: the check of the file speaks about that
-    pattern = re.compile(rf"\b{re.escape(symbols.pop())}\b")
+def _name_symbols(graph: Any) -> None:
+    """Calls the inputs' first axis `batch`, and sizes `height` and `width`, also inside 4*s7."""
+    shapes = [(value.name, _axes(value)) for value in graph.input]
+    symbols = {axes[0] for _, axes in shapes if axes and isinstance(axes[0], str)} - {""}
+    names = size_symbols(shapes)
+    if len(symbols) == 1:  # of several the check of the file speaks
+        names[symbols.pop()] = "batch"
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
-                dim.dim_param = pattern.sub("batch", dim.dim_param)
+                dim.dim_param = renamed(dim.dim_param, names)
+
+
+def _axes(value: Any) -> list[str | int]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]

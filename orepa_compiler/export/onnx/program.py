@@ -16,6 +16,7 @@ from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from orepa_compiler.errors import ExportError
+from orepa_compiler.export.onnx.images import axis_names, is_image
 from orepa_compiler.export.onnx.liveness import live_nodes
 from orepa_compiler.verification.nesting import registered_children
 
@@ -34,27 +35,41 @@ _BERNOULLI = {"aten::bernoulli", "aten::bernoulli_"}
 
 
 def trace_program(
-    model: nn.Module, batch: tuple[Any, ...], *, dynamic_batch: bool
+    model: nn.Module, batch: tuple[Any, ...], *, dynamic_batch: bool, dynamic_size: bool = False
 ) -> ExportedProgram:
-    """The model's forward on `batch` as aten operators; with a symbolic first axis if asked for.
+    """Traces the model's forward on `batch` as aten operators.
+
+    The first axis of each input is a symbol with dynamic_batch; heights and widths, with
+    dynamic_size, where the forward does not fix them.
 
     Raises ExportError where torch.export fails.
     """
     shapes = None
     if dynamic_batch:
         batch = _two_or_more(batch)
-        symbol = Dim("batch")
-        shapes = pytree.tree_map(lambda leaf: {0: symbol} if _has_batch(leaf) else None, batch)
+    if dynamic_batch or dynamic_size:
+        batch_axis = {0: Dim("batch")} if dynamic_batch else {}
+        free = Dim.AUTO if dynamic_size else None
+        shapes = pytree.tree_map(lambda leaf: _symbols(leaf, batch_axis, free), batch)
     try:
         with quiet(), torch.no_grad():
             return _exported(model, batch, shapes)
     except Exception as error:  # whatever the model's own forward raises while it is traced
         reason = next((line for line in str(error).splitlines() if line.strip()), "no message")
         advice = "; where forward fixes the batch size, pass dynamic_batch=False"
+        advice += " (of a size: no dynamic_size)" if dynamic_size else ""
         raise ExportError(
             f"torch.export cannot trace the model ({type(error).__name__}: {reason.strip()})"
             + (advice if dynamic_batch else "")
         ) from error
+
+
+def _symbols(leaf: Any, batch_axis: dict[int, Any], free: Any) -> dict[int, Any] | None:
+    """Which axes of an input are symbols; None for what is no tensor."""
+    if not _has_batch(leaf):
+        return None
+    sizes = axis_names(leaf.dim()) if free is not None and is_image(leaf) else {}
+    return {**batch_axis, **dict.fromkeys(sizes, free)}
 
 
 def _exported(model: nn.Module, batch: tuple[Any, ...], shapes: Any) -> ExportedProgram:
@@ -155,6 +170,31 @@ def output_names(program: ExportedProgram) -> list[str]:
         elif getattr(argument, "value", argument) is not None:
             raise ExportError(f"{_leaf_name(path)} is no tensor; return tensors (or None) only")
     return names
+
+
+def named_outputs(
+    program: ExportedProgram, names: tuple[str, ...], inputs: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The names of a file's outputs: those given, where they were; else output_names.
+
+    Raises ExportError where there are more or fewer, where the model has named them already, and
+    for an output that is called as an input is to be.
+    """
+    own = tuple(output_names(program))
+    if names and returns_mapping(program):
+        raise ExportError(
+            f"output_names: the model returns its outputs by name ({', '.join(own)}), which is "
+            "what compares them; rename the keys in its forward, or leave it out"
+        )
+    if names and len(names) != len(own):
+        raise ExportError(
+            f"output_names: {len(names)} names ({', '.join(names)}) for {len(own)} outputs "
+            f"({', '.join(own)}); give one for each"
+        )
+    found = names or own
+    if taken := [name for name in found if name in inputs]:
+        raise ExportError(f"input_names: {taken[0]!r} is the name of an output; give another")
+    return found
 
 
 def returns_mapping(program: ExportedProgram) -> bool:

@@ -53,14 +53,17 @@ from orepa_compiler.export.onnx.program import (
     train_mode_modules,
 )
 from orepa_compiler.export.onnx.simplification import simplify_file
+from orepa_compiler.export.onnx.sizes import check_images, check_traced, check_written
 from orepa_compiler.export.onnx.weight_record import record_weights
 from orepa_compiler.export.onnx.widening import REFUSED_IN_BF16, widen
 from orepa_compiler.export.run.session import PRESET_KEY
 from orepa_compiler.files.atomic import real_target, staged
+from orepa_compiler.naming import problem
 from orepa_compiler.progress import announced
 from orepa_compiler.proving.certificate import CERTIFICATE_KEY, Certificate
 from orepa_compiler.quantization.carrying import without_ranges
 from orepa_compiler.quantization.quantizers import PRESETS
+from orepa_compiler.verification.nesting import tensors_in
 
 # torch's exporter writes operator set 18 and converts upwards from there; 20 is its own default.
 OLDEST_OPSET = 18
@@ -78,6 +81,9 @@ def export_onnx(
     path: str | PathLike[str],
     *,
     dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
     precision: Precision = "fp32",
     opset: int | None = None,
     simplify: bool = False,
@@ -89,7 +95,11 @@ def export_onnx(
     """The path of an ONNX file that computes the collapsed `model`.
 
     inputs: a tensor, a tuple of positional arguments, or a list of such batches; the first batch
-    gives the shapes. With dynamic_batch the first axis of every input is the symbol `batch`.
+    gives the shapes. With dynamic_batch the first axis of every input is the symbol `batch`; with
+    dynamic_size the axes behind the channels of every image (4 axes, or 5) are the symbols `height`
+    and `width`: the model, what was traced of it and the file are tried at other sizes, and refused
+    where they differ. input_names, output_names: what the file calls them, in the order of the
+    arguments and of what is returned; by default inputs have the names of forward's arguments.
     precision: the type of the weights and of every floating input; the model itself is not
     touched; int8 stands for Q/DQ nodes around what multiplies, with ranges taken on the batches of
     `calibration`, or with those that the model was trained with (fake_quantize). keep_fp32: globs
@@ -114,12 +124,20 @@ def export_onnx(
         model = without_ranges(value_copy(model))
     wants_data = precision == "int8" and trained is None
     batches = calibration_batches(calibration, batch) if wants_data else []
-    _check_packages(simplify or precision == "int8", simplify)
+    inputs_, outputs_ = _checked_names(batch, input_names, output_names)
+    if dynamic_size:
+        check_images(batch)
+    _check_packages(simplify or dynamic_size or precision == "int8", simplify)
     with staged(target) as draft, announced(f"exporting {target.name}") as step:
         step("tracing the model")
-        typed = cast(model, dtype, keep=kept)
+        if dynamic_size:
+            step("trying other sizes")
+            check_traced(model, batch, dynamic_batch=dynamic_batch)
+        typed, own = cast(model, dtype, keep=kept), batch
         batch = cast_tensors(batch, dtype)
-        program = trace_program(typed, batch, dynamic_batch=dynamic_batch)
+        program = trace_program(
+            typed, batch, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size
+        )
         _check_program(model, program)
         expected = Expected.of(
             typed,
@@ -128,6 +146,9 @@ def export_onnx(
             dynamic_batch=dynamic_batch,
             opset=opset,
             kept=kept,
+            inputs=inputs_,
+            output_names=outputs_,
+            dynamic_size=dynamic_size,
         )
         step("translating it to ONNX")
         properties = _model_properties(model, program, precision, kept)
@@ -153,6 +174,8 @@ def export_onnx(
         step("checking the file")
         record_weights(draft)
         check_artifact(draft, expected)
+        if dynamic_size and precision != "bf16":  # which onnxruntime has no kernels for
+            check_written(draft, model, own, precision=precision)
     remove_stale(real)
     if said := advice(lost_channels(typed, batches, keep=kept)):
         warnings.warn(f"{target}: {said}", Int8RangeWarning, stacklevel=2)
@@ -196,6 +219,27 @@ def _checked_preset(asked: str | None, precision: str, trained: _Trained | None)
     if asked not in (None, *PRESETS):
         raise ExportError(f"int8_preset={asked!r} is not one of {', '.join(PRESETS)}")
     return asked or own
+
+
+def _checked_names(
+    batch: tuple[Any, ...], inputs: Sequence[str] | None, outputs: Sequence[str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that were given, none where none were; ExportError for those that cannot be."""
+    given = {"input_names": inputs, "output_names": outputs}
+    for option, names in given.items():
+        if isinstance(names, str):
+            raise ExportError(f"{option}={names!r} is one text; give a list of names")
+        if names is not None and not names:
+            raise ExportError(f"{option} holds no name; leave it out")
+        if said := problem(tuple(names or ()), tuple(inputs or ()) if names is outputs else ()):
+            raise ExportError(f"{option}: {said}")
+    tensors = len(list(tensors_in(batch)))
+    if inputs is not None and len(inputs) != tensors:
+        raise ExportError(
+            f"input_names: {len(inputs)} names ({', '.join(inputs)}) for {tensors} inputs; give "
+            "one for each tensor, in the order of forward's arguments"
+        )
+    return tuple(inputs or ()), tuple(outputs or ())
 
 
 def _check_packages(runs: bool, simplify: bool) -> None:
@@ -254,7 +298,7 @@ def _write(
     """What the written file holds, counted; ExportError where that is more than was traced."""
     onnx = import_extra("onnx", extra="onnx")
     translated = _translate(program, expected.opset)
-    name_values(translated.model.graph, expected.outputs)
+    name_values(translated.model.graph, expected.outputs, expected.inputs)
     weights = translated.model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     translated.save(draft, external_data=size > EMBED_LIMIT_BYTES)
