@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from benchmarks.step.results import machine
-from orepa_compiler.atomic import staged
+from orepa_compiler.files.atomic import staged
 from orepa_compiler.model_source import declare_torchvision_operators
 
 OUTPUT = Path(__file__).parent / "results/compile_time.json"

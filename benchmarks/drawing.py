@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orepa_compiler.atomic import staged
+from orepa_compiler.files.atomic import staged
 
 # Matplotlib writes the time, and ids drawn at random, unless told not to: a page made again from
 # the same records is the same page.

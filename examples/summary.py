@@ -11,7 +11,7 @@ from digits import digits_net
 from rich.table import Table
 
 import orepa_compiler as orepa
-from orepa_compiler.cost import conv_macs
+from orepa_compiler.planning.cost import conv_macs
 
 FORMS = (
     ("plain", "plain.safetensors"),

@@ -1,11 +1,10 @@
-"""The verbs: plan, expand, cut, collapse."""
+"""Defines the verbs plan, expand, cut and collapse."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -13,13 +12,9 @@ from torch import nn
 
 from orepa_compiler.blocks import Block, LinearBlock
 from orepa_compiler.blocks.catalogue import named
-from orepa_compiler.capture import untraced_owners
-from orepa_compiler.capture.arguments import calls_with
-from orepa_compiler.capture.randomness import random_state_kept
-from orepa_compiler.capture.recording import Recording, record
-from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
-from orepa_compiler.cost import conv_costs
+from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.errors import NormsLeftWarning, NothingExpandedWarning, ReparamError
+from orepa_compiler.int8.verbs import fake_quantize
 from orepa_compiler.passes import (
     COLLAPSE,
     EXPAND,
@@ -31,12 +26,12 @@ from orepa_compiler.passes import (
     Pass,
     Pipeline,
     Squeeze,
-    is_leaf,
 )
-from orepa_compiler.passes.adopt import own_method, unfinished
 from orepa_compiler.passes.expand import Init, PostNorm
 from orepa_compiler.passes.fake_quantize import DropRanges, FakeQuantize
 from orepa_compiler.planning import Plan, record_plan
+from orepa_compiler.planning.cost import conv_costs
+from orepa_compiler.planning.step_cost import affordable, with_step_costs
 from orepa_compiler.preconditions import (
     check_cut,
     check_inputs,
@@ -46,29 +41,25 @@ from orepa_compiler.preconditions import (
     check_values,
 )
 from orepa_compiler.quantization.carrying import ranges_of, with_ranges, without_ranges
-from orepa_compiler.quantization.quantizers import Preset, check_preset, check_range, freeze
-from orepa_compiler.quantizing import check_rounds, observe, quantized
-from orepa_compiler.selection import Where
-from orepa_compiler.step_cost import affordable, with_step_costs
+from orepa_compiler.rewriting.selection import Where
+from orepa_compiler.running import (
+    Inputs,
+    Made,
+    collapse_model,
+    copy_model,
+    make_checked,
+    record_forwards,
+    run_passes,
+)
 from orepa_compiler.training.calibration import calibrate
-from orepa_compiler.validation.state import state_kept
-from orepa_compiler.validation.trial import Kept, Wanted, tried
+from orepa_compiler.validation.trial import Kept, Wanted
 from orepa_compiler.verification.evaluation import (
     Batch,
-    Side,
-    batches_of,
-    evaluate,
-    evaluation_mode,
 )
-
-Inputs = Any
-Made = tuple[nn.Module, Plan]
 
 # The layers that collapse folds into the conv before them, and how a reason begins where none is.
 _NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "BatchNormAct2d")
 _NO_CONV = "no conv alone feeds it"
-
-NOT_CHECKED = "not checked: give inputs="
 
 
 def plan(
@@ -94,7 +85,7 @@ def plan(
     check_unrounded(model, "plan")
     check_inputs(inputs)
     options = _expansion_options(block=block, init=init, where=where, post_norm=post_norm)
-    recording = _recording(model, inputs)
+    recording = record_forwards(model, inputs)
     passes = _expansion(pipeline, options, None)
     expanded, made = passes.run(meta_copy(model), recording=recording)
     return _costed(model, expanded, made, inputs=inputs, max_cost=max_cost)
@@ -147,84 +138,23 @@ def expand(
         check_plan(plan, init=init, post_norm=post_norm)
     passes = _expansion(pipeline, options, plan)
     if max_cost is not None:
-        dry, made = passes.run(meta_copy(model), plan=plan, recording=_recording(model, inputs))
+        dry, made = passes.run(
+            meta_copy(model), plan=plan, recording=record_forwards(model, inputs)
+        )
         plan = _costed(model, dry, made, inputs=inputs, max_cost=max_cost)
 
     def make(target: nn.Module, kept: Kept, batches: list[Batch] | None) -> Made:
-        expanded, applied = _run(passes, target, plan=plan, inputs=batches, kept=kept)
+        expanded, applied = run_passes(passes, target, plan=plan, inputs=batches, kept=kept)
         if batches is not None:
             calibrate(expanded, batches)
         return expanded, applied
 
     wanted = Wanted(outputs=init == "preserve", training=True)
-    expanded, applied = _made(make, model, inputs, wanted=wanted, inplace=inplace)
+    expanded, applied = make_checked(make, model, inputs, wanted=wanted, inplace=inplace)
     record_plan(expanded, applied)
     if not any(isinstance(module, LinearBlock) for module in expanded.modules()):
         _warn_of_nothing(applied)
     return expanded if quantize is None else fake_quantize(expanded, inputs=inputs, inplace=True)
-
-
-def fake_quantize(
-    model: nn.Module,
-    *,
-    preset: Preset = "tensorrt",
-    where: Where = None,
-    inputs: Inputs = None,
-    inplace: bool = False,
-) -> nn.Module:
-    """The model with layers that round to int8 as the exported file will, to be trained so.
-
-    y = conv(Q_x(x), Q_W(W_e)) + b, with torch's fake quantizers: Q_W symmetric, a step for each
-    output channel, on the kernel that the branches make; Q_x one step for all of the maps
-
-    The norm that is folded in later scales the steps of Q_W, and changes no integer. Ranges follow
-    the model in train mode until freeze_ranges; eval mode changes none. collapse carries them over,
-    and export_onnx(precision="int8") writes them without calibration.
-
-    preset: "tensorrt" for symmetric maps in int8, "cpu" for maps in uint8 with a zero point, as
-    onnxruntime and OpenVINO multiply them. where: which layers; the others stay in float32. inputs:
-    a batch, or a list of them, on which the maps get their first ranges. inplace: rewrite the model
-    itself, whose optimizer goes on. Layers that are not rounded are in recorded_plans(model)[-1],
-    each with the reason.
-    Raises ReparamError for a model that rounds already, and where no layer can be rounded.
-    """
-    check_model(model, also_linear=True)
-    check_unrounded(model, "fake_quantize")
-    check_inputs(inputs)
-    check_preset(preset)
-    check_values(model, "there is no kernel to take a range of; load the weights first")
-    recording = _recording(model, inputs)
-    target = model if inplace else _copy(model)
-    target, applied = quantized(target, recording, preset=preset, where=where)
-    if inputs is not None:
-        observe(target, batches_of(inputs))
-    record_plan(target, applied)
-    return target
-
-
-def freeze_ranges(model: nn.Module) -> nn.Module:
-    """The model, in place, with its int8 ranges as they are: training goes on beneath them.
-
-    Call it for the last part of the training, when the ranges have settled.
-    Raises ReparamError for a model that does not round, and for a layer without a range: no maps
-    went through it, they were not finite, or all of them were 0.
-    """
-    for path, layer in check_rounds(model).items():
-        check_range(layer.input_quantizer, path)
-    freeze(model)
-    return model
-
-
-def drop_ranges(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model without rounding to int8: the layers that fake_quantize found, as trained since.
-
-    Of a collapsed model the kernels stay rounded, and the maps are no longer.
-    Raises ReparamError for a model that does not round.
-    """
-    check_rounds(model)
-    target, applied = Pipeline((DropRanges(),)).run(model if inplace else _copy(model))
-    record_plan(target, applied)
-    return target
 
 
 def cut(
@@ -251,8 +181,8 @@ def cut(
     names = (branches,) if isinstance(branches, str) else branches
     names = None if names is None else tuple(names)
     check_cut(model, where, names)
-    target = model if inplace else _copy(model)
-    less, applied = _run(Pipeline((Cut(where=where, branches=names),)), target)
+    target = model if inplace else copy_model(model)
+    less, applied = run_passes(Pipeline((Cut(where=where, branches=names),)), target)
     if not applied.edits:
         raise ReparamError(applied.refusals[0].reason, path=applied.refusals[0].path)
     record_plan(less, applied)
@@ -291,12 +221,12 @@ def collapse(
     passes = pipeline.configured(fold_norm=fold_norm)
     ranges = ranges_of(model)
     if ranges:  # the float model is what is rewritten and checked; its ranges follow it
-        model, inplace = without_ranges(model if inplace else _copy(model)), True
+        model, inplace = without_ranges(model if inplace else copy_model(model)), True
 
     def make(target: nn.Module, kept: Kept, batches: list[Batch] | None) -> Made:
-        return _collapsed(passes, target, plan=plan, inputs=batches, kept=kept)
+        return collapse_model(passes, target, plan=plan, inputs=batches, kept=kept)
 
-    deploy, applied = _made(make, model, inputs, wanted=Wanted(), inplace=inplace)
+    deploy, applied = make_checked(make, model, inputs, wanted=Wanted(), inplace=inplace)
     deploy = with_ranges(deploy, ranges)
     record_plan(deploy, applied)
     if fold_norm:
@@ -306,7 +236,7 @@ def collapse(
 
 def collapsed_by(model: nn.Module, plan: Plan, inputs: Inputs) -> nn.Module:
     """The collapse of a copy by a plan that was applied before; nothing is checked."""
-    return _collapsed(COLLAPSE, _copy(model), plan=plan, inputs=inputs, kept={})[0]
+    return collapse_model(COLLAPSE, copy_model(model), plan=plan, inputs=inputs, kept={})[0]
 
 
 def replay(model: nn.Module, plan: Plan, *, block: Block | Literal["auto"] = "auto") -> nn.Module:
@@ -355,41 +285,9 @@ def _expansion(pipeline: Pipeline, options: dict[str, Any], plan: Plan | None) -
     Norms in branches stay as they are, unless a linear block is named, or a plan that says so.
     """
     passes, block = pipeline.configured(**options), options["block"]
-    stays = block == "auto" or block.scaling_layer == "norm"
+    stays = block == "auto" or block.is_offline
     is_planned = plan is not None and plan.of("linearize").edits
     return passes.without("linearize") if stays and not is_planned else passes
-
-
-def _collapsed(
-    pipeline: Pipeline,
-    target: nn.Module,
-    *,
-    plan: Plan | None,
-    inputs: Inputs,
-    kept: Kept,
-) -> Made:
-    """The target after the passes; modules with a way of their own are adopted, one by one.
-
-    That is tried where the pass adopt stands, for as long as the passes behind it would leave work.
-    """
-    names = [step.name for step in pipeline.passes]
-    folds = all(getattr(step, "fold_norm", True) for step in pipeline.passes)
-    if "adopt" not in names or plan is not None or not folds:
-        return _run(pipeline, target, plan=plan, inputs=inputs, kept=kept)
-    at = names.index("adopt")
-    first, last = Pipeline(pipeline.passes[:at]), Pipeline(pipeline.passes[at + 1 :])
-    target, done = _run(first, target, inputs=inputs, kept=kept)
-    adopt = Pipeline(pipeline.passes[at : at + 1])
-    adopted = Plan()
-    left = _left_by(last, target, inputs)
-    while paths := unfinished(left, adopted) if left is not None else ():
-        own = adopt.configured(paths=paths, inputs=inputs)
-        target, more = _run(own, target, inputs=inputs, kept=kept)
-        adopted += more
-        if more.edits:  # else the passes would leave what they left before
-            left = _left_by(last, target, inputs)
-    target, rest = _run(last, target, inputs=inputs, kept=kept)
-    return target, done + adopted + rest
 
 
 def _costed(
@@ -430,68 +328,3 @@ def _warn_of_norms(applied: Plan, *, has_inputs: bool) -> None:
         NormsLeftWarning,
         stacklevel=3,
     )
-
-
-def _made(
-    make: Callable[[nn.Module, Kept, list[Batch] | None], Made],
-    model: nn.Module,
-    inputs: Inputs,
-    *,
-    wanted: Wanted,
-    inplace: bool,
-) -> Made:
-    """What is made of the model, tried on the inputs where there are some; its plan says so."""
-    if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
-        made, plan = make(model if inplace else _copy(model), {}, inputs)
-        return made, replace(plan, checked=NOT_CHECKED)
-    batches = batches_of(inputs)
-    return tried(model, make, _copy, batches, wanted=wanted, inplace=inplace)
-
-
-def _run(
-    pipeline: Pipeline,
-    target: nn.Module,
-    *,
-    plan: Plan | None = None,
-    inputs: Inputs = None,
-    kept: Kept | None = None,
-) -> Made:
-    if not pipeline.passes:
-        return target, Plan()
-    recording = _recording(target, inputs)
-    with torch.no_grad():
-        return pipeline.run(target, plan=plan, recording=recording, kept=kept)
-
-
-def _left_by(pipeline: Pipeline, model: nn.Module, inputs: Inputs) -> nn.Module | None:
-    """What the passes would leave of the model, tried on a copy without values.
-
-    None where no module has a way of its own to collapse, so that nobody asks.
-    """
-    if not any(map(own_method, model.modules())):
-        return None
-    recording = _recording(model, inputs)
-    return pipeline.run(meta_copy(model), recording=recording, retraces=False)[0]
-
-
-def _recording(model: nn.Module, inputs: Inputs) -> Recording:
-    """The forwards that cannot be traced, as they run on the inputs in eval mode."""
-    if inputs is None:
-        return Recording()
-    calls = calls_with(model, batches_of(inputs))
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return Recording(arguments=calls)
-    side = Side("model", model, hint="; give inputs= that it takes")
-    seen, owners = Recording(arguments=calls), set[str]()
-    # Each recording may show another call of a forward, that cannot be traced as it is called.
-    while new := untraced_owners(model, is_leaf=is_leaf, recording=seen) - owners:
-        owners |= new
-        with random_state_kept(), state_kept(model), evaluation_mode(model):
-            found = record(model, owners, lambda: evaluate(side, batches_of(inputs)))
-        seen = replace(found, arguments=calls)
-    return seen
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    check_copied(model, meta_copy(model))  # before anything large is copied
-    return value_copy(model)

@@ -1,4 +1,4 @@
-"""The errors a user can meet: one base class, and one line that says where, what and what to do."""
+"""Defines the errors that a user can meet; each says where, what and what to do in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the verbs ask of a model, its inputs and a plan before they begin."""
+"""Checks what the verbs ask of a model, its inputs and a plan before they begin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import is_conv_like
+from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.analysis.functional import calls_conv
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture.skeleton import check_wrapper, meta_copy
@@ -16,7 +16,7 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.expand.options import Init, NewBlock, PostNorm, growth_of
 from orepa_compiler.planning import Plan
 from orepa_compiler.quantization.layers import rounded_layers
-from orepa_compiler.selection import Where, selection
+from orepa_compiler.rewriting.selection import Where, selection
 from orepa_compiler.verification.evaluation import batches_of
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from orepa_compiler.locating import explain_report
-from orepa_compiler.sides import runner_of, verify
+from orepa_compiler.proving.locating import explain_report
+from orepa_compiler.proving.sides import runner_of, verify
 from orepa_compiler.verification import NOISE_FACTOR, Report
 from orepa_compiler.verification.divergence import Divergence, plain_map
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orepa_compiler.atomic import locked, staged
 from orepa_compiler.errors import ExportError
+from orepa_compiler.files.atomic import locked, staged
 
 
 def test_the_file_and_its_companions_appear_at_the_end(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.certificate import LIMIT, Certificate
-from orepa_compiler.certifying import certify, digest
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.locating import locate
+from orepa_compiler.proving.certificate import LIMIT, Certificate
+from orepa_compiler.proving.certifying import certify, digest
+from orepa_compiler.proving.locating import locate
 from tests.norms import randomise_norms
 
 
@@ -111,7 +111,7 @@ def test_one_bit_is_enough_to_refuse(model: nn.Module, path: str, name: str) -> 
 def test_a_wrong_composition_is_refused_with_border_and_interior(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orepa_compiler import certifying
+    from orepa_compiler.proving import certifying
 
     def wrong(exact: nn.Module, *options: object) -> nn.Module:
         bad = orepa.collapse(exact)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.planning.cost import conv_macs
 from tests.compiler_nets import batch, stem_net, untouched
 
 # kernel elements x output positions, by hand: 10 x 10 images, 5 x 5 after the stem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from orepa_compiler import public
+
 PACKAGE = "orepa_compiler"
 ROOT = Path(__file__).parents[1] / PACKAGE
 FILES = sorted(ROOT.rglob("*.py"))
@@ -18,40 +21,21 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "choices", "dependencies", "atomic", "schemas", "algebra"),
+    ("errors", "choices", "naming", "dependencies", "progress", "files", "algebra"),
     ("capture", "branches"),
-    ("generation", "holding", "rewrite", "restoring", "selection"),
+    ("generation", "rewriting"),
     ("blocks",),
-    (
-        *("analysis", "defaults", "planning", "overlaps", "verification", "validation"),
-        *("cost", "step_cost", "training", "quantization"),
-    ),
+    ("analysis", "defaults", "planning", "verification", "validation", "training", "quantization"),
     ("passes",),
     (
-        *(
-            "preconditions",
-            "quantizing",
-            "compiler",
-            "checkpoints",
-            "model_source",
-            "preprocessing",
-            "reference",
-            "export",
-        ),
-        *(
-            "certificate",
-            "certifying",
-            "locating",
-            "report",
-            "sides",
-            "testing",
-            "quantizing",
-            "int8_sides",
-        ),
-        *("equalizing", "int8_analysis"),
+        *("preconditions", "running", "compiler", "checkpoints", "model_source", "reference"),
+        *("int8", "export", "proving", "report", "testing"),
     ),
     ("__init__", "__main__", "public", "cli"),
 )
+
+ROOMS = sorted({path.parent for path in FILES})
+MOST_LINES, MOST_FILES = 350, 23
 
 OPTIONAL = {
     "PIL",
@@ -140,6 +124,34 @@ def test_no_file_imports_itself_through_others() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"these import one another: {' -> '.join(error.args[1])}")
+
+
+def test_no_file_imports_itself_through_others_for_types_or_later() -> None:
+    """A late import, or one for types alone, hides a circle; it is one all the same."""
+    graph = {module_name(path): own_imports(path) for path in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"these import one another: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_is_short_enough_to_be_read_at_once(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: str(room.relative_to(ROOT.parent)))
+def test_a_room_holds_no_more_than_one_can_keep_in_mind(room: Path) -> None:
+    found = sorted(path.name for path in room.glob("*.py"))
+    assert len(found) <= MOST_FILES, f"{len(found)} files: make a room of those of one subject"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    names = [name for name in vars(public) if not name.startswith("_") and name != "annotations"]
+    pages = (ROOT.parent / "docs" / "reference").glob("*.md")
+    text = "\n".join(page.read_text() for page in pages)
+    assert len(names) > 40
+    assert not [name for name in names if not re.search(rf"\b{name}\b", text)]
 
 
 def pass_of(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from orepa_compiler.holding import hold_new, holdings_of
+from orepa_compiler.rewriting.holding import hold_new, holdings_of
 
 Parts = namedtuple("Parts", "conv other")
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import orepa_compiler as orepa
-from orepa_compiler.locating import UNSEEN, explain, explain_report, locate
-from orepa_compiler.verification import verify
+from orepa_compiler.proving.locating import UNSEEN, explain, explain_report, locate
+from orepa_compiler.verification import verify_callables
 from tests.norms import randomise_norms
 
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -66,8 +66,11 @@ def test_a_forward_that_fails_alone_is_told(model: nn.Module) -> None:
 def test_the_batch_of_the_worst_row_is_looked_at(model: nn.Module) -> None:
     deploy = orepa.collapse(model)
     deploy[2] = nn.Hardtanh(0, float(model[:3](X).detach().max()))
-    report = verify(model, deploy, X, stress=True)
+    report = verify_callables(model, deploy, X, stress=True)
     assert report.worst is not None
     assert report.worst.made == "large"
     assert str(explain_report(model, deploy, X, report)).startswith("first diverging module: 2 (Re")
-    assert explain_report(model, deploy, [], verify(model, deploy, [])) == "no inputs were given"
+    assert (
+        explain_report(model, deploy, [], verify_callables(model, deploy, []))
+        == "no inputs were given"
+    )

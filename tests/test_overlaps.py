@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from orepa_compiler import ReparamError
 from orepa_compiler.capture import Capture, capture
-from orepa_compiler.overlaps import Touched, check_edits
 from orepa_compiler.passes import COLLAPSE, Expand, Linearize, Pipeline, Squeeze, is_leaf
 from orepa_compiler.planning import Edit, Plan, recorded_plans
+from orepa_compiler.planning.overlaps import Touched, check_edits
 from tests.norms import randomise_norms
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_conv_like
+from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.blocks import LinearBlock
 from tests.norms import randomise_norms
 from tests.random_nets import CHANNELS, KINDS, RETURNS, RandomNet, Step

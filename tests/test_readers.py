@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.certificate import Certificate
 from orepa_compiler.checkpoints.reading import has_plan
 from orepa_compiler.checkpoints.weights import load_weights
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.external_data import check_external, external_files
-from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.manifest import Manifest
-from orepa_compiler.export.weight_record import check_weights
+from orepa_compiler.export.onnx.external_data import check_external, external_files
+from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.weight_record import check_weights
 from orepa_compiler.planning import Edit, Plan, Refusal
+from orepa_compiler.proving.certificate import Certificate
 from orepa_compiler.verification import take_samples
 from orepa_compiler.verification.sample_file import load_samples, save_samples
 

@@ -24,8 +24,8 @@ from orepa_compiler.reference import architectures, load_reference, network_of
 from orepa_compiler.reference.architectures import (
     ARCHITECTURES,
     Architecture,
+    architecture_named,
     collapsed,
-    named,
     repvgg_places,
     resnet_places,
     widened,
@@ -186,7 +186,7 @@ def test_the_checkpoints_made_here_have_the_documented_sizes(
 
 @pytest.mark.parametrize("arch", NETS)
 def test_every_architecture_takes_its_checkpoint_whole(arch: str) -> None:
-    architecture = named(arch)
+    architecture = architecture_named(arch)
     with torch.device("meta"):
         stock = architecture.build()
     places = tuple(architecture.places(stock))
@@ -202,7 +202,7 @@ def test_every_architecture_takes_its_checkpoint_whole(arch: str) -> None:
 @pytest.mark.parametrize("arch", ["ResNet-18", "ResNeXt-50", "RepVGG-A0"])
 def test_the_expanded_network_has_as_many_parameters(arch: str) -> None:
     state = full(arch)
-    expanded = network_of("it", state, named(arch), form="expanded")
+    expanded = network_of("it", state, architecture_named(arch), form="expanded")
     # a row for each identity of a RepVGG is stored, and never used
     unused = sum(
         value.shape[1]
@@ -216,10 +216,10 @@ def test_the_expanded_network_has_as_many_parameters(arch: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet-18", "ResNet18", "resnet18"])
 def test_an_architecture_is_found_however_it_is_spelled(name: str) -> None:
-    assert named(name) is ARCHITECTURES[0]
-    assert named("resnext50_32x4d").name == "ResNeXt-50"
-    assert named("repvgg_a2").name == "RepVGG-A2"
-    assert named("WideResNet-18-2x").name == "ResNet-18-2x"
+    assert architecture_named(name) is ARCHITECTURES[0]
+    assert architecture_named("resnext50_32x4d").name == "ResNeXt-50"
+    assert architecture_named("repvgg_a2").name == "RepVGG-A2"
+    assert architecture_named("WideResNet-18-2x").name == "ResNet-18-2x"
 
 
 def test_the_stock_network_computes_what_theirs_does(stored: Stored) -> None:

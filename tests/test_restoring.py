@@ -27,7 +27,7 @@ from orepa_compiler.passes import (
 )
 from orepa_compiler.passes.collapse import absorb_norm
 from orepa_compiler.planning import Edit, Plan
-from orepa_compiler.restoring import restoring
+from orepa_compiler.rewriting.restoring import restoring
 from tests.norms import randomise_norms
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.tracing import trace
-from orepa_compiler.rewrite import edit_graph, free_name, replace_regions, set_module
+from orepa_compiler.rewriting.swapping import edit_graph, free_name, replace_regions, set_module
 
 
 class Residual(nn.Module):

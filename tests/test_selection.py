@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.selection import Where, selection
+from orepa_compiler.rewriting.selection import Where, selection
 
 PATHS = ["", "stem", "layer1.0.conv1", "layer1.1.conv1", "layer10.0.conv1", "layer2.0.down.0"]
 

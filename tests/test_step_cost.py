@@ -9,7 +9,7 @@ from torch import nn
 import orepa_compiler as orepa
 from orepa_compiler.blocks import ReparamConv
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.step_cost import kernel_macs, step_cost
+from orepa_compiler.planning.step_cost import kernel_macs, step_cost
 from tests.compiler_nets import batch, stem_net, untouched
 
 

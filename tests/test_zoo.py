@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm, is_conv_like
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_conv_like
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import capture
 from orepa_compiler.passes import Collapse, is_leaf

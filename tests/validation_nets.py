@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orepa_compiler.capture import Capture
 from orepa_compiler.passes import COLLAPSE, Pipeline
 from orepa_compiler.planning import Edit, Plan
-from orepa_compiler.rewrite import set_module
+from orepa_compiler.rewriting.swapping import set_module
 from tests.norms import randomise_norms
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from benchmarks.gpu.measuring import MODELS, PRECISION_NAMES, Row, measure, why_not_here
 from benchmarks.gpu.report import page
-from orepa_compiler.atomic import staged
 from orepa_compiler.export.manifest import versions
+from orepa_compiler.files.atomic import staged
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from orepa_compiler.errors import NotRun, ReparamError
 from orepa_compiler.export import OnnxRunner, TensorRTRunner, bench, build_engine, export_onnx
-from orepa_compiler.export.dithering import with_int8_noise
-from orepa_compiler.export.precision import PRECISIONS
+from orepa_compiler.export.int8.dithering import with_int8_noise
+from orepa_compiler.export.onnx.precision import PRECISIONS
 from orepa_compiler.model_source import declare_torchvision_operators, load_model
 from orepa_compiler.verification import Samples, judge, take_samples
 

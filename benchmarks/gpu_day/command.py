@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.gpu_day.report import BEGIN, END, page
 from benchmarks.gpu_day.rows import REHEARSAL, Row, Scale, rows, run
 from benchmarks.step.results import machine
-from orepa_compiler.atomic import staged
+from orepa_compiler.files.atomic import staged
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from benchmarks.step.variants import build
 from orepa_compiler.blocks import ReparamConv
-from orepa_compiler.generation.algebra import squeeze
+from orepa_compiler.generation.squeezing import squeeze
 
 Figures = dict[str, float | str]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.int8.methods import FORMS, METHODS, Setting
-from orepa_compiler.atomic import staged
+from orepa_compiler.files.atomic import staged
 
 BEGIN, END = "<!-- int8: begin -->\n", "<!-- int8: end -->\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from benchmarks.zoo.building import Subject
 from benchmarks.zoo.checks import described
 from benchmarks.zoo.counting import convs_of, count_plan, watching_norms
 from benchmarks.zoo.examining import Limits, Row
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 
 TOLERANCE = 1e-3  # relative to the largest output, in float32, of random weights
 _SPREAD = 0.5  # of the random statistics around those of a fresh norm
@@ -45,10 +46,11 @@ def _examined(entry: Entry, exports: bool) -> Row:
     if not convs.all:
         return {**row, "status": "no conv"}
     with torch.no_grad(), watching_norms(model) as norms:
-        expected = outputs_of(model(*inputs))
+        expected = outputs_of(model(*deepcopy(inputs)))
     row |= {"norms": norms.total, "norms_behind_conv": len(norms.behind)}
-    row["plan"] = count_plan(convs, orepa.plan(model, inputs=_given(inputs)))
-    big = orepa.expand(model, inputs=_given(inputs)).eval()
+    plan = orepa.plan(model, inputs=_given(inputs))
+    row["plan"] = count_plan(convs, plan)
+    big = orepa.expand(model, inputs=_given(inputs), plan=plan).eval()
     small = orepa.collapse(big, inputs=_given(inputs))
     row["errors"] = {
         name: _error(expected, made, inputs)
@@ -62,13 +64,15 @@ def _examined(entry: Entry, exports: bool) -> Row:
 
 
 def _given(inputs: tuple[Any, ...]) -> Any:
-    return inputs if len(inputs) > 1 else inputs[0]
+    """The inputs of a verb, as it takes them; new ones, for a forward may write over its input."""
+    made = deepcopy(inputs)
+    return made if len(made) > 1 else made[0]
 
 
 @torch.no_grad()
 def _error(expected: list[torch.Tensor], made: nn.Module, inputs: tuple[Any, ...]) -> float:
     """The largest difference over the largest output, for the worst output."""
-    found = outputs_of(made(*inputs))
+    found = outputs_of(made(*deepcopy(inputs)))
     if len(found) != len(expected):
         return float("inf")
     errors = [
@@ -80,13 +84,23 @@ def _error(expected: list[torch.Tensor], made: nn.Module, inputs: tuple[Any, ...
 
 
 def _exports(model: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """ "" where the export is written and passes its gates, or what it says."""
+    """ "" where the export is written and passes its gates, or what it says.
+
+    As torch's own does by default, for one batch size where the forward holds for no other.
+    """
+    said = ""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            orepa.export_onnx(model, _given(inputs), Path(folder) / "model.onnx")
-        except Exception as problem:
-            return described(problem)
-    return ""
+        for dynamic in (True, False):
+            file = Path(folder) / f"{dynamic}.onnx"
+            try:
+                orepa.export_onnx(model, _given(inputs), file, dynamic_batch=dynamic)
+            except Exception as problem:
+                said = described(problem)
+                if "dynamic_batch=False" not in said:
+                    return said
+            else:
+                return ""
+    return said
 
 
 def _torch_exports(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -94,7 +108,7 @@ def _torch_exports(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         try:
             torch.onnx.export(
-                model, inputs, Path(folder) / "model.onnx", dynamo=True, verbose=False
+                model, deepcopy(inputs), Path(folder) / "model.onnx", dynamo=True, verbose=False
             )
         except Exception:
             return False

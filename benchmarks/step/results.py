@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.step.variants import VARIANTS
-from orepa_compiler.atomic import staged
+from orepa_compiler.files.atomic import staged
 
 MEGA = 1e6
 # Ratios to plain that are aimed at: model, batch, variant -> time.

@@ -25,7 +25,7 @@ from benchmarks.study.questions import FASHION_QUESTIONS, QUESTIONS, SMALL_QUEST
 from benchmarks.study.report import legend, lines, open_questions, proposition, section, table
 from benchmarks.study.runs import Record, Records, Run
 from benchmarks.study.training import train
-from orepa_compiler.atomic import staged
+from orepa_compiler.files.atomic import staged
 
 ROOT = Path(__file__).parents[2]
 

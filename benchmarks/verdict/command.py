@@ -19,8 +19,8 @@ from rich.console import Console
 
 from benchmarks.verdict.faults import Fault, faults, passes
 from benchmarks.verdict.pairs import Pair, judged, pairs
-from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.files.atomic import staged
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- python -m benchmarks.verdict -->", "<!-- end -->"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from benchmarks.verdict.nets import Segmenter, conv_norm, subject
 from orepa_compiler.errors import NoVerdict
-from orepa_compiler.verification import verify
+from orepa_compiler.verification import verify_callables
 
 Change = Callable[[Any, tuple[Tensor, ...]], Any]
 
@@ -252,7 +252,7 @@ def passes(fault: Fault, *, is_spoilt: bool = True) -> bool:
     right = orepa.collapse(model)
     candidate = fault.spoil(right).eval() if is_spoilt else right
     try:
-        return bool(verify(model, candidate, inputs, stress=True))
+        return bool(verify_callables(model, candidate, inputs, stress=True))
     except NoVerdict:
         return False
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import orepa_compiler as orepa
 from benchmarks.verdict.nets import FAMILIES, Subject, subject
-from orepa_compiler.verification import Report, verify
+from orepa_compiler.verification import Report, verify_callables
 
 DTYPES = {
     "float64": torch.float64,
@@ -86,9 +86,9 @@ def judged(pair: Pair) -> Report:
     model, inputs = _placed(found, pair.precision)
     candidate = FORMS[pair.form](model)
     if pair.precision in ("float64", "float32"):
-        return verify(model, candidate, inputs, stress=True)
+        return verify_callables(model, candidate, inputs, stress=True)
     candidate = candidate.to(DTYPES[pair.precision])
-    return verify(model, candidate, inputs, precision=pair.precision, stress=True)
+    return verify_callables(model, candidate, inputs, precision=pair.precision, stress=True)
 
 
 def _placed(found: Subject, precision: str) -> tuple[nn.Module, torch.Tensor]:

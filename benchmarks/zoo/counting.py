@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_batch_norm, is_conv_like
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_conv_like
 from orepa_compiler.planning import Plan
 
 _NAMES = (

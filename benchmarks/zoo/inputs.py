@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.zoo import detection
 from benchmarks.zoo.building import Subject, build, parameter_count, shorten
 from benchmarks.zoo.values import RECIPES, Recipe, fill, settling
-from orepa_compiler.algebra.layers import is_conv_like
+from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.verification.nesting import is_finite, tensors_in
 
 # Smaller than 96, and a net of stride 32 has maps on which most of a kernel meets only padding.

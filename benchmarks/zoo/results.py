@@ -24,7 +24,7 @@ _EVERY = 5.0  # seconds between two writes
 _UNUSED = frozenset(
     (
         *("cli", "export", "report", "reference", "checkpoints", "model_source", "testing"),
-        *("certificate", "locating", "branch_history", "parameter_groups", "optimizer_mapping"),
+        *("proving", "int8", "branch_history", "parameter_groups", "optimizer_mapping"),
         *("stepping", "reduction"),
     )
 )

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, fx, nn
 
-from orepa_compiler.algebra.layers import is_norm
+from orepa_compiler.algebra.classifiers import is_norm
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import LinearBlock, ReparamConv
 from orepa_compiler.blocks.offline import OfflineBlock, OfflineBranch

@@ -11,8 +11,8 @@ import typer
 from orepa_compiler.cli import app
 from orepa_compiler.cli.bench import bench_command
 from orepa_compiler.cli.export import export_command
+from orepa_compiler.cli.given.options import EXIT_CODES
 from orepa_compiler.cli.int8 import int8_command
-from orepa_compiler.cli.options import EXIT_CODES
 from orepa_compiler.cli.plan import plan_command
 from orepa_compiler.cli.verify import verify_command
 

@@ -8,7 +8,7 @@ import orepa_compiler as orepa
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.catalogue import OREPA_3X3_REPVGG
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.reference.architectures import ARCHITECTURES, named
+from orepa_compiler.reference.architectures import ARCHITECTURES, architecture_named
 
 FORMS = ("plain", "dbb", "orepa")
 NAMES = tuple(architecture.name for architecture in ARCHITECTURES)
@@ -21,7 +21,7 @@ def network(arch: str, form: str) -> nn.Module:
     (Ding et al. 2021). orepa: Hu et al. 2022, Sec. 4.1: every 3 x 3, the 1 x 1 of bottlenecks and
     the 7 x 7 stem; in a RepVGG, the 3 x 3 branch beside the explicit ones (Sec. 4.5).
     """
-    architecture = named(arch)
+    architecture = architecture_named(arch)
     model = architecture.build()
     if form == "plain":
         return model

@@ -1,4 +1,4 @@
-"""The geometry of a convolution, without its weights: which maps it reads and gives, and how.
+"""Describes a convolution without its weights: which maps it reads and gives, and how.
 
 Two operators may become one where their geometries agree. Parallel ones need taps on one lattice;
 sequential ones need a border that agrees.

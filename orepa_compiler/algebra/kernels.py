@@ -1,4 +1,4 @@
-"""Kernels as tensors on a lattice of taps: spread, place, convolve, regroup and compose them.
+"""Spreads, places, convolves, regroups and composes kernels: tensors on a lattice of taps.
 
 A kernel is (C_out, C_in / groups, *size). Nothing here looks at a value, and all of it
 is differentiable.

@@ -1,4 +1,4 @@
-"""Which maps an operator reads and gives: their channels, and the axis that these stand on.
+"""Names the maps that an operator reads and gives: their channels, and the axis of these.
 
 Two operators meet only where they mean the same axis. Equal sizes are no proof of that: a linear
 layer on (N, T, C) and a conv on (N, C, T) both run where T = C.

@@ -1,4 +1,4 @@
-"""The algebra of convolutions: values closed under parallel sum and sequential composition.
+"""Adds and composes convolutions: values closed under parallel sum and sequential composition.
 
     (A + B)(x) == A(x) + B(x)        Eq. 4 of Hu et al. 2022, kernels aligned tap by tap
     (A @ B)(x) == A(B(x))            Eq. 3, a true convolution of the two kernels

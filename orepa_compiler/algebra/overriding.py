@@ -1,4 +1,4 @@
-"""Whether a layer of torch runs as torch wrote it, or something of a user's stands in its way.
+"""Tells whether a layer of torch runs as torch wrote it, or something of a user's is in the way.
 
 A forward uses methods, properties and attributes of its layer. A subclass, or the object, that has
 one of these names for itself computes another function, whatever its class is called.

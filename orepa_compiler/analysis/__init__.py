@@ -1,1 +1,1 @@
-"""What a captured forward computes: linear regions, what stands around a conv, sums of branches."""
+"""Finds what captured forwards compute: linear regions, sums of branches, the forms of maps."""

@@ -1,4 +1,4 @@
-"""From the branches of a sum, norms and all, to a linear block."""
+"""Makes a linear block of the branches of a sum, norms and all."""
 
 from __future__ import annotations
 

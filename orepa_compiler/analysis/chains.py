@@ -1,4 +1,4 @@
-"""The branches of a sum: what a forward adds up, layer by layer.
+"""Finds the branches of a sum: what a forward adds up, layer by layer.
 
 The interpretation of `regions`, over operators that remember the layers they were composed of.
 """
@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from orepa_compiler.algebra.layers import conv_operator, is_batch_norm, is_tracked_instance_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_tracked_instance_norm
+from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter

@@ -1,4 +1,4 @@
-"""What a rule may ask: of the forward that is gone over, and of the other forwards of the model."""
+"""Answers what a rule asks of the forward it is in, and of the other forwards of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one layer or function tells of the form of the map that it reads, and of what it gives."""
+"""Infers from one layer or function the form of the map it reads, and of the one it gives."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.padding import _ConstantPadNd
 
-from orepa_compiler.algebra.layers import (
+from orepa_compiler.algebra.classifiers import (
     has_activation,
-    has_handler,
-    has_torch_forward,
     is_activation,
     is_batch_norm,
     is_dropout,
     is_tracked_instance_norm,
-    linear_part,
     norm_maps,
 )
+from orepa_compiler.algebra.layers import has_handler, linear_part
 from orepa_compiler.algebra.maps import Maps, second
 from orepa_compiler.algebra.operators import ConvOperator
+from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.analysis.elementwise import arithmetic
 from orepa_compiler.analysis.forms import NOTHING, Form, at_least, beside_channels, check_type
 from orepa_compiler.analysis.functional import conv_called, functional_conv

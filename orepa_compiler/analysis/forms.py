@@ -1,4 +1,4 @@
-"""The form of a map: how many axes it has, where its channels stand, of what type it is.
+"""Describes a map: how many axes it has, where its channels stand, of what type it is.
 
 A constant beside a map means one axis or another, and may widen the map, or change its type: what
 x * gamma computes depends on the form of x.

@@ -16,14 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.geometry import Padding
-from orepa_compiler.algebra.layers import (
-    conv_operator,
-    has_torch_forward,
-    norm_operator,
-    per_axis,
-)
+from orepa_compiler.algebra.layers import conv_operator, norm_operator, per_axis
 from orepa_compiler.algebra.maps import second
 from orepa_compiler.algebra.operators import ConvOperator
+from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.algebra.padding import padding_operator
 from orepa_compiler.analysis.elementwise import PRODUCT, QUOTIENT, arithmetic
 from orepa_compiler.analysis.forms import Form, beside_channels, check_type, identity_of

@@ -1,4 +1,4 @@
-"""What the forwards of a model tell of the form of their maps, before any is computed.
+"""Infers the forms of maps from all forwards of a model, before any value is computed.
 
 Each layer tells of what it reads and gives (a conv its width, BatchNorm2d that there is a batch),
 and what keeps the form of a map carries that on, in both directions and across modules.

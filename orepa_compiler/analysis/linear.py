@@ -1,4 +1,4 @@
-"""The value of a node in a forward, and when two of them are joined.
+"""Holds the value of a node in a forward, and says when two of them are joined.
 
 Joined means that one conv does what two did: exactly, and at no more multiply-accumulates.
 """

@@ -1,4 +1,4 @@
-"""One walk over a forward: the value of each node, from the values of those before it.
+"""Walks over a forward once: the value of each node comes from the values of those before it.
 
 A node is a layer, a function that is one, or a sum; what none of these explains has no value.
 """
@@ -11,14 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx, nn
 
-from orepa_compiler.algebra.layers import (
-    has_handler,
+from orepa_compiler.algebra.classifiers import (
     holds_kernel,
     is_batch_norm,
     is_dropout,
     is_idle,
-    linear_part,
 )
+from orepa_compiler.algebra.layers import has_handler, linear_part
 from orepa_compiler.algebra.maps import SECOND, TOKENS
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.bordering import bordered, written_border

@@ -1,4 +1,4 @@
-"""Blocks: which branches stand in for a conv, and the modules that hold them.
+"""Defines blocks: which branches stand in for a conv, and the modules that hold them.
 
 A Block is a value: names, and for each a function from the conv's operator to a branch, or None
 where the branch does not apply (`catalogue` has those that are published). LinearBlock runs its
@@ -22,6 +22,7 @@ from orepa_compiler.algebra.kernels import sum_biases
 from orepa_compiler.algebra.layers import conv_operator, stated_padding
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks.leaves import call_of
+from orepa_compiler.blocks.plain import conv_with, plain_conv
 from orepa_compiler.blocks.stated import WRITTEN, read_only
 from orepa_compiler.branches import Geometry
 from orepa_compiler.capture.skeleton import is_sharded
@@ -54,6 +55,11 @@ class Block:
     scaling: Mapping[str, float]
     scaling_layer: Scaling = "vector"
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether its branches end in norms: no kernel can be made of them."""
+        return self.scaling_layer == "norm"
+
     def make(self, conv: ConvOperator) -> dict[str, nn.Module]:
         """Fresh branches for a conv, those that apply."""
         made = {name: maker(conv) for name, maker in self.branches.items()}
@@ -79,12 +85,17 @@ class BranchSum(Geometry):
 
     def make(self, conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
         """The branches for a conv. Raises NotLinear for a block whose branches normalize."""
-        if block.scaling_layer == "norm":
+        if block.is_offline:
             raise NotLinear(
                 f"the branches of block {block.name} end in norms, so no kernel can be made of "
                 "them; use replace(block, scaling_layer='vector')"
             )
         return block.make(conv)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the branches end in norms, and run on feature maps at each step."""
+        return self.scaling_layer == "norm"
 
     def operator(self) -> ConvOperator:
         """The branches squeezed into one operator (Hu et al. 2022, Eq. 3 and 4)."""
@@ -208,9 +219,11 @@ class LinearBlock(BranchSum):
 
         In float64, cast once. Raises NotLinear where an inserted norm is not affine.
         """
-        from orepa_compiler.blocks.plain import plain_conv
-
         return plain_conv(self)
+
+    def plain(self) -> nn.Module:
+        """That conv in the block's own precision. Raises NotLinear likewise."""
+        return conv_with(conv_operator(self), self)
 
     def switch_to_deploy(self) -> None:
         """Become that conv, in place: for converters that were written for RepVGG or MobileOne."""
@@ -262,7 +275,7 @@ REPARAM_CONVS: dict[int, type[ReparamConv]] = {1: ReparamConv1d, 2: ReparamConv2
 
 def squeezed(block: LinearBlock) -> ReparamConv:
     """The squeezed form of a block: the same parameters, another forward."""
-    assert block.scaling_layer != "norm"
+    assert not block.is_offline
     cls = REPARAM_CONVS[len(block.kernel_size)]
     squeezed_block = cls.__new__(cls)
     squeezed_block.__dict__.update(block.__dict__)

@@ -1,4 +1,4 @@
-"""The published blocks as values: those of the paper, and those of the field that it compares with.
+"""Lists the published blocks: those of the paper, and those of the field it compares with.
 
 Exchange branches or scaling layers with dataclasses.replace; docs/blocks.md shows it, and how each
 ablation of the paper is written.

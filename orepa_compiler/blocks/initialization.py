@@ -1,4 +1,4 @@
-"""What a block starts from: the conv's present kernel, or the paper's from-scratch recipe."""
+"""Starts a block from the conv's present kernel, or by the paper's from-scratch recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks in graphs of torch.fx: one call, as a conv is."""
+"""Makes a block one call in graphs of torch.fx, as a conv is."""
 
 from __future__ import annotations
 

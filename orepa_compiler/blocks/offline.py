@@ -1,4 +1,4 @@
-"""Offline blocks: branches that normalize, and so run on feature maps at each step.
+"""Runs branches that normalize, and so cannot be squeezed, on feature maps at each step.
 
     y = sum_m N_mn(W_mn * ... N_m1(W_m1 * x)) + b                    (Hu et al. 2022, Fig. 3, left)
 

@@ -1,4 +1,4 @@
-"""Blocks for convs with a forward of their own: standardized, padded by size, transposed.
+"""Gives blocks to convs with a forward of their own: standardized, padded by size, transposed.
 
 Their kernel is one thing, what they do with it another. A block replaces the kernel alone: the one
 that its branches make goes into the conv's own forward, which stays the user's.
@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import conv_operator, kernel_operator, own_forward_reason
+from orepa_compiler.algebra.classifiers import own_forward_reason
+from orepa_compiler.algebra.layers import conv_operator, kernel_operator
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import Block, ReparamConv
 from orepa_compiler.blocks.leaves import call_of

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from orepa_compiler.blocks import BranchSum
-from orepa_compiler.generation.algebra import squeeze
+from orepa_compiler.generation.squeezing import squeeze
 
 
 class PartOfBlock(nn.Module):

@@ -1,43 +1,55 @@
-"""The plain conv that a block stands for, with its branches collapsed."""
+"""Builds the plain conv that a block stands for, with its branches collapsed."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import conv_operator, is_channels_last
+from orepa_compiler.algebra.classifiers import is_channels_last
 from orepa_compiler.algebra.operators import CONV_MODULES, ConvOperator
-from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.blocks.own_forward import OwnForwardConv
 
 
-def plain_conv(block: LinearBlock) -> nn.Module:
+class Stands(Protocol):
+    """A block, as far as it is asked here."""
+
+    training: bool
+
+    def plain(self) -> nn.Module: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def plain_conv(block: Stands) -> nn.Module:
     """The conv that a block stands for: its own geometry, branches collapsed, norm folded in.
 
     Composed in float64 and cast once. Raises NotLinear where the block's norm is not affine.
     """
-    exact = copy.deepcopy(block).double()
-    if isinstance(exact, OwnForwardConv):
-        return like(exact.plain(), list(block.parameters()))
-    operator: ConvOperator = conv_operator(exact)
+    exact = copy.deepcopy(block)
+    cast(nn.Module, exact).double()
+    return like(exact.plain(), list(block.parameters())).train(block.training)
+
+
+def conv_with(operator: ConvOperator, block: Any) -> nn.Module:
+    """A conv with the kernel and the bias of an operator, and the settings of a block."""
     conv = CONV_MODULES[operator.rank](
         block.in_channels,
         block.out_channels,
-        block.kernel_size,  # type: ignore[arg-type]
-        block.stride,  # type: ignore[arg-type]
-        block.padding,  # type: ignore[arg-type]
-        block.dilation,  # type: ignore[arg-type]
+        block.kernel_size,
+        block.stride,
+        block.padding,
+        block.dilation,
         block.groups,
         operator.bias is not None,
-        block.padding_mode,  # type: ignore[arg-type]
+        block.padding_mode,
         device="meta",
     )
     conv.weight = nn.Parameter(operator.weight.detach())
     if operator.bias is not None:
         conv.bias = nn.Parameter(operator.bias.detach())
-    return like(conv, list(block.parameters())).train(block.training)
+    return conv
 
 
 def like(module: nn.Module, parameters: list[nn.Parameter]) -> nn.Module:

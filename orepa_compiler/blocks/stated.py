@@ -1,4 +1,4 @@
-"""What a block says of itself where its conv held parameters: tensors to read, none to write."""
+"""Answers for the parameters that a block's conv had: tensors to read, and none to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The branches of a block: small modules that hold parameters and give an operator.
+"""Defines the branches of a block: small modules that hold parameters and give an operator.
 
 A branch never sees a feature map in training. It is a sequence of convs, each a ConvOperator, and
 its operator is their composition (Hu et al. 2022, Eq. 3). All convs of a branch but one are

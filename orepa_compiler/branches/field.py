@@ -1,4 +1,4 @@
-"""The branches of other blocks: ACNet, UniRepLKNet, ExpandNets, DO-Conv, DBB; and a 2-d DCT bank.
+"""Adds the branches of other blocks: ACNet, UniRepLKNet, ExpandNets, DO-Conv, DBB, a 2-d DCT bank.
 
 As those of the paper (`branches`), each is a sequence of convs of which one has the geometry of the
 conv that the block replaces, and the others are pointwise and without bias.

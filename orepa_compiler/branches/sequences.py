@@ -1,4 +1,4 @@
-"""A branch whose layers are given: convs of any kind, one after the other, each with its kernel."""
+"""Makes a branch of given layers: convs of any kind, one after the other."""
 
 from __future__ import annotations
 

@@ -79,9 +79,13 @@ class Forwards(Graphs):
     def remaining_reads(self, owner: str, nodes: Iterable[fx.Node]) -> str | None:
         """Why the layers that some nodes of a forward call must stay, though the nodes could go.
 
-        The forward itself reads the weight of one of them outside of these nodes.
+        The forward itself reads the weight of one of them outside of these nodes; or another
+        forward reads what this one holds itself, and uses in these nodes.
         """
         gone = set(nodes)
+        uses_own = any(n.op == "get_attr" and "." not in str(n.target) for n in gone)
+        for other in self.capture.reads.get(owner, ()) if uses_own else ():
+            return f"the forward of {other or 'the model'} reads its weight directly"
         for node in gone:
             if node.op != "call_module":
                 continue

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from orepa_compiler.algebra.layers import has_torch_forward
-from orepa_compiler.algebra.overriding import answers_itself
+from orepa_compiler.algebra.overriding import answers_itself, has_torch_forward
 from orepa_compiler.capture import Capture
 from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.tracing import trace

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from orepa_compiler.algebra.layers import is_activation, is_dropout, is_norm
+from orepa_compiler.algebra.classifiers import is_activation, is_dropout, is_norm
 
 # The operators and methods that give no single tensor: several, or a number.
 _OTHERS = {

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from orepa_compiler.algebra.layers import has_torch_forward, is_idle, is_norm
+from orepa_compiler.algebra.classifiers import is_idle, is_norm
+from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import writes, writes_over_numbers
 from orepa_compiler.capture.effects import written_buffers

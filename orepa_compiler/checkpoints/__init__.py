@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.blocks import Block
 from orepa_compiler.capture.skeleton import is_sharded, value_copy
 from orepa_compiler.checkpoints.parts import inside, made_again, planned_parts, wrapper_of
 from orepa_compiler.checkpoints.reading import PLAN_KEY, has_plan
 from orepa_compiler.checkpoints.weights import load_weights
 from orepa_compiler.errors import CheckpointError, ReparamError
+from orepa_compiler.files.atomic import staged
+from orepa_compiler.files.schemas import read_json
 from orepa_compiler.planning import Plan
-from orepa_compiler.schemas import read_json
 
 # A file of a model of which a part was made, or that is wrapped, has the second format.
 _FORMATS = (1, 2)

@@ -1,4 +1,4 @@
-"""Which parts of a model plans have made: a detector's backbone, what an EMA averages."""
+"""Finds the parts of a model that plans have made: a detector's backbone, what an EMA averages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.compiler import replay
 from orepa_compiler.errors import CheckpointError, ReparamError
 from orepa_compiler.planning import Plan, recorded_plans
-from orepa_compiler.rewrite import exchange
+from orepa_compiler.rewriting.swapping import exchange
 
 Parts = Mapping[str, Sequence[Plan]]
 

@@ -1,4 +1,4 @@
-"""A file of weights, read without running code: safetensors, or what torch.save wrote."""
+"""Reads a file of weights without running code: safetensors, or what torch.save wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state_dict inside what a file held: which one, and under which names."""
+"""Picks the state_dict in what a file held, and strips the prefix before its names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain state_dict of an expanded model: its keys say which convs are blocks, and of which."""
+"""Reads the plain state_dict of an expanded model: its keys say which convs are blocks."""
 
 from __future__ import annotations
 

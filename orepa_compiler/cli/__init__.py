@@ -1,4 +1,4 @@
-"""The command line: orepa plan, export, verify and bench; orepa-export stands alone too."""
+"""Defines the command line: orepa plan, export, verify, bench and int8, and orepa-export."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import typer
 from orepa_compiler import __version__
 from orepa_compiler.cli.bench import bench_command
 from orepa_compiler.cli.export import export_command
+from orepa_compiler.cli.given.options import EXIT_CODES, ExitCode, NotVerified
+from orepa_compiler.cli.given.project import project_options
 from orepa_compiler.cli.int8 import int8_command
-from orepa_compiler.cli.options import EXIT_CODES, ExitCode, NotVerified
 from orepa_compiler.cli.plan import plan_command
-from orepa_compiler.cli.project import project_options
 from orepa_compiler.cli.verify import verify_command
 from orepa_compiler.errors import Interrupted, ReparamError
 
@@ -102,7 +102,8 @@ def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     except _UsageError as error:
         # Some versions of typer say of a choice that it is a "Value error", too.
         message = error.format_message().replace("Value error, ", "").rstrip(".")
-        return stop(f"{message}; see {name} --help", ExitCode.USAGE)
+        called = error.ctx.command_path if error.ctx else name
+        return stop(f"{message}; see {called} --help", ExitCode.USAGE)
     except NotVerified as error:
         return stop(str(error), ExitCode.NOT_VERIFIED)
     except Interrupted as error:

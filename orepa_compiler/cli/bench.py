@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from orepa_compiler.cli.options import Debug, ExitCode, Json, Quiet, check_there, check_written
+from orepa_compiler.cli.given.options import (
+    Debug,
+    ExitCode,
+    Json,
+    Quiet,
+    check_there,
+    check_written,
+)
 from orepa_compiler.errors import ReparamError
 
 # How often both files are timed in turn.
@@ -57,9 +64,9 @@ def bench_command(
     check_there(a=model, b=engine, c=against, d=against_engine)
     from rich.console import Console
 
-    from orepa_compiler.cli.summary import write_json
+    from orepa_compiler.cli.shown.summary import write_json
     from orepa_compiler.export.latency import bench
-    from orepa_compiler.export.progress import announced
+    from orepa_compiler.progress import announced
 
     with announced("timing") as step:
         found = bench(

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from orepa_compiler.choices import Precision
-from orepa_compiler.cli.engine_options import (
+from orepa_compiler.cli.given.engine_options import (
     Calibration,
     ComputeCapability,
+    Int8Preset,
     KeepFp32,
     MaxShapes,
     MinShapes,
@@ -20,9 +21,17 @@ from orepa_compiler.cli.engine_options import (
     TrtFlavor,
     Workspace,
     check_engine_options,
+    check_preset_option,
     profile,
 )
-from orepa_compiler.cli.options import (
+from orepa_compiler.cli.given.interface_options import (
+    InputNames,
+    OutputNames,
+    check_names,
+    check_sizes,
+    named,
+)
+from orepa_compiler.cli.given.options import (
     Checkpoint,
     Classes,
     Crop,
@@ -76,6 +85,15 @@ def export_command(
     static_batch: Annotated[
         bool, typer.Option("--static-batch", help="Fix the batch size in the artifacts.")
     ] = False,
+    dynamic_size: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-size",
+            help="Leave height and width open too; also checked at a second size.",
+        ),
+    ] = False,
+    input_names: InputNames = None,
+    output_names: OutputNames = None,
     simplify: Annotated[
         bool, typer.Option("--simplify", help="Run onnxsim over the ONNX.")
     ] = False,
@@ -84,6 +102,7 @@ def export_command(
     ] = None,
     keep_fp32: KeepFp32 = None,
     calibration: Calibration = None,
+    int8_preset: Int8Preset = None,
     trt_flavor: TrtFlavor = "auto",
     compute_capability: ComputeCapability = None,
     min_shapes: MinShapes = None,
@@ -120,6 +139,7 @@ def export_command(
       orepa-export nets.py:build --onnx net.onnx --precision fp16 --json net.json
       orepa-export timm:resnet18 --trt r18.engine --compute-capability 8.9
       orepa-export nets.py:build --trt net.engine --precision int8 --calibration images/
+      orepa-export timm:resnet18 --onnx r18.onnx --dynamic-size --input-names image
       orepa-export nets.py:pair --onnx pair.onnx --input-shape 3x64x64 --input-shape 8
 
     An engine that was built and not run on a GPU does not count as checked: its row says "device
@@ -160,6 +180,9 @@ def export_command(
         compute_capability=compute_capability,
         flavor=trt_flavor,
     )
+    names = named("--input-names", input_names), named("--output-names", output_names)
+    check_names(*names, input_shape or ())
+    check_sizes(dynamic_size, trt is not None, shapes, input_shape or ())
     has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")
     has_no_effect("--expanded", expanded is not None and not checkpoint, "there is no --checkpoint")
     has_no_effect("--pretrained", pretrained and checkpoint is not None, "--checkpoint has them")
@@ -167,9 +190,10 @@ def export_command(
     has_no_effect(
         "--calibration", calibration is not None and precision == "fp32", "fp32 needs no ranges"
     )
+    check_preset_option(int8_preset, precision=precision, has_engine=trt is not None)
     has_no_effect("--keep-fp32", bool(keep_fp32) and precision == "fp32", "all of it is float32")
     # Only now torch and what the rest needs: a mistake above is told at once.
-    from orepa_compiler.cli.exporting import run_export
+    from orepa_compiler.cli.run.exporting import run_export
 
     return run_export(
         {
@@ -186,6 +210,9 @@ def export_command(
             "batch": batch,
             "precision": precision,
             "static_batch": static_batch,
+            "dynamic_size": dynamic_size,
+            "input_names": names[0],
+            "output_names": names[1],
             "simplify": simplify,
             "opset": opset,
             "flavor": trt_flavor,
@@ -196,6 +223,7 @@ def export_command(
             "evaluate": evaluate,
             "keep_fp32": tuple(keep_fp32 or ()),
             "calibration": calibration,
+            "int8_preset": int8_preset,
             "profile": shapes,
             "workspace_gb": workspace,
             "tf32": tf32,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orepa_compiler.cli.options import (
+from orepa_compiler.cli.given.options import (
     Checkpoint,
     Debug,
     ExitCode,
@@ -49,7 +49,7 @@ def int8_command(
     has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")
     has_no_effect("--pretrained", pretrained and checkpoint is not None, "--checkpoint has them")
     # Only now torch and what the rest needs: a mistake above is told at once.
-    from orepa_compiler.cli.losing import show_int8_loss
+    from orepa_compiler.cli.run.losing import show_int8_loss
 
     options = {"pretrained": pretrained, "weights": weights, "allow_pickle": allow_pickle}
     show_int8_loss(model, checkpoint, calibration, input_shape, worst, options)

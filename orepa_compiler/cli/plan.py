@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orepa_compiler.cli.options import (
+from orepa_compiler.cli.given.options import (
     Checkpoint,
     Classes,
     Debug,
@@ -48,11 +48,11 @@ def plan_command(
     has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")
     check_there(checkpoint=checkpoint)
     # Only now torch and what the rest needs: a mistake above is told at once.
-    from orepa_compiler.cli.arguments import check_it_runs, inputs_for, load_source, named_block
-    from orepa_compiler.cli.plan_table import plan_text, summary_text
+    from orepa_compiler.cli.given.models import check_it_runs, inputs_for, load_source, named_block
+    from orepa_compiler.cli.shown.plan_table import plan_text, summary_text
     from orepa_compiler.compiler import plan
-    from orepa_compiler.export.progress import announced
     from orepa_compiler.model_source import check_options
+    from orepa_compiler.progress import announced
 
     chosen = named_block(block)
     check_options(model, False, num_classes)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from orepa_compiler.choices import Precision
-from orepa_compiler.cli.options import (
+from orepa_compiler.cli.given.options import (
     SIDES,
     Checkpoint,
     Debug,
@@ -78,13 +78,12 @@ def verify_command(
         check_folder(path)
     shapes = [shape(text) for text in input_shape or ()]
     # Only now torch and what the rest needs: a mistake above is told at once.
-    from orepa_compiler.cli.comparing import compare_sides
-    from orepa_compiler.cli.finishing import finish
-    from orepa_compiler.cli.pages import not_run_page, page_of_recheck
-    from orepa_compiler.cli.rechecking import recheck_steps
-    from orepa_compiler.cli.summary import recheck_report, write_json
+    from orepa_compiler.cli.run.comparing import compare_sides
+    from orepa_compiler.cli.run.rechecking import recheck_steps
+    from orepa_compiler.cli.shown.pages import not_run_page, page_of_recheck
+    from orepa_compiler.cli.shown.summary import finish, recheck_report, write_json
     from orepa_compiler.export.manifest import is_manifest
-    from orepa_compiler.export.progress import announced
+    from orepa_compiler.progress import announced
     from orepa_compiler.report import write_page
 
     if is_manifest(reference):

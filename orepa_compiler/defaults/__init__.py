@@ -1,1 +1,1 @@
-"""What is chosen where nobody asked, from what is around a conv: may be wrong, never inexact."""
+"""Chooses where nobody asked, by what is around a conv: may be wrong, never inexact."""

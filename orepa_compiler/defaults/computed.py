@@ -1,4 +1,4 @@
-"""What a part of a forward computes, told by running it on numbers: an activation, a norm, a gate.
+"""Tells by running it on numbers whether part of a forward is an activation, a norm or a gate.
 
 An activation may have a class or a formula of its own: x * sigmoid(x), x + sin(a x)^2 / a. What a
 part does to each number alone, and not linearly, is one, whatever its name. As all of defaults, it
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import is_norm
+from orepa_compiler.algebra.classifiers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture, join
 from orepa_compiler.capture.effects import Surroundings

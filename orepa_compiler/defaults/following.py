@@ -1,4 +1,4 @@
-"""What stands before and behind a conv: the dataflow that decides whether a block fits there.
+"""Finds what stands before and behind a conv, which decides whether a block fits there.
 
 It only chooses defaults. Whether a rewrite is exact never depends on what is found here.
 """
@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from orepa_compiler.algebra.layers import is_activation, is_conv_like, is_dropout, is_norm
+from orepa_compiler.algebra.classifiers import (
+    is_activation,
+    is_conv_like,
+    is_dropout,
+    is_norm,
+)
 from orepa_compiler.analysis.elementwise import addition
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS
@@ -36,14 +41,16 @@ _ACTIVATION_NAMES = (
     "relu", "relu_", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "hardswish",
     "mish", "prelu", "rrelu", "softplus", "threshold", "hardtanh",
 )  # fmt: skip
-# Layers that keep channels apart: a norm behind them still normalizes the conv's channels.
+# Layers that keep channels apart, or whole: a norm behind them still normalizes what the conv
+# gives, and an activation is one behind whatever moves numbers.
 _PASSED_MODULES = (
     nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d,
-    nn.AvgPool3d, nn.ZeroPad2d,
+    nn.AvgPool3d, nn.ZeroPad2d, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle,
 )  # fmt: skip
 _PASSED_NAMES = (
     "permute", "transpose", "contiguous", "cat", "concat", "dropout", "max_pool2d", "avg_pool2d",
-    "max_pool1d", "avg_pool1d", "max_pool3d", "avg_pool3d", "pad", "getitem",
+    "max_pool1d", "avg_pool1d", "max_pool3d", "avg_pool3d", "pad", "getitem", "interpolate",
+    "pixel_shuffle", "pixel_unshuffle",
 )  # fmt: skip
 _RETURNED = "its output is the model's"
 _COMPUTED = {ACTIVATES: ACTIVATION, NORMALIZES: NORM, SCALES: PASSED}
@@ -136,12 +143,32 @@ def _ones(node: fx.Node) -> int:
 def _computed(capture: Capture, call: Call, form: tuple[int, int]) -> tuple[Call, str]:
     """What all readers of a value compute of it together, in the one forward that they stand in."""
     end, found = computed_behind(capture, call, *form)
+    if found == CLOSES and _feeds_layers(capture, end):
+        return end, ACTIVATION
     if found == CLOSES:
         name = end.node.target
         if end.node.op == "call_module":
             name = type(capture.module(capture.path_of(end))).__name__
         return end, f"{GATE} {getattr(name, '__name__', name)}"
     return end, _COMPUTED.get(found, "")
+
+
+def _feeds_layers(capture: Capture, call: Call) -> bool:
+    """Whether all that reads a value are layers with a kernel, or norms: no gate is read so."""
+    readers = list(capture.consumers(call))
+    return bool(readers) and all(
+        reader is not None and _is_layer(capture, reader) for reader in readers
+    )
+
+
+def _is_layer(capture: Capture, reader: Call) -> bool:
+    kind = kind_of(capture, reader)
+    if kind == PASSED:
+        return _feeds_layers(capture, reader)
+    if reader.node.op != "call_module":
+        return kind == NORM
+    module = capture.module(capture.path_of(reader))
+    return kind == NORM or is_conv_like(module) or isinstance(module, nn.Linear)
 
 
 def kind_of(capture: Capture, consumer: Call) -> str | None:

@@ -1,4 +1,4 @@
-"""Whether a net has residual connections: ways past an activation that meet again behind it.
+"""Finds residual connections: ways past an activation that meet again behind it.
 
 Hu et al. 2022 (Sec. 4.5, supplement Sec. 2.4): residual connections connect feature maps across
 activations, and give a net what the norms of explicit branches give one without. RepVGG's identity
@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orepa_compiler.algebra.layers import (
+from orepa_compiler.algebra.classifiers import (
     is_batch_norm,
     is_conv_like,
     is_dropout,
     is_norm,
-    linear_part,
 )
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.elementwise import is_add
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture

@@ -1,4 +1,4 @@
-"""Whether a block would pay in the place of a conv. Where it is wrong, `where=` says better."""
+"""Judges whether a block would pay in the place of a conv; `where=` overrules it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest beside an export's files: what they are, what was checked, and how to check again.
+"""Writes and reads the manifest beside an export: the files, what was checked, and how.
 
 Two files are written. NAME.manifest.json holds hashes, versions, options and verdicts.
 NAME.samples.safetensors holds inputs with the model's outputs in float64, so that the same
@@ -17,20 +17,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.external_data import is_beside, sha256
-from orepa_compiler.schemas import parsed, read_json
+from orepa_compiler.export.onnx.external_data import is_beside, sha256
+from orepa_compiler.files.atomic import staged
+from orepa_compiler.files.schemas import parsed, read_json
 
 FORMAT = 1
 _SUFFIX = ".manifest.json"
 _PACKAGES = (
     *("orepa-compiler", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),
-    *("onnxruntime-gpu", "onnxsim", "tensorrt", "tensorrt-rtx", "numpy"),
+    *("onnxruntime-gpu", "onnxsim", "tensorrt", "tensorrt-rtx", "openvino", "numpy"),
 )
 _SHOWN = 12  # digits of a hash in a message
 
-Role = Literal["checkpoint", "onnx", "weights", "engine", "samples"]
+Role = Literal["checkpoint", "onnx", "weights", "engine", "openvino", "samples"]
 
 
 class ManifestError(ReparamError):

@@ -17,11 +17,11 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.generation.algebra import full_precision, squeeze
 from orepa_compiler.generation.batched import Batch, Stacks, kernels
 from orepa_compiler.generation.batched_gradients import grad_slot, gradients
-from orepa_compiler.generation.forms import Form, form_of
+from orepa_compiler.generation.forms import Form, block_form
 from orepa_compiler.generation.rules import RULES, Rule, Term, TermGradient
+from orepa_compiler.generation.squeezing import full_precision, squeeze
 from orepa_compiler.generation.stacking import stacked
 
 # What a branch must have in common with its block for its kernel to need no placing.
@@ -113,7 +113,7 @@ class Recipe:
             return None
         if self.parameters()[0].device.type == "cpu" and most == 0:
             return None
-        form = form_of(self.branches, self.rows, self.block.scaling, self.layers())
+        form = block_form(self.branches, self.rows, self.block.scaling, self.layers())
         is_large = form is not None and form.kernel.shape.numel() > most
         return None if form is None or (is_large and form.device.type == "cpu") else form
 

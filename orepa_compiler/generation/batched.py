@@ -1,4 +1,4 @@
-"""The kernels of blocks of one form, and their gradients, in few operations for all of them.
+"""Makes the kernels of blocks of one form in few operations for all of them.
 
 It computes what `rules` computes, over stacks of parameters and without parts: there memory is
 saved, here launches. So it is the way of a GPU, and of small kernels on a CPU.
@@ -51,13 +51,13 @@ class Batch:
 
     def slots(self) -> list[Slot]:
         """What is to be stacked, in the order in which Stacks reads it."""
-        form, scaled = self.form, self.form.scaling is not None
-        columns = list(zip(*(own[scaled:] for own in self.values), strict=True))
+        form, scaled_stack = self.form, self.form.scaling is not None
+        columns = list(zip(*(own[scaled_stack:] for own in self.values), strict=True))
         one_tap = form.of_kind(*ONE_TAP)
         places = [form.first(branch) for branch in one_tap]
         slots: list[Slot] = [columns[n] for n in range(len(columns)) if n not in places]
         slots += [[weight for n in places for weight in columns[n]]] if places else []
-        if scaled:
+        if scaled_stack:
             rows = list(zip(*(own[0].unbind() for own in self.values), strict=True))
             others = [row for n, row in enumerate(form.rows) if n not in one_tap]
             slots += [rows[row] for row in others]
@@ -144,7 +144,7 @@ def kernels(stacks: Stacks) -> list[Tensor]:
 def _beside(total: Tensor | None, kernel: Tensor, factor: Tensor | None) -> Tensor:
     """total + v W, in place where there is a total."""
     if total is None:
-        return copied(kernel) if factor is None else scaled(kernel, factor)
+        return copied(kernel) if factor is None else scaled_stack(kernel, factor)
     return total.add_(kernel) if factor is None else total.addcmul_(kernel, factor)
 
 
@@ -206,7 +206,7 @@ def columns(stacks: Stacks, branch: int) -> Tensor:
     if factor is None:
         return pointwise.flatten(0, 2)
     own = by_group(factor, stacks.form.groups).permute(0, 1, 3, 4, 2)
-    return scaled(pointwise, own).flatten(0, 2)
+    return scaled_stack(pointwise, own).flatten(0, 2)
 
 
 def by_group(factor: Tensor, groups: int) -> Tensor:
@@ -214,7 +214,7 @@ def by_group(factor: Tensor, groups: int) -> Tensor:
     return factor.unsqueeze(1) if factor.shape[1] == 1 else factor.unflatten(1, (groups, -1))
 
 
-def scaled(kernel: Tensor, factor: Tensor) -> Tensor:
+def scaled_stack(kernel: Tensor, factor: Tensor) -> Tensor:
     """v W as new memory, contiguous in the order of its axes."""
     return torch.mul(kernel, factor, out=kernel.new_empty(kernel.shape))
 

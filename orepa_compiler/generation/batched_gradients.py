@@ -1,4 +1,4 @@
-"""The gradients of blocks of one form, in few operations for all of them: see `batched`.
+"""Computes the gradients of blocks of one form in few operations: see `batched`.
 
 Everything is linear in G = dL/dW_e, so nothing but the parameters is needed. The products whose
 sums are the scaling layers' gradients, dv = <W_m, G>, stand side by side in one table, and one
@@ -22,7 +22,7 @@ from orepa_compiler.generation.batched import (
     columns,
     copied,
     has_identity,
-    scaled,
+    scaled_stack,
     times_difference,
 )
 from orepa_compiler.generation.forms import Form
@@ -139,7 +139,7 @@ def _times(stacks: Stacks, branch: int, kernel: Tensor) -> Tensor:
     """v W, (b, o, k, c), in the memory order of the branch's k x k parameter."""
     factor = stacks.factors.get(branch)
     own = kernel if stacks.form.parameters[branch][-1].last else kernel.transpose(2, 3)
-    return copied(own) if factor is None else scaled(own, factor)
+    return copied(own) if factor is None else scaled_stack(own, factor)
 
 
 def _contraction(stacks: Stacks, branch: int, grad: Tensor, table: _Table) -> list[Tensor]:
@@ -152,7 +152,7 @@ def _contraction(stacks: Stacks, branch: int, grad: Tensor, table: _Table) -> li
     back = times_difference(grouped, turned) if is_difference else torch.bmm(grouped, turned)
     back = back.view(kernel.shape)
     table.note(branch, kernel, back)
-    outer = kernel if factor is None else scaled(kernel, factor)
+    outer = kernel if factor is None else scaled_stack(kernel, factor)
     of_inner = torch.bmm(stacks.grouped(outer).transpose(1, 2), grouped)
     return [of_inner.view(stacks.count, -1), _times(stacks, branch, back)]
 
@@ -171,7 +171,7 @@ def _one_tap(stacks: Stacks, grad: Tensor, table: _Table) -> dict[int, list[Tens
     if stacks.tap_factors is None:
         made = by_branch.contiguous()
     else:
-        made = scaled(by_branch, stacks.tap_factors.unsqueeze(3))
+        made = scaled_stack(by_branch, stacks.tap_factors.unsqueeze(3))
     return {branch: [own] for branch, own in zip(branches, made.unbind(), strict=True)}
 
 
@@ -187,6 +187,6 @@ def _separable(stacks: Stacks, branch: int, grad: Tensor, table: _Table) -> list
     table.note(branch, pointwise, gathered)
     factor = stacks.factors.get(branch)
     own = None if factor is None else by_group(factor, form.groups)
-    of_pointwise = gathered.contiguous() if own is None else scaled(gathered, own)
+    of_pointwise = gathered.contiguous() if own is None else scaled_stack(gathered, own)
     of_depthwise = torch.bmm(columns(stacks, branch), by_channel.transpose(1, 2))
     return [of_depthwise.view(stacks.count, -1), of_pointwise]

@@ -13,7 +13,7 @@ from torch import Tensor
 PART = 32 * 512 * 9
 
 
-def parts(kernel: Tensor, numbers: int = 0) -> list[slice]:
+def channel_parts(kernel: Tensor, numbers: int = 0) -> list[slice]:
     """Slices of the first axis that hold so many numbers each (0: PART); on a GPU one for all."""
     count = kernel.shape[0]
     if kernel.device.type != "cpu" or kernel.numel() <= (numbers or PART):
@@ -40,7 +40,7 @@ def scale_(kernel: Tensor, factor: Tensor | None) -> Tensor:
 def dot(left: Tensor, right: Tensor) -> Tensor:
     """<left, right> for each output channel, (C_out,)."""
     axes = list(range(1, left.dim()))
-    found = [(left[rows] * right[rows]).sum(axes) for rows in parts(left)]
+    found = [(left[rows] * right[rows]).sum(axes) for rows in channel_parts(left)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

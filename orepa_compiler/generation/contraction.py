@@ -1,4 +1,4 @@
-"""The contraction of two kernels over the channels between them: where the arithmetic is.
+"""Contracts two kernels over the channels between them, which is where the arithmetic is.
 
     R[o, i, k] = sum_t K[o, t, k] D[t, i]        within each group
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.generation.channelwise import PART, parts, scaled
+from orepa_compiler.generation.channelwise import PART, channel_parts, scaled
 
 # As many images as a 1 x 1 conv needs to run in oneDNN, and so many products to be worth it.
 _IMAGES = 16
@@ -49,7 +49,7 @@ def gradient_of_inner(grad: Tensor, outer: Tensor, factor: Tensor | None, groups
         return torch.einsum("gotk,goik->gti", own, _by_group(grad, groups)).flatten(0, 1)
     total = grad.new_zeros(outer.shape[1], grad.shape[1])
     # in parts, so that the scaled kernel is never there as a whole
-    for rows in parts(outer, _PART):
+    for rows in channel_parts(outer, _PART):
         total.addmm_(_matrix(scaled(outer, factor, rows)).t(), _matrix(grad[rows]))
     return total
 

@@ -1,4 +1,4 @@
-"""The fixed filters of one-tap branches, made once and kept for as long as they are the same."""
+"""Makes the fixed filters of one-tap branches once, and keeps them while they are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The form of a block: what blocks must have in common for their kernels to be made together."""
+"""Groups blocks by form: what they must share for their kernels to be made together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orepa_compiler.branches import DepthwisePointwise
-from orepa_compiler.generation.stacking import Place, place_of
+from orepa_compiler.generation.stacking import Layout, layout_of
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Form:
 
     kinds: tuple[type, ...]
     rows: tuple[int, ...]
-    scaling: Place | None
-    parameters: tuple[tuple[Place, ...], ...]
-    kernel: Place
+    scaling: Layout | None
+    parameters: tuple[tuple[Layout, ...], ...]
+    kernel: Layout
     groups: int
     dtype: torch.dtype
     device: torch.device
@@ -48,7 +48,7 @@ class Form:
     def taps(self) -> int:
         return self.kernel.shape[2:].numel()
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[Layout]:
         """Of all values: the scaling parameter, if there is one, and the others."""
         flat = [place for own in self.parameters for place in own]
         return flat if self.scaling is None else [self.scaling, *flat]
@@ -62,7 +62,7 @@ class Form:
         return sum(map(len, self.parameters[:branch]))
 
 
-def form_of(
+def block_form(
     branches: Sequence[Any],
     rows: Sequence[int],
     scaling: Tensor | None,
@@ -72,8 +72,8 @@ def form_of(
 
     parameters: of each branch.
     """
-    places = [[place_of(parameter) for parameter in own] for own in parameters]
-    of_scaling = None if scaling is None else place_of(scaling)
+    places = [[layout_of(parameter) for parameter in own] for own in parameters]
+    of_scaling = None if scaling is None else layout_of(scaling)
     found = tuple(tuple(p for p in own if p is not None) for own in places)
     is_odd = any(None in own for own in places) or (scaling is not None and of_scaling is None)
     if is_odd:
@@ -91,13 +91,13 @@ def form_of(
     )
 
 
-def _kernel_place(branch: Any, parameters: Sequence[Sequence[Tensor]]) -> Place:
+def _kernel_place(branch: Any, parameters: Sequence[Sequence[Tensor]]) -> Layout:
     """Where W_e lies: as a parameter of its shape, one with channels last if there is one."""
     inner, outer = parameters[0][0], parameters[0][-1]
     is_separable = isinstance(branch, DepthwisePointwise)
     width = branch.in_channels // branch.groups if is_separable else inner.shape[1]
     shape = torch.Size((outer.shape[0], width, *branch.kernel_size))
     flat = [parameter for own in parameters for parameter in own if parameter.shape == shape]
-    alike = [place for place in map(place_of, flat) if place is not None]
-    contiguous = Place(shape, torch.empty(shape, device="meta").stride())
+    alike = [place for place in map(layout_of, flat) if place is not None]
+    contiguous = Layout(shape, torch.empty(shape, device="meta").stride())
     return max(alike, key=lambda place: place.last, default=contiguous)

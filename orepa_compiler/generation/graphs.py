@@ -1,4 +1,4 @@
-"""Kernels of many blocks, and their gradients, as two CUDA graphs: one launch each.
+"""Makes kernels of many blocks, and their gradients, by two CUDA graphs: one launch each.
 
 A graph is recorded once and runs again on the same addresses. So it serves while parameters stand
 still in memory and change in place, as an optimizer changes them; where they have moved, it is
@@ -19,8 +19,8 @@ from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.branches import FrequencyFilter
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.generation import SqueezableBlock, generate, is_watched
-from orepa_compiler.generation.algebra import full_precision
-from orepa_compiler.generation.stacking import Place, in_memory
+from orepa_compiler.generation.squeezing import full_precision
+from orepa_compiler.generation.stacking import Layout, in_memory
 from orepa_compiler.generation.together import Members, eager_backward, groups_of, operator_of
 
 # Runs before recording, in which libraries choose and constants are made.
@@ -165,12 +165,12 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([in_memory(tensor) for tensor in tensors])
 
 
-def _in_order(grad: Tensor, place: Place) -> Tensor:
+def _in_order(grad: Tensor, place: Layout) -> Tensor:
     """A gradient's numbers in the order in which those of its kernel lie."""
     return in_memory((grad.movedim(1, -1) if place.last else grad).contiguous())
 
 
-def _split(flat: Tensor, places: Sequence[Place]) -> list[Tensor]:
+def _split(flat: Tensor, places: Sequence[Layout]) -> list[Tensor]:
     rows = flat.split([place.shape.numel() for place in places])
     pairs = zip(rows, places, strict=True)
     return [row.as_strided(place.shape, place.strides) for row, place in pairs]

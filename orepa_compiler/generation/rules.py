@@ -1,4 +1,4 @@
-"""The kernels of the paper's branches and their gradients, in few passes over memory.
+"""Makes the kernels of the paper's branches, and their gradients, in few passes over memory.
 
 Each rule answers for all branches of one kind in a block: it adds their scaled kernels to a sum,
 and gives the gradients of their scaling factors and parameters. It computes what the algebra of

@@ -1,4 +1,4 @@
-"""The depthwise - pointwise branch: a small product for each input channel.
+"""Squeezes the depthwise - pointwise branch: a small product for each input channel.
 
     W[o, i, k] = sum_j p[o, i, j] d[i, j, k]
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.generation.channelwise import parts
+from orepa_compiler.generation.channelwise import channel_parts
 
 
 def add_separable(total: Tensor, depthwise: Tensor, pointwise: Tensor, factor: Tensor) -> None:
@@ -22,7 +22,7 @@ def add_separable(total: Tensor, depthwise: Tensor, pointwise: Tensor, factor: T
     C_out / groups, C_in / groups, j). factor: v, (groups, C_out / groups, 1, 1).
     """
     groups, width = pointwise.shape[0], pointwise.shape[2]
-    for rows in parts(pointwise.transpose(0, 1)):
+    for rows in channel_parts(pointwise.transpose(0, 1)):
         own = _by_channel(pointwise[:, rows])
         made = torch.bmm(depthwise.transpose(1, 2), own)
         made = made.unflatten(0, (groups, width)).permute(0, 3, 1, 2)
@@ -39,7 +39,7 @@ def separable_gradients(
     groups, width = pointwise.shape[0], pointwise.shape[2]
     of_depthwise, of_pointwise = torch.zeros_like(depthwise), torch.empty_like(pointwise)
     of_factor = torch.empty_like(factor)
-    for rows in parts(pointwise.transpose(0, 1)):
+    for rows in channel_parts(pointwise.transpose(0, 1)):
         own, of_own = pointwise[:, rows], of_pointwise[:, rows]
         part = grad[:, rows].clone(memory_format=torch.contiguous_format)
         made = torch.bmm(depthwise, _by_channel(part))

@@ -1,4 +1,4 @@
-"""Tensors of equal blocks side by side in memory, so that one operation reaches all of them."""
+"""Lays tensors of equal blocks side by side in memory, so that one operation reaches all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class Layout:
     """How a tensor lies in memory. last: with its channels last, where that shows."""
 
     shape: torch.Size
@@ -41,15 +41,15 @@ class Place:
     last: bool = False
 
 
-def place_of(tensor: Tensor) -> Place | None:
+def layout_of(tensor: Tensor) -> Layout | None:
     """The tensor's place; None where it is neither contiguous nor channels_last."""
     last = not tensor.is_contiguous()
     if last and not (tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()):
         return None
-    return Place(tensor.shape, tensor.stride(), last)
+    return Layout(tensor.shape, tensor.stride(), last)
 
 
-def handed_out(stack: Tensor, place: Place) -> list[Tensor]:
+def handed_out(stack: Tensor, place: Layout) -> list[Tensor]:
     """The stack's rows as views, at the place of what they are for.
 
     With its strides, not only its layout: an optimizer goes over a list of tensors in one operation

@@ -1,4 +1,4 @@
-"""Whether tensors are what they were: what torch counts of a change."""
+"""Tells whether tensors are what they were, by what torch counts of a change."""
 
 from __future__ import annotations
 

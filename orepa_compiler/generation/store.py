@@ -1,4 +1,4 @@
-"""The kernel of a block, kept for as long as it is the one that its branches make.
+"""Keeps the kernel of a block for as long as it is the one that its branches make.
 
 Two reasons to keep one: nothing is trained (eval, torch.no_grad), or several backward passes share
 one step (`stepping`). What is kept is no part of the block: not of its state_dict, of a pickle, or
@@ -7,6 +7,7 @@ of a copy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.errors import ReparamError
+from orepa_compiler.errors import ReparamError, TrainingFormWarning
 from orepa_compiler.generation import SqueezableBlock, generate, is_watched
 from orepa_compiler.generation.stamps import Stamp
-from orepa_compiler.generation.watching import warn_if_exported
 
 # A tensor's bits are read in the widest of these words that it is a whole number of, and summed
 # along the rows and the columns of a table as wide as this.
@@ -263,3 +263,17 @@ def _can_be_kept(block: SqueezableBlock, tensors: Sequence[Tensor]) -> bool:
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and not t.is_inference()
         for t in tensors
     ) and all(type(module).__module__.split(".")[0] in ours for module in modules)
+
+
+def warn_if_exported() -> None:
+    """Warn where torch.jit.trace, torch.export or torch.onnx.export records the branches.
+
+    torch.compile, torch.func and forward-mode differentiation are tools of training: no word there.
+    """
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        warnings.warn(
+            "a model in training form is being exported: the file will make every kernel of its "
+            "blocks anew at each call; export orepa.collapse(model) instead",
+            TrainingFormWarning,
+            stacklevel=2,
+        )

@@ -1,4 +1,4 @@
-"""The kernels of many blocks in one autograd Function: those of one form in the same operations."""
+"""Makes the kernels of many blocks in one autograd Function, those of one form together."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from orepa_compiler.generation import (
     recomputed,
     through_algebra,
 )
-from orepa_compiler.generation.algebra import full_precision
 from orepa_compiler.generation.batched import Batch, Stacks, kernels
 from orepa_compiler.generation.batched_gradients import grad_slot, gradients
 from orepa_compiler.generation.forms import Form
+from orepa_compiler.generation.squeezing import full_precision
 from orepa_compiler.generation.stacking import stacked
 
 # So many numbers of stacked kernels at most: what is made on the way stays small beside features.

@@ -1,4 +1,4 @@
-"""The kernels of all blocks of a model in one compiled function.
+"""Compiles the making of all kernels of a model into one function.
 
 Block by block, a GPU waits for launches and not for arithmetic. Compiled as a whole, the passes of
 a kernel become one, and so do those of its gradients.

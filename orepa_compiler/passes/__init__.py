@@ -1,4 +1,4 @@
-"""The passes, and the two pipelines they make.
+"""Runs passes one after the other, and defines the two pipelines of the verbs.
 
 A pass first plans, touching nothing, and then applies its plan. Any object with these members is
 one; add yours with Pipeline((MyPass(), *COLLAPSE.passes)).
@@ -13,12 +13,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from orepa_compiler.algebra.layers import is_norm
+from orepa_compiler.algebra.classifiers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.capture.recording import Recording
-from orepa_compiler.holding import hold_new, holdings_of
-from orepa_compiler.overlaps import Touched, Touching, check_edits, touched_by
 from orepa_compiler.passes.adopt import Adopt
 from orepa_compiler.passes.collapse import Collapse
 from orepa_compiler.passes.cut import Cut
@@ -27,7 +25,9 @@ from orepa_compiler.passes.linearize import Linearize
 from orepa_compiler.passes.retracing import Retracing
 from orepa_compiler.passes.squeeze import Squeeze
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.restoring import restoring
+from orepa_compiler.planning.overlaps import Touched, Touching, check_edits, touched_by
+from orepa_compiler.rewriting.holding import hold_new, holdings_of
+from orepa_compiler.rewriting.restoring import restoring
 
 __all__ = [
     "COLLAPSE",

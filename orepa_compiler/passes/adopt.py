@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture, ancestors, join
 from orepa_compiler.errors import NotLinear
-from orepa_compiler.overlaps import Touched
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.rewrite import METHODS, set_module_everywhere
+from orepa_compiler.planning.overlaps import Touched
+from orepa_compiler.rewriting.swapping import METHODS, set_module_everywhere
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors, named_leaves
 

@@ -18,10 +18,10 @@ from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.branches.sequences import trained_kernel
 from orepa_compiler.capture import Capture
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.overlaps import Touched
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.rewrite import set_module_everywhere
-from orepa_compiler.selection import Where, selection
+from orepa_compiler.planning.overlaps import Touched
+from orepa_compiler.rewriting.selection import Where, selection
+from orepa_compiler.rewriting.swapping import set_module_everywhere
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Cut:
         return model, plan
 
     def _refusal(self, capture: Capture, path: str, block: LinearBlock) -> str | None:
-        if block.scaling_layer == "norm":
+        if block.is_offline:
             return (
                 "its branches end in norms, so in train mode no conv does what it does; "
                 "linearize it, or collapse the model"

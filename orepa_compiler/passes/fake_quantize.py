@@ -7,21 +7,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_conv_like
+from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture
+from orepa_compiler.choices import Preset
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.quantization.carrying import without_ranges
 from orepa_compiler.quantization.layers import ROUNDED, Rounded, rounded, rounded_layers
-from orepa_compiler.quantization.quantizers import (
-    Preset,
-    check_preset,
-    input_quantizer,
-    weight_quantizer,
-)
-from orepa_compiler.rewrite import exchange
-from orepa_compiler.selection import Where, selection
+from orepa_compiler.quantization.quantizers import check_preset, input_quantizer, weight_quantizer
+from orepa_compiler.rewriting.selection import Where, selection
+from orepa_compiler.rewriting.swapping import exchange
 
 _OWN_FORWARD = "its forward is not torch's, so what it does with a rounded kernel is not known"
 

@@ -22,9 +22,9 @@ from orepa_compiler.capture.constants import OF_NUMBERS, constants_of
 from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy, uncollected
-from orepa_compiler.holding import hold_new, holdings_of
-from orepa_compiler.overlaps import touched_by
 from orepa_compiler.planning import Edit, Plan
+from orepa_compiler.planning.overlaps import touched_by
+from orepa_compiler.rewriting.holding import hold_new, holdings_of
 
 _MOST_ROUNDS = 8
 _MOST_PAIRED = 5  # arguments that are tried two by two

@@ -10,7 +10,7 @@ from orepa_compiler.blocks import LinearBlock, ReparamConv, squeezed
 from orepa_compiler.capture import Capture
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan
-from orepa_compiler.rewrite import set_module_everywhere
+from orepa_compiler.rewriting.swapping import set_module_everywhere
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Squeeze:
             for path, module in capture.skeleton.named_modules()
             if isinstance(module, LinearBlock)
             and not isinstance(module, ReparamConv)
-            and module.scaling_layer != "norm"
+            and not module.is_offline
         ]
         return Plan(tuple(self._edit(path, block) for path, block in blocks))
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_channels_last
+from orepa_compiler.algebra.classifiers import is_channels_last
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.holding import hold_new, holdings_of
 from orepa_compiler.quantization.layers import ROUNDED, Rounded, rounded, rounded_layers, unrounded
 from orepa_compiler.quantization.quantizers import Quantizer, freeze
-from orepa_compiler.rewrite import exchange
+from orepa_compiler.rewriting.holding import hold_new, holdings_of
+from orepa_compiler.rewriting.swapping import exchange
 
 # How far the deployed kernel may be from the trained one, scaled: float32, composed in float64.
 _AGREES = 1e-3

@@ -1,4 +1,4 @@
-"""What float32 may change in a model that rounds: a value near the middle of two steps falls apart.
+"""Bounds what float32 may change in a model that rounds: a value between two steps falls apart.
 
 Two right computations of one map differ by the rounding of float32. Behind a quantizer that is
 nothing, or a whole step. So the noise of such a model is drawn: every map that is rounded is moved

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from orepa_compiler.algebra.layers import CONVS, has_torch_forward, is_idle
+from orepa_compiler.algebra.classifiers import CONVS, is_idle
+from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.capture import Call, Capture, ancestors
 
 _HOMOGENEOUS = (

@@ -10,7 +10,7 @@ and int8 in 16 bits, which only hold 2 * 255 * 64.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from torch.ao.quantization import (
     MovingAveragePerChannelMinMaxObserver,
 )
 
+from orepa_compiler.choices import Preset
 from orepa_compiler.errors import ReparamError
 
-Preset = Literal["tensorrt", "cpu"]
 PRESETS: tuple[Preset, ...] = ("tensorrt", "cpu")
 
 # The largest integer of a kernel.

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from orepa_compiler.errors import CheckpointError, ReparamError
-from orepa_compiler.export.progress import announced
-from orepa_compiler.reference.architectures import Architecture, named
+from orepa_compiler.progress import announced
+from orepa_compiler.reference.architectures import Architecture, architecture_named
 from orepa_compiler.reference.blocks import Kind
 from orepa_compiler.reference.keys import Part, checked, kinds_in, state_of
 from orepa_compiler.reference.networks import check_eps, expanded_network, stock_network
@@ -43,7 +43,7 @@ def load_reference(
     """
     if form not in ("expanded", "stock"):
         raise ReparamError(f"form={form!r} is neither 'expanded' nor 'stock'")
-    architecture = named(arch)
+    architecture = architecture_named(arch)
     source, state = state_of(path)
     with announced(f"{architecture.name}, {form}") as step:
         step(f"{len(state)} tensors of {source}")

@@ -1,4 +1,4 @@
-"""The networks of the authors' code: how the stock ones are built, and where their parts are."""
+"""Builds the stock networks of the authors' code, and finds their parts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Architecture:
     aliases: tuple[str, ...] = ()
 
 
-def named(arch: str) -> Architecture:
+def architecture_named(arch: str) -> Architecture:
     """The architecture of this name, upper or lower case, with or without hyphens.
 
     Raises ReparamError for a name that is none.

@@ -1,4 +1,4 @@
-"""The authors' blocks, in training and deploy form: how to tell them, and what they compute."""
+"""Recognizes the authors' blocks, in training and deploy form, and says what they compute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.blocks import Block, BranchSum
 from orepa_compiler.blocks.catalogue import OREPA, OREPA_1X1, OREPA_3X3_REPVGG
-from orepa_compiler.reference.branches import (
+from orepa_compiler.reference.composing import dbb_operator, spatial
+from orepa_compiler.reference.parameters import (
     PLAIN_DEEP_STEM,
     Tensors,
     deep_stem_parameters,
@@ -20,7 +21,6 @@ from orepa_compiler.reference.branches import (
     pointwise_parameters,
     repvgg_parameters,
 )
-from orepa_compiler.reference.operators import dbb_operator, spatial
 from orepa_compiler.reference.shapes import (
     Shapes,
     conv_shape,

@@ -1,4 +1,4 @@
-"""The keys of a checkpoint of the authors' code: read, told apart, and checked."""
+"""Reads the keys of a checkpoint of the authors' code, tells them apart and checks them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network of a checkpoint: our expanded model, or the stock one with composed kernels."""
+"""Builds the network of a checkpoint: our expanded model, or the stock one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from orepa_compiler.passes import Expand, Squeeze, is_leaf
 from orepa_compiler.passes.expand.options import NewBlock, growth_of
 from orepa_compiler.passes.expand.wording import describe
 from orepa_compiler.planning import Edit, Plan, Refusal, record_plan
-from orepa_compiler.reference.branches import Tensors
+from orepa_compiler.reference.composing import EPS, norm_of_tensors
 from orepa_compiler.reference.keys import Part
-from orepa_compiler.reference.operators import EPS, norm_operator
+from orepa_compiler.reference.parameters import Tensors
 
 
 def expanded_network(stock: nn.Module, parts: Iterable[Part], classifier: Tensors) -> nn.Module:
@@ -44,7 +44,7 @@ def stock_network(stock: nn.Module, parts: Iterable[Part], classifier: Tensors) 
         place, kind = part.place, part.kind
         operator = kind.operator(part.tensors, _conv(stock, part))
         if place.norm is None and kind.norm is not None:
-            operator = norm_operator(part.tensors, kind.norm) @ operator
+            operator = norm_of_tensors(part.tensors, kind.norm) @ operator
         operator = operator.to(part.dtype)
         state[f"{place.conv}.weight"] = operator.weight
         if operator.bias is None:

@@ -1,4 +1,4 @@
-"""The keys and shapes of the tensors that each of the authors' blocks stores.
+"""Lists the keys and shapes of the tensors that each of the authors' blocks stores.
 
 Those of the public implementation of Hu et al. 2022. O, I, G, k: of the conv that a block stands
 for; T: the channels inside a 1x1 - kxk branch.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from orepa_compiler.branches import DEPTHWISE_MULTIPLIER
-from orepa_compiler.reference.branches import REPVGG_ROWS, ROWS
+from orepa_compiler.reference.parameters import REPVGG_ROWS, ROWS
 
 Shapes = dict[str, tuple[int, ...]]
 

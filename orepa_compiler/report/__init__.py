@@ -1,6 +1,6 @@
-"""The HTML report of an export or a comparison: one file that needs no network."""
+"""Writes the report of an export or a comparison: one HTML file that needs no network."""
 
-from orepa_compiler.report.branches import BlockBranches, block_branches
+from orepa_compiler.report.block_charts import BlockBranches, block_branches
 from orepa_compiler.report.page import Link, Outcome, Page
 from orepa_compiler.report.rendering import check_extra, render_page, write_page
 from orepa_compiler.report.sizes import ModelSize, measure_model

@@ -1,4 +1,4 @@
-"""The charts of a page as inline SVG: no script, no font file, no address in them."""
+"""Draws the charts of a page as inline SVG: no script, no font file, no address in them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from orepa_compiler.certificate import LIMIT, BlockCertificate
 from orepa_compiler.dependencies import import_extra
-from orepa_compiler.report.branches import BlockBranches
+from orepa_compiler.proving.certificate import LIMIT, BlockCertificate
+from orepa_compiler.report.block_charts import BlockBranches
 from orepa_compiler.verification.divergence import Divergence
 
 EXTRA = "report"

@@ -1,14 +1,14 @@
-"""What stands on a page: the verdict, the chain of forms, and what was found at each step."""
+"""Defines what stands on a page: the verdict, the chain of forms, and what each step found."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from orepa_compiler.certificate import Certificate
-from orepa_compiler.export.audit_report import HalfAudit
+from orepa_compiler.export.audit import HalfAudit
 from orepa_compiler.export.manifest import Check, Manifest
-from orepa_compiler.report.branches import BlockBranches
+from orepa_compiler.proving.certificate import Certificate
+from orepa_compiler.report.block_charts import BlockBranches
 from orepa_compiler.report.sizes import ModelSize
 from orepa_compiler.verification import Report
 from orepa_compiler.verification.divergence import Divergence

@@ -1,12 +1,12 @@
-"""The error over the feature map as a picture, where matplotlib is installed."""
+"""Draws the error over the feature map, where matplotlib is installed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.files.atomic import staged
 from orepa_compiler.verification.divergence import Divergence
 
 

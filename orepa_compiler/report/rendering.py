@@ -1,4 +1,4 @@
-"""A page as the text of one HTML file, and as the file."""
+"""Renders a page as one HTML file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from orepa_compiler.atomic import staged
-from orepa_compiler.certificate import LIMIT, BlockCertificate
 from orepa_compiler.dependencies import import_extra
-from orepa_compiler.export.audit_report import NEAREST, AuditRow, HalfAudit
+from orepa_compiler.export.audit import NEAREST, AuditRow, HalfAudit
+from orepa_compiler.files.atomic import staged
+from orepa_compiler.proving.certificate import LIMIT, BlockCertificate
 from orepa_compiler.report import charts
-from orepa_compiler.report.branches import BlockBranches
+from orepa_compiler.report.block_charts import BlockBranches
 from orepa_compiler.report.page import Page
 from orepa_compiler.verification import Row
 from orepa_compiler.verification.divergence import Divergence

@@ -1,4 +1,4 @@
-"""What one form of a model holds and costs."""
+"""Measures what one form of a model holds and costs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from orepa_compiler.algebra.layers import is_conv_like
+from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.cost import conv_macs
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.latency import contents_of
+from orepa_compiler.planning.cost import conv_macs
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate
 from orepa_compiler.verification.modes import evaluation_mode, unchanged
 

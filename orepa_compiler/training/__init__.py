@@ -1,1 +1,1 @@
-"""What training asks for: kernels once per step, parameter groups, optimizers, branches watched."""
+"""Helps training: kernels once per step, parameter groups, optimizers, branches watched."""

@@ -15,11 +15,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.atomic import staged
 from orepa_compiler.blocks import BranchSum, LinearBlock
 from orepa_compiler.capture.skeleton import is_sharded
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.files.atomic import staged
 
 # A branch with a smaller part of its block's norms than this does nothing; one with more is alone.
 DEAD, DOMINANT = 0.01, 0.95

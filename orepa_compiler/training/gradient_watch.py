@@ -1,4 +1,4 @@
-"""Whether gradients that gather over several passes were cleared or changed meanwhile."""
+"""Notices when gradients that gather over passes were cleared or changed meanwhile."""
 
 from __future__ import annotations
 

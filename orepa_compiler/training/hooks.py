@@ -1,4 +1,4 @@
-"""The kernels of a model's blocks made together at each of its forwards, in any training loop."""
+"""Makes the kernels of a model's blocks together at each forward, in any training loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimizer, carried over when its model changes form in the middle of training."""
+"""Carries an optimizer over when its model changes form in the middle of training."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _changed(
 
 def _normalizes(module: nn.Module) -> bool:
     """Whether norms make of the branches' kernels what no derivative of a kernel tells."""
-    return isinstance(module, LinearBlock) and module.scaling_layer == "norm"
+    return isinstance(module, LinearBlock) and module.is_offline
 
 
 def _branches(module: _ConvNd | LinearBlock) -> list[str]:

@@ -1,4 +1,4 @@
-"""Kernels once for several passes: gradient accumulation and two-phase steps."""
+"""Makes kernels once for several passes: gradient accumulation and two-phase steps."""
 
 from __future__ import annotations
 

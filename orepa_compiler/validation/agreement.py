@@ -1,4 +1,4 @@
-"""Whether a rewritten model does what the model did: outputs, what runs, and what is trained."""
+"""Compares a rewritten model with the model: outputs, what runs, and what is trained."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import ancestors
 from orepa_compiler.validation.behaviour import Behaviour
-from orepa_compiler.verification.comparison import size_of
 from orepa_compiler.verification.nesting import is_comparable
+from orepa_compiler.verification.outputs.comparison import size_of
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a model does on the inputs: its outputs call by call, what ran, what would be trained."""
+"""Records what a model does on inputs: its outputs, what ran, what would be trained."""
 
 from __future__ import annotations
 

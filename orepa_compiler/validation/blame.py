@@ -1,4 +1,4 @@
-"""Which edits made a model another function: those at the first module that differs."""
+"""Finds the edits that made a model another function: those at the first module that differs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from orepa_compiler.capture import ancestors
-from orepa_compiler.overlaps import touched_modules
 from orepa_compiler.planning import Edit
+from orepa_compiler.planning.overlaps import touched_modules
 from orepa_compiler.validation.agreement import Disagreement, largest_error
 from orepa_compiler.validation.behaviour import Call, behaviour, flat
 from orepa_compiler.verification.evaluation import Batch
@@ -41,7 +41,7 @@ class Watch:
     order: list[tuple[str, int]]
 
 
-def module_outputs(
+def outputs_by_module(
     model: nn.Module, batches: list[Batch], calls: list[Call], dtype: torch.dtype | None
 ) -> Watch:
     """What each module gives in the last of the calls, in eval mode."""

@@ -1,4 +1,4 @@
-"""What a run of a model may change in it, put back after it.
+"""Puts back what a run of a model changed in it.
 
 The state of a model is what hangs on it and on the objects that it holds: which modules stand
 where, flags and counters, lists and dicts, the values of buffers; and what its code keeps in

@@ -1,4 +1,4 @@
-"""The trial of a rewrite: it is run beside the model, and what does not agree is taken back.
+"""Runs a rewrite beside the model, and takes back what does not agree.
 
 In float64, on copies of both, each batch is given with and without gradients, twice where a call
 leaves something behind. Rounding the new weights is no fault: where it shows, the rewrite is made
@@ -17,8 +17,8 @@ from orepa_compiler.capture.randomness import RandomState
 from orepa_compiler.capture.remembering import Remembered
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.overlaps import touched_modules
 from orepa_compiler.planning import Edit, Plan
+from orepa_compiler.planning.overlaps import touched_modules
 from orepa_compiler.validation.agreement import (
     Disagreement,
     Origin,
@@ -30,15 +30,19 @@ from orepa_compiler.validation.agreement import (
 from orepa_compiler.validation.behaviour import Behaviour, Call, behaviour, evaluation_calls
 from orepa_compiler.validation.blame import (
     blamed_edits,
-    module_outputs,
+    outputs_by_module,
     place_of,
     suspects,
 )
-from orepa_compiler.validation.memory import fits_in_float64
+from orepa_compiler.validation.room import fits_in_float64
 from orepa_compiler.validation.state import state_of
 from orepa_compiler.verification.evaluation import Batch, own_dtype
 from orepa_compiler.verification.nesting import describe, map_tensors
-from orepa_compiler.verification.rounding import MAX_TOLERANCE, NOISE_FACTOR, UNMEASURED_NOISE
+from orepa_compiler.verification.outputs.rounding import (
+    MAX_TOLERANCE,
+    NOISE_FACTOR,
+    UNMEASURED_NOISE,
+)
 
 # What composing kernels in another order may change in float64, through a whole net.
 EXACT = 1e-9
@@ -287,13 +291,13 @@ class _Trial:
         suspicion = None
         if found.call is not None and not found.places:
             calls = list(self.stock.evaluated.calls[: found.call + 1])
-            theirs = module_outputs(
+            theirs = outputs_by_module(
                 self._runnable(attempt.shown_by), self.batches, calls, self.dtype
             )
         if before is not None:
             before.put_back()
         if found.call is not None and not found.places:
-            ours = module_outputs(self._runnable(self.model), self.batches, calls, self.dtype)
+            ours = outputs_by_module(self._runnable(self.model), self.batches, calls, self.dtype)
             limit = EXACT if self.is_exact else self.limit
             suspicion = suspects(ours, theirs, edits, tolerance=limit)
         blamed, reason = blamed_edits(found, suspicion, edits)

@@ -1,4 +1,4 @@
-"""Whether two models compute the same: a strict verdict, with tolerances that are derived."""
+"""Compares two models: a strict verdict, with tolerances that are derived."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification.agreeing import agreements
-from orepa_compiler.verification.blindness import blind_spots
-from orepa_compiler.verification.comparison import Comparison, compare, is_rounded, short, unfit
 from orepa_compiler.verification.evaluation import (
     Outputs,
     Side,
@@ -28,8 +25,17 @@ from orepa_compiler.verification.modes import (
     modules_in_train_mode,
     unchanged,
 )
+from orepa_compiler.verification.outputs.agreeing import agreements
+from orepa_compiler.verification.outputs.blindness import blind_spots
+from orepa_compiler.verification.outputs.comparison import (
+    Comparison,
+    compare,
+    is_rounded,
+    short,
+    unfit,
+)
+from orepa_compiler.verification.outputs.rounding import NOISE_FACTOR
 from orepa_compiler.verification.repeating import refuse_restless
-from orepa_compiler.verification.rounding import NOISE_FACTOR
 from orepa_compiler.verification.samples import Samples, take_samples
 from orepa_compiler.verification.truth import first_dtype
 from orepa_compiler.verification.verdict import Report, Row
@@ -39,7 +45,7 @@ __all__ = ["NOISE_FACTOR", "Report", "Row", "Samples", "judge", "take_samples", 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def verify(
+def verify_callables(
     reference: Callable[..., Any],
     candidate: Callable[..., Any],
     inputs: Any,

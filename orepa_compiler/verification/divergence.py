@@ -1,4 +1,4 @@
-"""The first module whose output is wrong, and where on its feature map it is wrong."""
+"""Finds the first module whose output is wrong, and where on its feature map it is wrong."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orepa_compiler.verification.comparison import Comparison, compare, size_of
 from orepa_compiler.verification.evaluation import Batch
 from orepa_compiler.verification.nesting import is_comparable
+from orepa_compiler.verification.outputs.comparison import Comparison, compare, size_of
 
 # The largest picture: two rows of a terminal's line, and no more columns than it has.
 MAP_ROWS, MAP_COLUMNS = 32, 64

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification.decisions import Deciding, Decision
 from orepa_compiler.verification.modes import evaluation_mode as evaluation_mode
 from orepa_compiler.verification.nesting import (
     Form,
     describe,
     form_of,
     is_finite,
-    kind_of,
+    kind_name,
     leaf_paths,
     map_tensors,
     named_leaves,
     others_in,
     tensors_in,
 )
+from orepa_compiler.verification.outputs.decisions import Deciding, Decision
 
 Batch = tuple[Any, ...]  # the positional arguments of one call
 
@@ -72,7 +72,7 @@ def batches_of(inputs: Any) -> list[Batch]:
     for index, batch in enumerate(inputs if isinstance(inputs, list) else [inputs]):
         if not isinstance(batch, (Tensor, tuple)):
             raise ReparamError(
-                f"inputs: batch {index} is a {kind_of(batch)}; give a tensor, a tuple of "
+                f"inputs: batch {index} is a {kind_name(batch)}; give a tensor, a tuple of "
                 f"positional arguments, or a list of such batches"
             )
         batches.append(batch if isinstance(batch, tuple) else (batch,))
@@ -95,7 +95,7 @@ def _check_arguments(index: int, batch: Batch) -> None:
     for leaf in others_in(batch):
         if not isinstance(leaf, str):
             raise ReparamError(
-                f"inputs: batch {index} holds a {kind_of(leaf)}; arguments are torch tensors and "
+                f"inputs: batch {index} holds a {kind_name(leaf)}; arguments are torch tensors and "
                 f"plain values (torch.as_tensor makes a tensor of an array)"
             )
     if any(tensor.is_meta for tensor in tensors_in(batch)):
@@ -112,7 +112,9 @@ def refuse_unusable(role: str, function: Any, batches: list[Batch]) -> None:
     or not yet initialised), and for inputs on another device than the module's.
     """
     if not callable(function):
-        raise ReparamError(f"the {role} is a {kind_of(function)}; give an nn.Module or a function")
+        raise ReparamError(
+            f"the {role} is a {kind_name(function)}; give an nn.Module or a function"
+        )
     devices: set[torch.device] = set()
     for name, tensor in _state(function) if isinstance(function, nn.Module) else ():
         if tensor.is_meta or is_lazy(tensor):

@@ -1,4 +1,4 @@
-"""In which mode a model is compared, and that it comes back as it was."""
+"""Compares a model in a mode, and gives it back as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors inside a call's arguments and outputs, which may be nested, and their names."""
+"""Finds the tensors in nested arguments and outputs, and names them."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def describe(argument: Any) -> str:
     """An argument as a message shows it: (2, 3, 64, 64) float32."""
     if isinstance(argument, Tensor):
         return f"{tuple(argument.shape)} {str(argument.dtype).removeprefix('torch.')}"
-    return repr(argument) if isinstance(argument, (int, float, str)) else kind_of(argument)
+    return repr(argument) if isinstance(argument, (int, float, str)) else kind_name(argument)
 
 
-def kind_of(value: Any) -> str:
+def kind_name(value: Any) -> str:
     """The name of a value's type: list, numpy.ndarray."""
     name, module = type(value).__qualname__, type(value).__module__
     return name if module == "builtins" else f"{module}.{name}"

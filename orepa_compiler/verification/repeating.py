@@ -1,4 +1,4 @@
-"""Whether a side gives the same outputs twice: what does not has no verdict.
+"""Runs a side twice: one that does not give the same outputs has no verdict.
 
 A reference with dropout or noise left on would raise its own tolerance, and let wrong weights pass.
 """
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.errors import NoVerdict
-from orepa_compiler.verification.compared_output import size_of, wide
 from orepa_compiler.verification.evaluation import Batch, Outputs, Side, evaluate
 from orepa_compiler.verification.nesting import is_comparable, is_smooth, map_tensors, tensors_in
-from orepa_compiler.verification.rounding import least_noise
+from orepa_compiler.verification.outputs.compared_output import size_of, wide
+from orepa_compiler.verification.outputs.rounding import least_noise
 
 
 @torch.no_grad()

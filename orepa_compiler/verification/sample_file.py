@@ -14,10 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.schemas import read_json
-from orepa_compiler.verification.decisions import Decision
+from orepa_compiler.files.schemas import read_json
 from orepa_compiler.verification.evaluation import Outputs
 from orepa_compiler.verification.nesting import Form
+from orepa_compiler.verification.outputs.decisions import Decision
 from orepa_compiler.verification.samples import Samples
 from orepa_compiler.verification.structure import Structure, rebuilt, taken_apart
 from orepa_compiler.verification.truth import Truth

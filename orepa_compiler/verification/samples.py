@@ -1,4 +1,4 @@
-"""What a reference gives on some inputs: all that a candidate is judged by, on any machine."""
+"""Holds what a reference gives on some inputs, to judge a candidate on any machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the arguments of a call are nested, as plain data beside their tensors."""
+"""Writes how the arguments of a call are nested as plain data beside their tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification.nesting import kind_of
+from orepa_compiler.verification.nesting import kind_name
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _structure(name: str, value: Any, tensors: dict[str, Tensor]) -> Structure:
         parts = [_structure(f"{name}.{key}", part, tensors) for key, part in value.items()]
         return Structure("dict", keys=tuple(value), parts=tuple(parts))
     raise ReparamError(
-        f"input {name} is a {kind_of(value)}: only tensors and plain values are kept as samples, "
+        f"input {name} is a {kind_name(value)}: only tensors and plain values are kept as samples, "
         "so this export can be checked again beside its model only"
     )
 

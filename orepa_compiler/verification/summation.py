@@ -1,4 +1,4 @@
-"""Norms behind convs as a fold adds them up: from the new bias on, and not from 0.
+"""Sums norms behind convs as a fold adds them up: from the new bias on, and not from 0.
 
     scale (W x - mean) + beta    ->    scale (start + W x),    start = beta / scale - mean
 

@@ -1,4 +1,4 @@
-"""What a comparison holds to be right, in float64, and how noisy a lower precision is beside it."""
+"""Takes the truth in float64, and how noisy a lower precision is beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification.decisions import Decision
 from orepa_compiler.verification.evaluation import (
     Batch,
     Outputs,
@@ -25,6 +24,7 @@ from orepa_compiler.verification.evaluation import (
     paired,
 )
 from orepa_compiler.verification.nesting import is_comparable, is_smooth, map_tensors
+from orepa_compiler.verification.outputs.decisions import Decision
 from orepa_compiler.verification.summation import FoldedSums
 
 # How many errors a noise floor is measured on, at least. The largest of few is luck: with a single

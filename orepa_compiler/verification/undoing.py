@@ -1,4 +1,4 @@
-"""What a call changed in modules, so that it can be put back: attributes, registrations, values."""
+"""Remembers what a call changed in modules, to put it back: attributes, registrations, values."""
 
 from __future__ import annotations
 

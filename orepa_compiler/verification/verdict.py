@@ -1,4 +1,4 @@
-"""What a comparison found: one row for each output of each batch, and the verdict over all."""
+"""Holds what a comparison found: a row for each output of each batch, and the verdict."""
 
 from __future__ import annotations
 

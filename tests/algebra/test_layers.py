@@ -12,10 +12,7 @@ import torchvision
 from timm.layers import norm_act
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import (
-    conv_operator,
-    conv_padding,
-    has_torch_forward,
+from orepa_compiler.algebra.classifiers import (
     is_activation,
     is_batch_norm,
     is_conv_like,
@@ -23,10 +20,11 @@ from orepa_compiler.algebra.layers import (
     is_idle,
     is_norm,
     is_plain_conv,
-    linear_part,
     own_forward_reason,
 )
+from orepa_compiler.algebra.layers import conv_operator, conv_padding, linear_part
 from orepa_compiler.algebra.operators import ConvOperator
+from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.errors import NotLinear
 from tests.convolution_reference import assert_same, reference

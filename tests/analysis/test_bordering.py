@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm, is_conv_like
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_conv_like
 from tests.convolution_reference import assert_same
 from tests.norms import randomise_norms
 from tests.operator_factories import random_tensor

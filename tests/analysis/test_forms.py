@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.algebra.maps import TOKENS, Maps, second
 from orepa_compiler.analysis.forms import Form
 from orepa_compiler.analysis.regions import Interpreter

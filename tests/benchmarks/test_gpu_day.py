@@ -28,8 +28,10 @@ def test_the_kernels_of_a_device_are_those_of_float64() -> None:
 
 def test_a_wrong_kernel_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched, "_repeated_identity", lambda *_: torch.zeros(1))
-    scaled = batched.scaled
-    monkeypatch.setattr(batched, "scaled", lambda kernel, factor: 1.001 * scaled(kernel, factor))
+    scaled = batched.scaled_stack
+    monkeypatch.setattr(
+        batched, "scaled_stack", lambda kernel, factor: 1.001 * scaled(kernel, factor)
+    )
     assert equality.kernels(MODEL, "cpu", FP32, "together")["verdict"] == "differs"
 
 

@@ -59,3 +59,18 @@ def test_the_section_takes_the_place_of_an_earlier_one(monkeypatch: Any, tmp_pat
 def test_outputs_are_found_in_what_holds_them() -> None:
     one = torch.ones(1)
     assert outputs_of({"a": one, "b": (one, [one])}) == [one, one, one]
+
+
+class WritesOverItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x *= 255
+        return self.conv(x).relu()
+
+
+def test_each_call_is_given_new_inputs(monkeypatch: Any) -> None:
+    row = row_of(monkeypatch, f"{__name__}.WritesOverItsInput")
+    assert row["status"] == "pass", row

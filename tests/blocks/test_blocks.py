@@ -34,7 +34,7 @@ from orepa_compiler.blocks.catalogue import (
 )
 from orepa_compiler.branches import Kernel, Pointwise
 from orepa_compiler.errors import NotLinear
-from orepa_compiler.generation.algebra import squeeze
+from orepa_compiler.generation.squeezing import squeeze
 from tests.convolution_reference import assert_same, dense, reference
 from tests.norms import randomise_norms
 from tests.operator_factories import conv, random_tensor

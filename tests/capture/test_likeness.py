@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.capture import Capture, capture, visiting
 from orepa_compiler.capture.likeness import Likeness
 from orepa_compiler.capture.skeleton import names_of

@@ -120,24 +120,28 @@ def test_a_tensor_with_an_attribute_of_its_own_is_asked_for_it_by_nobody() -> No
     assert "'mask', which some forward sets on a tensor" in reason(run)
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        "torch.as_tensor(y)", "torch.tensor(y)", "torch.Tensor(y)", "torch.asarray(y)",
-        "torch.arange(3, dtype=y.dtype)", "torch.full((2,), y.max())", "torch.zeros(y.shape)",
-        "torch.eye(y.shape[1])", "nn.Parameter(y)", "torch.tensor([y, y])",
-    ],
+MADE_OF_A_STAND_IN = (
+    "torch.as_tensor(y)", "torch.tensor(y)", "torch.Tensor(y)", "torch.asarray(y)",
+    "torch.arange(3, dtype=y.dtype)", "torch.full((2,), y.max())", "torch.zeros(y.shape)",
+    "torch.eye(y.shape[1])", "nn.Parameter(y)", "torch.tensor([y, y])",
 )  # fmt: skip
-def test_no_stand_in_reaches_the_code_of_torch(made: str) -> None:
-    """Where it would, the process dies; so each is tried in one of its own."""
-    code = (
-        "import torch; from torch import nn; from orepa_compiler.capture.tracing import trace\n"
-        "class Net(nn.Module):\n"
-        f"    def forward(self, y): return {made}\n"
-        "print('alive', type(trace(Net())).__name__)"
+
+
+def test_no_stand_in_reaches_the_code_of_torch() -> None:
+    """Where it would, the process dies; so they are tried in another one, each said first."""
+    code = [
+        "import torch; from torch import nn; from orepa_compiler.capture.tracing import trace",
+        "class Net(nn.Module):",
+        "    def __init__(self, made): super().__init__(); self.made = made",
+        "    def forward(self, y): return self.made(y)",
+        *(f"print({made!r}, flush=True); trace(Net(lambda y: {made}))"
+          for made in MADE_OF_A_STAND_IN),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, check=False
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("alive"), done.stderr
+    assert done.returncode == 0, f"it died in {done.stdout.splitlines()[-1:]}: {done.stderr}"
+    assert done.stdout.splitlines() == list(MADE_OF_A_STAND_IN)
 
 
 def test_python_is_left_as_it_was() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.errors import ReparamError
 from tests.norms import randomise_norms

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from orepa_compiler import __version__
-from orepa_compiler.certificate import Certificate
 from orepa_compiler.checkpoints import save
-from orepa_compiler.cli import comparing, export_main, main, sides, stages, steps
-from orepa_compiler.cli.steps import Step
+from orepa_compiler.cli import export_main, main
+from orepa_compiler.cli.run import comparing, sampling, stages, steps
+from orepa_compiler.cli.run import named_sides as sides
+from orepa_compiler.cli.run.steps import Step
 from orepa_compiler.compiler import expand
 from orepa_compiler.errors import ExportError, MissingPackage, ReparamError
 from orepa_compiler.model_source import load_model
+from orepa_compiler.proving.certificate import Certificate
 from tests.norms import randomise_norms
 
 ROOT = Path(__file__).parents[2]
@@ -129,8 +131,9 @@ class Verbs:
 @pytest.fixture
 def verbs(monkeypatch: pytest.MonkeyPatch) -> Verbs:
     fakes = Verbs()
-    for name in ("collapse", "verify", "take_samples", "certify", "export_onnx"):
+    for name in ("collapse", "verify", "certify", "export_onnx"):
         monkeypatch.setattr(stages, name, getattr(fakes, name))
+    monkeypatch.setattr(sampling, "take_samples", fakes.take_samples)
     monkeypatch.setattr(steps, "judge", fakes.judge)
     monkeypatch.setattr(stages, "build_engine", fakes.build_engine)
     monkeypatch.setattr(
@@ -286,12 +289,16 @@ def test_the_options_arrive(verbs: Verbs, capsys: pytest.CaptureFixture[str]) ->
     assert verbs.calls["onnx"] == {
         "path": Path("pair.onnx"),
         "dynamic_batch": False,
+        "dynamic_size": False,
+        "input_names": None,
+        "output_names": None,
         "precision": "fp16",
         "simplify": True,
         "opset": None,
         "certificate": None,
         "keep_fp32": (),
         "calibration": [],
+        "int8_preset": None,
     }
     assert verbs.calls["samples"] == {"precision": torch.float16, "stress": True}
     assert verbs.calls["engine"] == {

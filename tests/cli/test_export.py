@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import torch
 from onnx import numpy_helper
 
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.cli.engine_options import profile
+from orepa_compiler.cli.given.engine_options import profile
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.inspection import load_graph, torch_module
-from orepa_compiler.export.latency_report import Bench, BenchRow, Contents, Timing
+from orepa_compiler.export.latency import Bench, BenchRow, Contents, Timing
+from orepa_compiler.export.onnx.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.weight_record import properties_of
 
 NETS = """
 import torch
@@ -89,6 +91,9 @@ SHAPES = "--min-shapes 1x3x16x16 --opt-shapes {} --max-shapes {}"
             f"{EXPORT} --precision fp16 --keep-fp32 layer4",
             "keep_fp32: 'layer4' matches none of",
         ),
+        (f"{EXPORT} --int8-preset cpu", "--int8-preset: it is for int8; leave it out"),
+        (f"{INT8} --int8-preset gpu", "Invalid value for '--int8-preset'"),
+        (f"{INT8} --int8-preset cpu --trt n.engine", "--int8-preset cpu: TensorRT refuses its zer"),
         (f"{EXPORT} --trt-flavor tensorrt", "Invalid value for '--trt-flavor'"),
         (f"{EXPORT} --opt-shapes 1x3x16x16", "--min-shapes and --max-shapes: missing; give all"),
         (
@@ -230,11 +235,30 @@ def test_an_int8_file_is_checked_again_by_its_samples(capsys: pytest.CaptureFixt
     assert steps["onnx on the CPU"]["verdict"] == "mismatch"
 
 
+@pytest.mark.parametrize(("option", "preset"), [("", "tensorrt"), ("--int8-preset cpu", "cpu")])
+def test_the_int8_preset_is_in_the_file_and_beside_it(
+    option: str, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{INT8} --calibration images --report net.html {option}"
+    assert run(export_main, line, capsys)[0] == 0
+    model = load_graph(Path("net.onnx"))
+    assert properties_of(model)["orepa.int8_preset"] == preset
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    rounded = {weights[n.input[2]].dtype for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    assert rounded == ({np.dtype("uint8")} if preset == "cpu" else {np.dtype("int8")})
+    manifest = json.loads(Path("net.onnx.manifest.json").read_text())
+    assert manifest["options"]["int8_preset"] == (preset if option else None)
+    page = Path("net.html").read_text()
+    assert re.search(rf"<dt>int8 preset</dt>\s*<dd>{preset}</dd>", page)
+    code, steps = rechecked(capsys)
+    assert (code, steps["onnx on the CPU"]["verdict"]) == (0, "pass"), steps
+
+
 def test_a_simplified_file_with_its_weights_beside_it_is_checked_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxsim")
-    monkeypatch.setattr("orepa_compiler.export.onnx.EMBED_LIMIT_BYTES", 100)
+    monkeypatch.setattr("orepa_compiler.export.onnx.writing.EMBED_LIMIT_BYTES", 100)
     assert run(export_main, f"{EXPORT} --simplify", capsys)[0] == 0
     (weights,) = Path().glob("net.onnx.*.data")
     modules = [torch_module(n) for n in load_graph(Path("net.onnx")).graph.node]

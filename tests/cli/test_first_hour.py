@@ -108,7 +108,9 @@ TINY = "nets.py:tiny --onnx out.onnx"
 WRONG: list[tuple[str, str, str]] = [
     # the command itself
     ("orepa", "exprot nets.py:tiny", "No such command 'exprot'"),
-    ("orepa", "plan", "Missing argument 'MODEL'"),
+    ("orepa", "plan", "Missing argument 'MODEL'; see orepa plan --help"),
+    ("orepa", "export nets.py:tiny --onx a.onnx", "No such option: --onx"),
+    ("orepa", "verify a b --batch 0", "see orepa verify --help"),
     ("orepa", "plan resnet18", "this names no model; write it as torchvision:NAME"),
     ("orepa", "plan torchvision:resnet19", "did you mean"),
     ("orepa", "plan nets.py:tini", "defines no tini; did you mean tiny"),
@@ -147,6 +149,25 @@ WRONG: list[tuple[str, str, str]] = [
     ("export", f"{TINY} --num-classes 0", "Invalid value for '--num-classes'"),
     ("export", f"{TINY} --input-shape 3x16xN", "--input-shape 3x16xN: write it as sizes"),
     ("export", f"{TINY} --input-shape 3x16:float", "behind the colon stands int64, int32"),
+    ("export", f"{TINY} --input-names a,,b", "--input-names a,,b: '' is no name; write one word"),
+    ("export", f"{TINY} --input-names a,a", "'a' stands there twice; give each a name of its own"),
+    ("export", f"{TINY} --input-names a --output-names a", "'a' names an input and an output"),
+    (
+        "export",
+        f"{TINY} --input-shape 3x8x8 --input-names a,b",
+        "--input-names a,b: names 2 inputs, and --input-shape is given for 1; give one name for",
+    ),
+    (
+        "export",
+        f"{TINY} --dynamic-size --trt a.engine",
+        "built for a range of sizes; give --min-sh",
+    ),
+    (
+        "export",
+        f"{TINY} --dynamic-size --trt a.engine --input-shape 3x8x8 --min-shapes 1x3x16x16 "
+        "--opt-shapes 1x3x16x16 --max-shapes 1x3x32x32",
+        "--input-shape 3x8x8: is compared, and lies outside --min-shapes 1x3x16x16 to --max-sha",
+    ),
     ("export", f"{TINY} --crop 16", "there are no images; leave it out"),
     ("export", f"{TINY} --inputs cats --mean 0.5;0.5", "--mean 0.5;0.5: write it as numbers"),
     ("export", f"{TINY} --inputs cats --std 0,1,1", "--std 0,1,1: every number has to be pos"),
@@ -361,7 +382,7 @@ def test_ctrl_c_says_what_is_there(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orepa_compiler.cli.stages.OnnxRunner", interrupt)
+    monkeypatch.setattr("orepa_compiler.cli.run.stages.OnnxRunner", interrupt)
     code, _, err = run(export_main, f"nets.py:tiny {EXPORT}", capsys)
     assert code == 130
     assert err == [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from orepa_compiler.cli.junit import Case, junit_xml, write_junit
-from orepa_compiler.cli.steps import Step
-from orepa_compiler.cli.summary import cases
+from orepa_compiler.cli.run.steps import Step
+from orepa_compiler.cli.shown.junit import Case, junit_xml, write_junit
+from orepa_compiler.cli.shown.summary import cases
 from orepa_compiler.errors import ExportError
 
 CASES = [

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.export.inspection import load_graph
 from orepa_compiler.export.latency import contents_of
-from orepa_compiler.export.weight_record import properties_of
+from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.weight_record import properties_of
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.cli.sides import load_side
+from orepa_compiler.cli.run.named_sides import load_side
 
 NETS = """
 import torch
@@ -298,7 +298,7 @@ def test_samples_of_another_model_are_a_mismatch(capsys: pytest.CaptureFixture[s
 def test_a_gpu_completes_what_was_not_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orepa_compiler.cli import rechecking
+    from orepa_compiler.cli.run import rechecking
     from orepa_compiler.export import OnnxRunner
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

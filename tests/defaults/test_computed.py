@@ -125,7 +125,11 @@ FOLLOWED: dict[str, tuple[Callable[[], Net], str]] = {
     "viewed": (lambda: embedding(lambda n, y, t: t.view(-1, C, 1, 1) + y), NORM),
     "by unsqueeze": (lambda: embedding(lambda n, y, t: y + t.unsqueeze(-1).unsqueeze(-1)), NORM),
     "of another axis": (lambda: embedding(lambda n, y, t: y + t[:, :, None, :]), "followed by add"),
-    "a gate of one's own": (lambda: layered(Hard()), "followed by the gate Hard"),
+    "a gate of one's own": (
+        lambda: Net(lambda n, y, t: n.layers(y) * t[..., None, None], Hard()),
+        "followed by the gate Hard",
+    ),
+    "the same for the next conv alone": (lambda: layered(Hard()), ACTIVATION),
     "a residual": (
         lambda: inline(lambda n, y: 0.2 * y + n.other(y)),
         "several consumers: followed by a conv, followed by mul",

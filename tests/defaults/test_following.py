@@ -76,6 +76,34 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(lambda n, x: n.layer(torch.cat([n.conv(x), n.other(x)], 1)), nn.BatchNorm2d(8)),
         NORM,
     ),
+    "behind an upsampling": (
+        lambda: Net(
+            lambda n, x: n.second(F.interpolate(n.layer(n.conv(x)), scale_factor=2)),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.BatchNorm2d(4),
+        ),
+        NORM,
+    ),
+    "behind what moves channels into space": (
+        lambda: Net(lambda n, x: n.second(n.layer(n.conv(x))), nn.PixelShuffle(2), nn.PReLU()),
+        ACTIVATION,
+    ),
+    "nothing behind what moves channels": (
+        lambda: Net(lambda n, x: n.layer(n.conv(x)), nn.PixelShuffle(2)),
+        "its output is the model's",
+    ),
+    "closed, for a conv": (
+        lambda: Net(lambda n, x: n.other(n.second(n.layer(n.conv(x)))), nn.Tanh(), nn.AvgPool2d(2)),
+        ACTIVATION,
+    ),
+    "closed, for a conv and as a gate": (
+        lambda: Net(lambda n, x: n.other(s := n.layer(n.conv(x))) * s, nn.Sigmoid()),
+        "followed by the gate Sigmoid",
+    ),
+    "closed, and the output": (
+        lambda: Net(lambda n, x: n.layer(n.conv(x)), nn.Tanh()),
+        "followed by the gate Tanh",
+    ),
     "inside a composite": (lambda: Net(lambda n, x: n.layer(n.conv(x)), Inner()), NORM),
     "outside of its owner": (
         lambda: nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)),

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from orepa_compiler.export.inspection import MODULE_KEY
+from orepa_compiler.export.onnx.inspection import MODULE_KEY
 
 WIDE = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
 POINT = {"kernel_shape": [1, 1]}

@@ -20,10 +20,10 @@ import onnx
 import torch
 from torch import nn
 
-from orepa_compiler import atomic
 from orepa_compiler.export import OnnxRunner, export_onnx
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.tracing import trace
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.program import trace_program
+from orepa_compiler.files import atomic
 
 KILLS = 20
 PAUSE_S = 0.02
@@ -114,7 +114,7 @@ def main(folder: Path) -> None:
     start = time.perf_counter()
     export_onnx(net(1), IMAGES, target)
     seconds, before = time.perf_counter() - start, held(target)
-    programs = {seed: trace(net(seed), (IMAGES,), dynamic_batch=True) for seed in (0, 1)}
+    programs = {seed: trace_program(net(seed), (IMAGES,), dynamic_batch=True) for seed in (0, 1)}
     for seed in (0, 1):
         pair_of(seed, target).mkdir()
         export_onnx(net(seed), IMAGES, pair_of(seed, target) / target.name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from orepa_compiler.export.annotation import annotate, set_properties
-from orepa_compiler.export.inspection import torch_module
+from orepa_compiler.export.onnx.annotation import annotate, set_properties
+from orepa_compiler.export.onnx.inspection import torch_module
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 STACK = "pkg.torch.onnx.stack_trace"
@@ -72,3 +72,9 @@ def test_properties_replace_those_before() -> None:
     set_properties(model, {"old": "1"})
     annotate(model, {"new": "2"})
     assert [(entry.key, entry.value) for entry in model.metadata_props] == [("new", "2")]
+
+
+def test_a_child_of_a_module_with_a_bound_forward_is_named_from_the_root() -> None:
+    model = chain("['', 'model.0', 'conv', 'conv2d']", "['', 'model.0', 'head', 'conv2d_1']")
+    annotate(model, {}, {"model.0.conv", "model.0.head", "head"})
+    assert modules(model) == ["model.0.conv", "head"]

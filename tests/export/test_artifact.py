@@ -10,11 +10,11 @@ import onnx
 import pytest
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.annotation import set_properties
-from orepa_compiler.export.artifact import Expected, check_artifact
-from orepa_compiler.export.counting import Counts
-from orepa_compiler.export.inspection import MODULE_KEY
-from orepa_compiler.export.tracing import trace
+from orepa_compiler.export.gates.artifact import Expected, check_artifact
+from orepa_compiler.export.gates.counting import Counts
+from orepa_compiler.export.onnx.annotation import set_properties
+from orepa_compiler.export.onnx.inspection import MODULE_KEY
+from orepa_compiler.export.onnx.program import trace_program
 from tests.export.nets import SmallNet, images
 
 Change = Callable[[onnx.ModelProto], None]
@@ -22,7 +22,7 @@ Change = Callable[[onnx.ModelProto], None]
 
 @pytest.fixture(scope="module")
 def expected(net: SmallNet) -> Expected:
-    program = trace(net, (images(),), dynamic_batch=True)
+    program = trace_program(net, (images(),), dynamic_batch=True)
     return Expected.of(net, program, element_type="FLOAT", dynamic_batch=True, opset=20)
 
 

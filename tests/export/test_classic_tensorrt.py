@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export import build_engine, runners
-from orepa_compiler.export.flavors import error_log
+from orepa_compiler.export import build_engine
+from orepa_compiler.export.run import runners
+from orepa_compiler.export.tensorrt.flavors import error_log
 from tests.export.classic_tensorrt import NAMES, ClassicTensorRT
 from tests.export.tensorrt_names import names_of
 

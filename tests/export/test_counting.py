@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import export_onnx
-from orepa_compiler.export.artifact import check_collapsed
-from orepa_compiler.export.counting import Counts, check_counts
-from orepa_compiler.export.inspection import conv_nodes, load_graph
-from orepa_compiler.export.tracing import trace
-from orepa_compiler.export.weight_record import properties_of
+from orepa_compiler.export.gates.artifact import check_collapsed
+from orepa_compiler.export.gates.counting import Counts, check_counts
+from orepa_compiler.export.onnx.inspection import conv_nodes, load_graph
+from orepa_compiler.export.onnx.program import trace_program
+from orepa_compiler.export.onnx.weight_record import properties_of
 from tests.export.graphs import WIDE, add, conv, model, norm
 from tests.export.nets import Returns, SmallNet, images
 
@@ -27,7 +27,7 @@ Change = Callable[[onnx.ModelProto], None]
 
 
 def of_program(net: nn.Module, *inputs: Tensor) -> Counts:
-    return Counts.of_program(trace(net.eval(), inputs or (images(),), dynamic_batch=False))
+    return Counts.of_program(trace_program(net.eval(), inputs or (images(),), dynamic_batch=False))
 
 
 def returned(function: Callable[[Tensor, Tensor], object]) -> Counts:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import orepa_compiler as orepa
-from orepa_compiler.export.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.inspection import load_graph, torch_module
 from orepa_compiler.quantization.quantizers import LARGEST
 from tests.export.nets import SmallNet, images
 

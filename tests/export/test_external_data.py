@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from orepa_compiler.atomic import staged
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import OnnxRunner, export_onnx
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.external_data import external_files, own_companions
-from orepa_compiler.export.inspection import load_graph
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.external_data import external_files, own_companions
+from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.files.atomic import staged
 from tests.export.nets import SmallNet, images
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orepa_compiler.errors import ExportError, MissingPackage
-from orepa_compiler.export.flavors import error_log, load_engine, load_flavor
+from orepa_compiler.export.tensorrt.flavors import error_log, load_engine, load_flavor
 
 CLASSIC, RTX = SimpleNamespace(name="classic"), SimpleNamespace(name="rtx")
 

@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.inspection import (
+from orepa_compiler.export.onnx.inspection import (
     conv_nodes,
-    foldable_norms,
+    foldable_norms_in_file,
     load_graph,
     parallel_convs,
     walk,
@@ -52,7 +52,7 @@ def test_convs_inside_a_branch_body_are_found() -> None:
 
 
 def test_a_norm_straight_after_a_conv_is_foldable() -> None:
-    assert foldable_norms(model(conv("x", "a", **WIDE), norm("a", "b"))) == ["b"]
+    assert foldable_norms_in_file(model(conv("x", "a", **WIDE), norm("a", "b"))) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_norm_straight_after_a_conv_is_foldable() -> None:
     ids=["before the conv", "after an activation", "the conv is read twice", "it is an output"],
 )
 def test_other_norms_are_not(made: onnx.ModelProto) -> None:
-    assert foldable_norms(made) == []
+    assert foldable_norms_in_file(made) == []
 
 
 def test_parallel_convs_that_are_added_up_are_found() -> None:

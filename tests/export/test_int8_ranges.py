@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import orepa_compiler as orepa
-from orepa_compiler.export.dithering import NOISE_NAME
-from orepa_compiler.export.int8_ranges import advice, lost_channels
+from orepa_compiler.export.int8.dithering import NOISE_NAME
+from orepa_compiler.export.int8.ranges import advice, lost_channels
 from orepa_compiler.verification import judge, take_samples
 from tests.export.nets import far_apart
 

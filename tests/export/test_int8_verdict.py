@@ -15,8 +15,8 @@ from torch import nn
 import orepa_compiler as orepa
 from orepa_compiler.cli import main
 from orepa_compiler.export import OnnxRunner, export_onnx
-from orepa_compiler.export.inspection import load_graph
-from orepa_compiler.export.int8_verdict import lost_in_file
+from orepa_compiler.export.int8.verdict import lost_in_file
+from orepa_compiler.export.onnx.inspection import load_graph
 from orepa_compiler.testing import assert_equivalent
 from tests.export.nets import SmallNet, far_apart, images
 from tests.norms import randomise_norms

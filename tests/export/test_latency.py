@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import latency
-from orepa_compiler.export.latency import bench, contents_of, example_inputs, median_interval
-from orepa_compiler.export.latency_report import Bench, BenchRow, Timing
-from orepa_compiler.export.onnx import export_onnx
-from orepa_compiler.export.signature import TensorSpec
+from orepa_compiler.export.latency import (
+    Bench,
+    BenchRow,
+    Timing,
+    bench,
+    contents_of,
+    example_inputs,
+    median_interval,
+)
+from orepa_compiler.export.onnx.writing import export_onnx
+from orepa_compiler.export.run.signature import TensorSpec
 from tests.export.nets import SmallNet
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 import orepa_compiler as orepa
 from orepa_compiler.errors import ExportError, MissingPackage, NothingExpandedWarning
 from orepa_compiler.export import OnnxRunner, export_onnx
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.inspection import conv_nodes, load_graph, torch_module
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.inspection import conv_nodes, load_graph, torch_module
 from tests.export.nets import DictNet, ParallelConvs, Returns, SmallNet, images
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.export.openvino import OpenVINORunner, write_openvino
+from orepa_compiler.export.run.openvino import OpenVINORunner, write_openvino
 from tests.norms import randomise_norms
 
 NETS = """
@@ -87,3 +87,34 @@ def test_an_export_checks_it_and_verify_and_bench_know_it() -> None:
     )
     rows = {row["backend"]: row for row in json.loads(Path("bench.json").read_text())["rows"]}
     assert rows["OpenVINO CPU"]["ratio"] > 0
+
+
+def test_a_manifest_runs_it_again_where_the_package_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    line = "nets.py:tiny --input-shape 3x16x16 --openvino net.xml --dynamic-size --output-names y"
+    assert export_main(line.split()) == 0
+
+    def rechecked() -> tuple[int, dict[str, dict]]:
+        code = main(["verify", "net.onnx.manifest.json", "--json", "again.json"])
+        steps = json.loads(Path("again.json").read_text())["steps"]
+        return code, {step["step"]: step for step in steps}
+
+    code, steps = rechecked()
+    assert code == 0
+    assert steps["openvino file"]["verdict"] == "pass"
+    rows = steps["openvino"]["report"]["rows"]
+    assert {tuple(row["shape"]) for row in rows} == {(2, 4, 14, 14), (2, 4, 46, 78)}
+    with monkeypatch.context() as without:
+        without.setitem(__import__("sys").modules, "openvino", None)
+        code, steps = rechecked()
+        assert (code, steps["openvino"]["verdict"]) == (0, "not run")
+        assert "orepa-compiler[openvino]" in steps["openvino"]["note"]
+    weights = bytearray(Path("net.bin").read_bytes())
+    weights[2] ^= 64
+    Path("net.bin").write_bytes(weights)
+    code, steps = rechecked()
+    assert code == 1
+    assert steps["weights file"]["verdict"] == "mismatch"
+    assert steps["openvino"]["verdict"] == "mismatch"

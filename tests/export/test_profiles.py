@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export import build_engine, profiles
-from orepa_compiler.export.network import parse_network
+from orepa_compiler.export import build_engine
+from orepa_compiler.export.gates.network import parse_network
+from orepa_compiler.export.tensorrt import profiles
 from tests.export.graphs import WIDE, conv, model
 from tests.export.test_network import saved
 

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from orepa_compiler.export import progress
-from orepa_compiler.export.progress import announced, build_monitor
+from orepa_compiler import progress
+from orepa_compiler.progress import announced, build_monitor
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool) -> io.StringIO:

@@ -14,11 +14,11 @@ import torch
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import OnnxRunner, export_onnx
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.dithering import with_int8_noise
-from orepa_compiler.export.external_data import external_files
-from orepa_compiler.export.inspection import load_graph, torch_module
-from orepa_compiler.export.quantization import calibration_batches, check_quantized
+from orepa_compiler.export.int8.dithering import with_int8_noise
+from orepa_compiler.export.int8.quantization import calibration_batches, check_quantized
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.external_data import external_files
+from orepa_compiler.export.onnx.inspection import load_graph, torch_module
 from orepa_compiler.verification import judge, take_samples
 from tests.export.nets import SmallNet, images
 

@@ -11,8 +11,8 @@ from torch import nn
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.catalogue import OREPA
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.precision import cast
-from orepa_compiler.export.readiness import check_ready, first_batch
+from orepa_compiler.export.gates.readiness import check_ready, first_batch
+from orepa_compiler.export.onnx.precision import cast
 from tests.export.nets import SmallNet, images
 
 

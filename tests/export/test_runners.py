@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export import OnnxRunner, TensorRTRunner, runners
+from orepa_compiler.export import OnnxRunner, TensorRTRunner
+from orepa_compiler.export.run import runners
 from tests.export.nets import images
 
 

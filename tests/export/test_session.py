@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 
 from orepa_compiler.errors import ExportError, MissingPackage
-from orepa_compiler.export.session import (
+from orepa_compiler.export.run.session import (
     check_provider,
     from_ortvalue,
     open_session,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.signature import TensorSpec, match_inputs
+from orepa_compiler.export.run.signature import TensorSpec, match_inputs
 
 IMAGE = TensorSpec("image", ("batch", 3, 8, 8), torch.float32)
 MASK = TensorSpec("mask", ("batch", -1), torch.bool)

@@ -13,10 +13,10 @@ import torch
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import OnnxRunner, export_onnx
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.external_data import external_files
-from orepa_compiler.export.inspection import load_graph, torch_module
-from orepa_compiler.export.simplification import agree, compare, simplify_file
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.external_data import external_files
+from orepa_compiler.export.onnx.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.simplification import agree, check_same, simplify_file
 from tests.export.nets import SmallNet, images
 
 onnxsim = pytest.importorskip("onnxsim")
@@ -72,7 +72,7 @@ def test_changed_values_are_refused(copied: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_changed_outputs_are_refused() -> None:
     with pytest.raises(ExportError, match=r"changed the outputs \['a'\] to \['output'\]"):
-        compare({"a": torch.ones(1)}, torch.ones(1))
+        check_same({"a": torch.ones(1)}, torch.ones(1))
 
 
 def test_external_weights_stay_external_and_right(

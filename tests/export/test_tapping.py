@@ -11,8 +11,8 @@ from torch import nn
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import export_onnx
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.tapping import boundary_values, onnx_outputs
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.run.tapping import boundary_values, onnx_outputs
 from tests.export.graphs import POINT, WIDE, add, conv, model
 from tests.export.nets import images
 

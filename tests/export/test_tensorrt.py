@@ -14,9 +14,9 @@ from torch import nn
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import build_engine, export_onnx
-from orepa_compiler.export import tensorrt as building
-from orepa_compiler.export.flavors import error_log
-from orepa_compiler.export.network import ParsedNetwork, parse_network
+from orepa_compiler.export.gates.network import ParsedNetwork, parse_network
+from orepa_compiler.export.tensorrt import engine as building
+from orepa_compiler.export.tensorrt.flavors import error_log
 from tests.export.nets import images
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")

@@ -10,7 +10,7 @@ import torch
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import build_engine
-from orepa_compiler.export.timing_cache import read_timing_cache, write_timing_cache
+from orepa_compiler.export.tensorrt.engine import read_timing_cache, write_timing_cache
 
 CLASSIC: Any = type("tensorrt", (), {"__version__": "11.4"})
 

@@ -14,12 +14,12 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.tracing import (
+from orepa_compiler.export.onnx.program import (
     count_convs,
-    foldable_norms,
+    foldable_norms_in_program,
     output_names,
     returns_mapping,
-    trace,
+    trace_program,
     train_mode_modules,
 )
 from orepa_compiler.verification.nesting import named_leaves
@@ -27,7 +27,7 @@ from tests.export.nets import Returns, SmallNet, images
 
 
 def traced(model: nn.Module, *inputs: Any, dynamic_batch: bool = False) -> ExportedProgram:
-    return trace(model, inputs or (images(),), dynamic_batch=dynamic_batch)
+    return trace_program(model, inputs or (images(),), dynamic_batch=dynamic_batch)
 
 
 def returned(function: Callable[[Tensor, Tensor], Any]) -> ExportedProgram:
@@ -38,6 +38,26 @@ def test_convs_are_counted_as_often_as_they_run_and_transposed_ones_are_not() ->
     conv = nn.Conv2d(3, 3, 3, padding=1)
     model = nn.Sequential(conv, nn.ReLU(), conv, nn.ConvTranspose2d(3, 3, 2), nn.Conv2d(3, 4, 1))
     assert count_convs(traced(model.eval())) == 3
+
+
+class Masked(nn.Module):
+    """Makes a mask of lengths, as many positions as the longest has (Conformer of torchaudio)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        longest = int(torch.max(lengths).item())
+        places = torch.arange(longest).expand(lengths.shape[0], longest) + 1
+        return self.conv(x) * (places <= lengths[:, None])[:, None]
+
+
+def test_a_forward_that_reads_a_number_out_of_a_tensor_is_traced() -> None:
+    net, inputs = Masked().eval(), (torch.randn(2, 3, 9), torch.tensor([9, 4]))
+    program = traced(net, *inputs)
+    assert count_convs(program) == 1
+    torch.testing.assert_close(program.module()(*inputs), net(*inputs))
 
 
 def test_convs_of_every_rank_and_form_are_counted() -> None:
@@ -59,19 +79,25 @@ def norm_after(*layers: nn.Module) -> nn.Module:
 def test_norms_straight_after_a_conv_are_named() -> None:
     inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     model = norm_after(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), inner)
-    assert foldable_norms(traced(model)) == ["1", "3.1"]
+    assert foldable_norms_in_program(traced(model)) == ["1", "3.1"]
 
 
 def test_norms_that_no_collapse_folds_are_left_alone() -> None:
     of_the_batch = nn.BatchNorm2d(3, track_running_stats=False)
-    assert foldable_norms(traced(norm_after(nn.Conv2d(3, 3, 1), of_the_batch))) == []
+    assert foldable_norms_in_program(traced(norm_after(nn.Conv2d(3, 3, 1), of_the_batch))) == []
     shared = nn.Conv2d(3, 3, 1)
     assert (
-        foldable_norms(traced(norm_after(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)))) == []
+        foldable_norms_in_program(
+            traced(norm_after(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)))
+        )
+        == []
     )
-    assert foldable_norms(traced(norm_after(shared, nn.BatchNorm2d(3), shared))) == []
+    assert foldable_norms_in_program(traced(norm_after(shared, nn.BatchNorm2d(3), shared))) == []
     assert (
-        foldable_norms(returned(lambda x, y: y + functional.batch_norm(y, *torch.ones(2, 4)))) == []
+        foldable_norms_in_program(
+            returned(lambda x, y: y + functional.batch_norm(y, *torch.ones(2, 4)))
+        )
+        == []
     )
 
 
@@ -171,7 +197,7 @@ class Unread(nn.Module):
 
 def test_what_no_output_reads_is_not_judged() -> None:
     net = Unread().eval()
-    assert foldable_norms(traced(net)) == ["norm"]  # of the head's norm nobody knows
+    assert foldable_norms_in_program(traced(net)) == ["norm"]  # of the head's norm nobody knows
     net.head[3].train()
     assert train_mode_modules(traced(net)) == []
 

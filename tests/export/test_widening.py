@@ -9,8 +9,8 @@ from torch import nn
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import build_engine, export_onnx, inspect_network
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.inspection import load_graph, torch_module
 from tests.export.nets import images
 
 pytest.importorskip("tensorrt_rtx")

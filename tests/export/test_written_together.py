@@ -17,7 +17,7 @@ import pytest
 import orepa_compiler as orepa
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import export_onnx
-from orepa_compiler.export import onnx as exporting
+from orepa_compiler.export.onnx import writing as exporting
 from tests.export.nets import SmallNet, images
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import torch
 import orepa_compiler as orepa
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export import export_onnx
-from orepa_compiler.export import onnx as exporting
+from orepa_compiler.export.onnx import writing as exporting
 from tests.export.killed_export import IMAGES, held, net
 
 NOBODY = 65534

@@ -20,7 +20,7 @@ from orepa_compiler.blocks import Block, LinearBlock, ReparamConv, squeezed
 from orepa_compiler.blocks.catalogue import OREPA, OREPA_1X1, automatic_block
 from orepa_compiler.branches import AveragePool, DepthwisePointwise, Kernel, SequenceBranch
 from orepa_compiler.generation import channelwise, contraction, generate
-from orepa_compiler.generation.algebra import squeeze
+from orepa_compiler.generation.squeezing import squeeze
 from tests.convolution_reference import assert_same
 from tests.operator_factories import random_tensor
 

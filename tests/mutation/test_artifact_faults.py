@@ -17,11 +17,11 @@ from torch import nn
 import orepa_compiler as orepa
 from orepa_compiler.errors import ExportError, NotRun
 from orepa_compiler.export import OnnxRunner
-from orepa_compiler.export import onnx as exporting
-from orepa_compiler.export.artifact import check_collapsed, check_precision
-from orepa_compiler.export.inspection import MODULE_KEY, conv_nodes, load_graph, torch_module
-from orepa_compiler.export.weight_record import check_weights
-from orepa_compiler.locating import explain_report
+from orepa_compiler.export.gates.artifact import check_collapsed, check_precision
+from orepa_compiler.export.onnx import writing as exporting
+from orepa_compiler.export.onnx.inspection import MODULE_KEY, conv_nodes, load_graph, torch_module
+from orepa_compiler.export.onnx.weight_record import check_weights
+from orepa_compiler.proving.locating import explain_report
 from orepa_compiler.verification.divergence import Divergence
 from tests.mutation.artifacts import CONV, RESNET, STRIDED, images, trained
 

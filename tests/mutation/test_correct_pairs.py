@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.certifying import certify
-from orepa_compiler.locating import locate
 from orepa_compiler.model_source import load_model
+from orepa_compiler.proving.certifying import certify
+from orepa_compiler.proving.locating import locate
 from tests.norms import randomise_norms
 
 MODELS = (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.certifying import certify
-from orepa_compiler.locating import explain_report
+from orepa_compiler.proving.certifying import certify
+from orepa_compiler.proving.locating import explain_report
 from orepa_compiler.verification.divergence import Divergence
 from tests.mutation.artifacts import (
     CONV,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler import compiler
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.adopt import own_method

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler import DBB, OREPA, OREPA_VGG, REPVGG, Block, ReparamError, mobileone
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.branches import Kernel, Pointwise

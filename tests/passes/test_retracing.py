@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from tests.norms import randomise_norms
 
 

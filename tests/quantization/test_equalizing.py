@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.capture import capture
-from orepa_compiler.export.int8_ranges import lost_channels
+from orepa_compiler.export.int8.ranges import lost_channels
 from orepa_compiler.passes import is_leaf
 from orepa_compiler.quantization.pairs import Pair, pairs
 from tests.quantization.nets import images, linear_blocks
@@ -108,7 +108,7 @@ def test_a_channel_of_zeros_keeps_its_scale() -> None:
 
 def test_what_does_not_scale_after_all_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "orepa_compiler.equalizing._factor", lambda peak, reader: -torch.ones_like(peak)
+        "orepa_compiler.int8.equalizing._factor", lambda peak, reader: -torch.ones_like(peak)
     )
     with pytest.raises(
         orepa.ReparamError, match=r"gives another output on batch 0 \(off by .*hand"

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import orepa_compiler as orepa
+from orepa_compiler.choices import Preset
 from orepa_compiler.cli import export_main
-from orepa_compiler.export.inspection import load_graph
-from orepa_compiler.export.int8_integers import check_integers, file_layers
-from orepa_compiler.export.quantization import check_quantized
-from orepa_compiler.export.trained_int8 import trained_layers
-from orepa_compiler.quantization.quantizers import PRESETS, Preset
+from orepa_compiler.export.int8.integers import check_integers, file_layers
+from orepa_compiler.export.int8.quantization import check_quantized
+from orepa_compiler.export.int8.trained import trained_layers
+from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.quantization.quantizers import PRESETS
 from tests.quantization.nets import (
     FORMS,
     Net,

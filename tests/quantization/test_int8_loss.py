@@ -11,10 +11,10 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler.cli import main
-from orepa_compiler.export.int8_integers import file_layers
-from orepa_compiler.int8_analysis import EACH_CHANNEL, EQUALIZED, ONE_STEP
+from orepa_compiler.export.int8.integers import file_layers
+from orepa_compiler.int8.analysis import EACH_CHANNEL, EQUALIZED, ONE_STEP
+from orepa_compiler.int8.training import observe
 from orepa_compiler.quantization.layers import rounded_layers
-from orepa_compiler.quantizing import observe
 from tests.quantization.nets import images, plain
 from tests.quantization.test_equalizing import spread
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.certificate import BlockCertificate, Certificate
-from orepa_compiler.export.audit_report import AuditRow, HalfAudit
+from orepa_compiler.export.audit import AuditRow, HalfAudit
 from orepa_compiler.export.manifest import Check, FileRecord, Manifest
+from orepa_compiler.proving.certificate import BlockCertificate, Certificate
 from orepa_compiler.report import Link, ModelSize, Page, block_branches, measure_model
-from orepa_compiler.verification import verify
+from orepa_compiler.verification import verify_callables
 from orepa_compiler.verification.divergence import Divergence
 
 # Every way out of a text: an element, an attribute, a comment, a formula.
@@ -44,8 +44,8 @@ def full_page() -> Page:
         summary=f"{HOSTILE} differs",
         first="expanded model",
         links=(
-            Link.of("collapsed model", "expanded model", verify(model, deploy, batch)),
-            Link.of(HOSTILE, "collapsed model", verify(deploy, wrong, batch)),
+            Link.of("collapsed model", "expanded model", verify_callables(model, deploy, batch)),
+            Link.of(HOSTILE, "collapsed model", verify_callables(deploy, wrong, batch)),
             Link("TensorRT engine", "collapsed model", "not run", note="device numerics: not run"),
         ),
         missing=(f"engine: {HOSTILE}",),

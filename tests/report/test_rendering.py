@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from orepa_compiler.certificate import Certificate
 from orepa_compiler.errors import MissingPackage
+from orepa_compiler.proving.certificate import Certificate
 from orepa_compiler.report import ModelSize, render_page, write_page
 from orepa_compiler.report import rendering as drawing
 from orepa_compiler.verification.divergence import Divergence

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.verification import verify
-from orepa_compiler.verification.decisions import Deciding
+from orepa_compiler.verification import verify_callables
+from orepa_compiler.verification.outputs.decisions import Deciding
 from tests.verification_nets import Returning, X, only_row, reasons
 
 
@@ -46,16 +46,18 @@ def test_a_mask_is_compared_and_may_turn_where_it_is_not_decided(
     decide: Callable[[Tensor], Any],
 ) -> None:
     model = Threshold(decide)
-    assert verify(model, deepcopy(model), NEAR)
+    assert verify_callables(model, deepcopy(model), NEAR)
     # 1e-9 of 1.0 is below the rounding of float32: either is right.
-    assert verify(model, Threshold(decide, off=-2e-9), NEAR)
+    assert verify_callables(model, Threshold(decide, off=-2e-9), NEAR)
 
 
 @pytest.mark.parametrize(
     ("name", "wrong"), [("mask", 2), ("as numbers", 2), ("as bytes", 2), ("between", 3)]
 )
 def test_a_mask_that_is_wrong_where_it_is_decided_fails(name: str, wrong: int) -> None:
-    row = only_row(verify(Threshold(DECIDED[name]), Threshold(DECIDED[name], off=-0.6), NEAR))
+    row = only_row(
+        verify_callables(Threshold(DECIDED[name]), Threshold(DECIDED[name], off=-0.6), NEAR)
+    )
     assert f"{wrong} of 6 values differ where the reference decides clearly; at (" in row.reason
     assert "of what it is decided on, above 4.8e-07" in row.reason
     assert row.error == pytest.approx((wrong + 1) / 6)  # the undecided one differs, and may
@@ -77,40 +79,42 @@ def test_an_index_may_be_any_of_equals_and_no_other(choose: Callable[[Tensor], A
     scores = torch.tensor([[0.2, 0.9, 0.9, -1.0, 0.9, 0.1]])
     tie = torch.tensor([[0.0, 0.0, 1e-8, 0.0, 2e-8, 0.0]])
     model = Threshold(choose)
-    assert verify(model, Threshold(lambda v: choose(v + tie)), scores)
+    assert verify_callables(model, Threshold(lambda v: choose(v + tie)), scores)
     wrong = Threshold(lambda v: choose(-v))
-    assert "decides clearly" in reasons(verify(model, wrong, scores))
+    assert "decides clearly" in reasons(verify_callables(model, wrong, scores))
     none = Threshold(lambda v: choose(v) + 1000)
-    assert "by inf of what it is decided on" in reasons(verify(model, none, scores))
+    assert "by inf of what it is decided on" in reasons(verify_callables(model, none, scores))
 
 
 def test_what_is_decided_by_no_comparison_is_asked_by_moving_the_weights() -> None:
     model = Threshold(lambda v: (v * 4).round().to(torch.int64))
     values = torch.tensor([[0.125, 0.3, 0.375 + 1e-9]])  # two halves, that rounding may turn
-    assert verify(model, Threshold(lambda v: (v * 4 + 1e-6).round().to(torch.int64)), values)
+    assert verify_callables(
+        model, Threshold(lambda v: (v * 4 + 1e-6).round().to(torch.int64)), values
+    )
     wrong = Threshold(lambda v: (v * 4 + 0.5).round().to(torch.int64))
-    assert "1 of 3 values differ" in reasons(verify(model, wrong, values))
+    assert "1 of 3 values differ" in reasons(verify_callables(model, wrong, values))
 
 
 def test_a_reference_that_is_no_module_is_compared_exactly() -> None:
-    assert verify(lambda x: x > 0, lambda x: x > 0, X)
-    off = verify(lambda x: x > 0, lambda x: x > 1e-9, torch.tensor([1e-10, 1.0]))
+    assert verify_callables(lambda x: x > 0, lambda x: x > 0, X)
+    off = verify_callables(lambda x: x > 0, lambda x: x > 1e-9, torch.tensor([1e-10, 1.0]))
     assert "1 of 2 values differ where the reference decides clearly" in reasons(off)
 
 
 def test_python_values_and_large_integers_are_exact() -> None:
     model = Returning(lambda f, s: {"flag": True, "big": torch.tensor(2**60)})
-    assert verify(model, deepcopy(model), X)
+    assert verify_callables(model, deepcopy(model), X)
     other = Returning(lambda f, s: {"flag": False, "big": torch.tensor(2**60 + 1)})
-    assert reasons(verify(model, other, X)).count("1 of 1 values differ") == 2
+    assert reasons(verify_callables(model, other, X)).count("1 of 1 values differ") == 2
 
 
 def test_half_precision_has_a_wider_border() -> None:
     model = Threshold(lambda v: {"mask": v > 0, "sum": v})
     values = torch.tensor([[0.001, 1.0]])
     off = Threshold(lambda v: {"mask": v > 0.002, "sum": v})
-    assert verify(model, off.bfloat16(), values, precision="bf16")
-    assert not verify(model, off, values)
+    assert verify_callables(model, off.bfloat16(), values, precision="bf16")
+    assert not verify_callables(model, off, values)
 
 
 def test_a_decision_is_known_by_the_very_tensor() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orepa_compiler.errors import NoVerdict
-from orepa_compiler.verification import judge, take_samples, verify
+from orepa_compiler.verification import judge, take_samples, verify_callables
 from tests.verification_nets import X, folded, net
 
 
@@ -64,18 +64,18 @@ def test_a_noisy_reference_lets_no_wrong_weights_pass() -> None:
     )
     for candidate in (wrong, folded(net())):
         with pytest.raises(NoVerdict, match=message):
-            verify(with_noise(0.003), candidate, X)
+            verify_callables(with_noise(0.003), candidate, X)
 
 
 def test_what_a_module_draws_itself_is_laid_at_its_own_door() -> None:
     message = r"the first module that does so is the model itself \(Always\)"
     with pytest.raises(NoVerdict, match=message):
-        verify(Always().eval(), net(2), X)
+        verify_callables(Always().eval(), net(2), X)
 
 
 def test_a_random_candidate_has_no_verdict_either() -> None:
     with pytest.raises(NoVerdict, match=r"the candidate, called twice .* is 4 \(Noisy\)"):
-        verify(net(), with_noise(0.003), X)
+        verify_callables(net(), with_noise(0.003), X)
     samples = take_samples(net(), X)
     drawn = torch.Generator()  # net() seeds the one that all share
     with pytest.raises(NoVerdict, match=r"gives other outputs \(output differs by \d"):
@@ -88,7 +88,7 @@ def test_a_random_candidate_has_no_verdict_either() -> None:
 def test_a_forward_that_changes_with_each_call_has_no_verdict_and_is_left_as_it_was() -> None:
     model = Counts()
     with pytest.raises(NoVerdict, match=r"is the model itself \(Counts\)"):
-        verify(model, Counts(), X)
+        verify_callables(model, Counts(), X)
     assert (float(model.calls), model.seen) == (0.0, 0)
 
 
@@ -97,7 +97,7 @@ def test_a_mask_that_flickers_has_no_verdict() -> None:
         return {"mask": x + torch.randn_like(x) > 0}
 
     with pytest.raises(NoVerdict, match=r"mask differs in \d+ of 768 values"):
-        verify(flickers, flickers, X)
+        verify_callables(flickers, flickers, X)
 
 
 def test_rounding_in_another_order_is_no_randomness() -> None:
@@ -106,9 +106,9 @@ def test_rounding_in_another_order_is_no_randomness() -> None:
     def unsteady(x: Tensor) -> Tensor:  # as a sum of atomics on a GPU
         return net()(x) * (1 + next(signs) * 2**-23)
 
-    assert verify(net(), unsteady, X)
+    assert verify_callables(net(), unsteady, X)
 
 
 def test_nan_twice_is_told_as_nan() -> None:
-    report = verify(net(), lambda x: net()(x) * float("nan"), X)
+    report = verify_callables(net(), lambda x: net()(x) * float("nan"), X)
     assert "the candidate is not finite" in report.verdict

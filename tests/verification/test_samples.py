@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification import judge, take_samples, verify
+from orepa_compiler.verification import judge, take_samples, verify_callables
 from orepa_compiler.verification.probes import LARGE, SMALL, made_batches
 from orepa_compiler.verification.sample_file import load_samples, save_samples
 from tests.verification_nets import Returning, X, changed, folded, net
@@ -42,8 +42,8 @@ def test_stress_finds_what_normal_inputs_do_not_show() -> None:
     def saturates(y: Tensor) -> Tensor:
         return y.clamp(max=float(net()(X).max()))
 
-    assert verify(net(), changed(saturates), X)
-    report = verify(net(), changed(saturates), X, stress=True)
+    assert verify_callables(net(), changed(saturates), X)
+    report = verify_callables(net(), changed(saturates), X, stress=True)
     assert not report
     assert report.verdict.startswith("FAIL: 1 of 5 rows; batch 3 (large), output: error ")
 
@@ -59,12 +59,12 @@ def test_made_inputs_that_the_reference_cannot_bear_are_noted_and_do_not_fail() 
             return self.conv(x).exp().exp()
 
     model = Growing()
-    report = verify(model, deepcopy(model), X / (2 * X.abs().max()), stress=True)
+    report = verify_callables(model, deepcopy(model), X / (2 * X.abs().max()), stress=True)
     text = " ".join(report.notes)
     assert "output was not compared on large inputs: the reference itself is not finite" in text
     assert [row.made for row in report.rows if not row.ok] == []
     # The user's own inputs are not forgiven.
-    assert not verify(model, deepcopy(model), 10 * X)
+    assert not verify_callables(model, deepcopy(model), 10 * X)
 
 
 def test_samples_in_a_file_give_the_same_verdict(tmp_path: Path) -> None:

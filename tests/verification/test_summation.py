@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orepa_compiler.verification import verify
+from orepa_compiler.verification import verify_callables
 from orepa_compiler.verification.summation import FoldedSums
 from orepa_compiler.verification.truth import _noisy_sides
 from tests.norms import randomise_norms
@@ -53,11 +53,11 @@ def test_a_folded_conv_may_add_up_from_its_bias(seed: int) -> None:
     model, folded, x = long_sum(seed)
     assert isinstance(folded, nn.Conv2d)
     for candidate in (folded, OneByOne(folded)):
-        report = verify(model, candidate, x)
+        report = verify_callables(model, candidate, x)
         assert report, report
     with torch.no_grad():
         folded.weight[0, 0, 1, 1] += 0.01
-    assert not verify(model, folded, x)
+    assert not verify_callables(model, folded, x)
 
 
 def test_a_norm_behind_a_conv_is_added_up_as_one() -> None:

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
-from orepa_compiler.verification import verify
+from orepa_compiler.verification import verify_callables
 from tests.norms import randomise_norms
 from tests.verification_nets import fuse
 
@@ -51,7 +51,9 @@ PAIRS = [(name, precision) for name in MODELS for precision in ("fp32", "bf16")]
 @pytest.mark.parametrize(("name", "precision"), PAIRS)
 def test_folded_norms_agree(name: str, precision: str) -> None:
     model, x = trained(name)
-    report = verify(model, deepcopy(fused(name)).to(DTYPES[precision]), x, precision=precision)
+    report = verify_callables(
+        model, deepcopy(fused(name)).to(DTYPES[precision]), x, precision=precision
+    )
     assert report, str(report)
     assert all(row.tolerance < 0.1 for row in report.rows)
 
@@ -60,8 +62,10 @@ def test_folded_norms_agree(name: str, precision: str) -> None:
 def test_another_memory_format_agrees(name: str) -> None:
     model, x = trained(name)
     other = deepcopy(model).to(memory_format=torch.channels_last)
-    assert verify(model, other, x)
-    assert verify(model, fuse(deepcopy(model)).to(memory_format=torch.channels_last), [x, x[:1]])
+    assert verify_callables(model, other, x)
+    assert verify_callables(
+        model, fuse(deepcopy(model)).to(memory_format=torch.channels_last), [x, x[:1]]
+    )
 
 
 def without_bias(conv: nn.Conv2d) -> None:
@@ -105,7 +109,7 @@ def test_a_fault_in_one_kernel_is_caught(spoil: Callable[[nn.Conv2d], None], pla
     spoil(convs_of(wrong)[place])
     right = deepcopy(model).double()(x.double())
     effect = float((wrong(x.double()) - right).abs().max() / right.abs().max())
-    row = verify(model, wrong.float(), x).rows[0]
+    row = verify_callables(model, wrong.float(), x).rows[0]
     assert effect > 1.5 * row.tolerance, "this fault cannot be seen: choose another"
     assert "is above the tolerance" in row.reason
     assert row.error == pytest.approx(effect, rel=0.1)
@@ -121,7 +125,7 @@ def test_a_wrong_eps_is_caught(place: int) -> None:
     other = deepcopy(model)
     norms = [module for module in other.modules() if isinstance(module, nn.BatchNorm2d)]
     norms[place].eps = 1e-3
-    assert not verify(model, fuse(other), x)
+    assert not verify_callables(model, fuse(other), x)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -131,4 +135,4 @@ def test_a_lost_bias_is_caught_in_half_precision(place: int, precision: str) -> 
     model, x = trained("test_resnet")
     wrong = deepcopy(fused("test_resnet"))
     convs_of(wrong)[place].bias = None
-    assert not verify(model, wrong.to(DTYPES[precision]), x, precision=precision)
+    assert not verify_callables(model, wrong.to(DTYPES[precision]), x, precision=precision)

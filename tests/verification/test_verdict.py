@@ -8,12 +8,12 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from orepa_compiler.verification import NOISE_FACTOR, verify
+from orepa_compiler.verification import NOISE_FACTOR, verify_callables
 from tests.verification_nets import Returning, X, changed, folded, net, poke
 
 
 def test_the_report_can_be_read_printed_and_stored() -> None:
-    report = verify(net(), changed(poke(9.0)), [X, X[:2]])
+    report = verify_callables(net(), changed(poke(9.0)), [X, X[:2]])
     worst = report.worst
     assert worst is not None
     assert (
@@ -35,7 +35,9 @@ def test_the_report_can_be_read_printed_and_stored() -> None:
 
 def test_long_reports_print_what_fails_first_and_count_the_rest() -> None:
     batches = [X[:1]] * 49 + [X[1:2]]
-    report = verify(net(), lambda x: net()(x).detach() * (1 + torch.equal(x, X[1:2])), batches)
+    report = verify_callables(
+        net(), lambda x: net()(x).detach() * (1 + torch.equal(x, X[1:2])), batches
+    )
     lines = str(report).splitlines()
     assert lines[0].startswith("FAIL: 1 of 50 rows; batch 49, output: error ")
     assert "and 10 more rows" in lines
@@ -45,23 +47,23 @@ def test_long_reports_print_what_fails_first_and_count_the_rest() -> None:
 
 def test_blind_spots_are_noted() -> None:
     model = net()
-    assert verify(model, folded(model), X).notes == ()
+    assert verify_callables(model, folded(model), X).notes == ()
     with torch.no_grad():
         model[5].weight.mul_(1e-9)
-    text = " ".join(verify(model, folded(model), [X[:1], X[1:2]]).notes)
+    text = " ".join(verify_callables(model, folded(model), [X[:1], X[1:2]]).notes)
     assert "a candidate that ignores its input would pass too" in text
 
     def boxes(features: Tensor, scores: Tensor) -> Tensor:
         return torch.cat([features[:, :1] * 1e9, features[:, 1:]], 1)
 
     mixed = Returning(boxes)
-    text = " ".join(verify(mixed, deepcopy(mixed), X).notes)
+    text = " ".join(verify_callables(mixed, deepcopy(mixed), X).notes)
     assert "5 of 6 channels of output are smaller than what the tolerance lets pass" in text
 
 
 def test_the_largest_error_is_infinite_where_one_row_was_not_compared() -> None:
     cut = {False: slice(None), True: slice(2)}
-    report = verify(net(), lambda x: net()(x).detach()[cut[torch.equal(x, -X)]], [X, -X])
+    report = verify_callables(net(), lambda x: net()(x).detach()[cut[torch.equal(x, -X)]], [X, -X])
     assert [row.ok for row in report.rows] == [True, False]
     assert report.max_error == float("inf")
     assert report.worst is report.rows[1]

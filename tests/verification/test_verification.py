@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor, nn
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.verification import NOISE_FACTOR, verify
+from orepa_compiler.verification import NOISE_FACTOR, verify_callables
 from tests.verification_nets import Returning, X, changed, folded, net, poke, reasons
 
 Pair = namedtuple("Pair", "features scores")
@@ -35,7 +35,7 @@ def as_dict(features: Tensor, scores: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_folded_net_agrees() -> None:
-    report = verify(net(), folded(net()), [X, X[:1]])
+    report = verify_callables(net(), folded(net()), [X, X[:1]])
     assert report
     assert [(row.name, row.batch, row.shape) for row in report.rows] == [
         ("output", 0, (4, 5)),
@@ -74,7 +74,7 @@ def test_a_folded_net_agrees() -> None:
     ],
 )
 def test_what_differs_fails_with_a_reason(change: Callable[[Tensor], Any], reason: str) -> None:
-    report = verify(net(), changed(change), X)
+    report = verify_callables(net(), changed(change), X)
     assert not report
     assert reason in reasons(report)
     assert str(report).startswith("FAIL: ")
@@ -108,7 +108,7 @@ def test_what_differs_fails_with_a_reason(change: Callable[[Tensor], Any], reaso
 def test_outputs_must_have_their_matches(
     reference: Callable[..., Any], candidate: Callable[..., Any], reason: str
 ) -> None:
-    report = verify(Returning(reference), Returning(candidate), X)
+    report = verify_callables(Returning(reference), Returning(candidate), X)
     assert not report
     assert reason in reasons(report)
 
@@ -126,7 +126,7 @@ def test_outputs_must_have_their_matches(
 def test_outputs_are_matched_by_name_and_by_order_where_there_is_none(
     reference: Callable[..., Any], candidate: Callable[..., Any], names: list[str]
 ) -> None:
-    report = verify(Returning(reference), Returning(candidate), X)
+    report = verify_callables(Returning(reference), Returning(candidate), X)
     assert report, str(report)
     assert [row.name for row in report.rows] == names
 
@@ -167,17 +167,17 @@ def test_a_file_may_flatten_and_name_what_it_returns_and_a_model_may_not(
     reason: str,
 ) -> None:
     model, other = Returning(reference), Returning(candidate)
-    report = verify(model, other, X)
+    report = verify_callables(model, other, X)
     assert not report
     assert reason in reasons(report)
-    report = verify(model, lambda x: other(x), X)  # as a session does
+    report = verify_callables(model, lambda x: other(x), X)  # as a session does
     assert bool(report) is (names is not None)
     if names:
         assert [row.name for row in report.rows] == names
 
 
 def test_no_inputs_are_no_pass() -> None:
-    report = verify(net(), net(), [])
+    report = verify_callables(net(), net(), [])
     assert not report
     assert report.rows == ()
     assert report.max_error == float("inf")
@@ -191,14 +191,14 @@ def test_every_positional_argument_arrives() -> None:
             return x * gain + extra["more"][0]
 
     inputs = (X, {"more": [X + 1, X]}, 2.0)
-    assert verify(Two(), Two(), inputs)
-    text = reasons(verify(Two(), lambda x, extra, gain: x * gain, inputs))
+    assert verify_callables(Two(), Two(), inputs)
+    text = reasons(verify_callables(Two(), lambda x, extra, gain: x * gain, inputs))
     assert "is above the tolerance" in text
 
 
 def test_one_object_on_both_sides_is_noted() -> None:
     model = net()
-    assert verify(model, model, X).notes == (
+    assert verify_callables(model, model, X).notes == (
         "reference and candidate are one object: it was compared with itself",
     )
 
@@ -221,4 +221,4 @@ def test_what_cannot_be_compared_is_refused(
     arguments: tuple[Any, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ReparamError, match=message):
-        verify(*arguments, X, **options)
+        verify_callables(*arguments, X, **options)

@@ -15,7 +15,6 @@ from torch import nn
 from orepa_compiler.analysis.regions import Interpreter
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture
-from orepa_compiler.overlaps import Touched
 from orepa_compiler.passes.collapse.candidates import find_candidates, is_inside
 from orepa_compiler.passes.collapse.concatenation import concatenated_convs
 from orepa_compiler.passes.collapse.edits import (
@@ -28,6 +27,7 @@ from orepa_compiler.passes.collapse.folding import absorb_norm, fold_block, fold
 from orepa_compiler.passes.collapse.folds import FoldBlock, FoldRegion, fold_of
 from orepa_compiler.passes.collapse.refusals import kept_apart, left_norms, read_away
 from orepa_compiler.planning import Edit, Plan, Refusal
+from orepa_compiler.planning.overlaps import Touched
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Norms folded into a conv of any class whose output a kernel scales, by its output channels.
+"""Folds norms into a conv of any class whose output a kernel scales by output channels.
 
 So are a transposed conv, and a conv that pads by the size of its input, which are no operator of
 the algebra: f y + b of its output is the output of the same conv with its kernel and bias scaled.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from orepa_compiler.algebra.layers import has_torch_forward, qualified_name
-from orepa_compiler.algebra.overriding import answers_itself
+from orepa_compiler.algebra.classifiers import qualified_name
+from orepa_compiler.algebra.overriding import answers_itself, has_torch_forward
 from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.effects import seen_of
 from orepa_compiler.capture.tracing import trace

@@ -1,4 +1,4 @@
-"""A bias that a conv has no place for, given to the BatchNorm that alone reads the conv.
+"""Gives a bias that a conv has no place for to the BatchNorm that alone reads the conv.
 
 N(y + b) = N'(y), mean' = mean - b
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_batch_norm, linear_part
+from orepa_compiler.algebra.classifiers import is_batch_norm
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.errors import NotLinear, ReparamError

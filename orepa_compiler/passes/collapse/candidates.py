@@ -1,4 +1,4 @@
-"""Which linear regions are folded, and which norms in other modules go with them.
+"""Finds the linear regions to fold, and the norms of other modules that go with them.
 
 A norm can be found twice: in the region around it, and as what stands behind a conv across a
 border (a norm alone in a container is a linear layer to whoever calls it). Each goes once; a region

@@ -1,4 +1,4 @@
-"""Norms behind a concatenation of convs, whose channels each come from one of them.
+"""Folds norms behind a concatenation of convs, whose channels each come from one of them.
 
 N(cat(y_1, ..., y_n)) = cat(N_1(y_1), ..., N_n(y_n)), N_i: the norm on the channels of y_i. So a
 norm behind a mixed conv, or behind paths that are concatenated, is folded into each of the convs.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from orepa_compiler.algebra.layers import is_batch_norm, is_plain_conv
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_plain_conv
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Call, Capture

@@ -1,10 +1,10 @@
-"""The edits of collapse: what goes, what comes and what it counts, for each kind of fold."""
+"""Makes the edits of collapse: what goes, what comes and what it counts, for each kind of fold."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import holds_kernel, is_idle
+from orepa_compiler.algebra.classifiers import holds_kernel, is_idle
 from orepa_compiler.analysis.functional import functional_conv
 from orepa_compiler.blocks import LINEARIZED, LinearBlock
 from orepa_compiler.blocks.own_forward import own_conv
@@ -80,7 +80,7 @@ def block_edit(name: str, capture: Capture, path: str, block: LinearBlock, fold_
 
     Raises ReparamError where that conv had no place for the bias, and nothing else has one.
     """
-    is_shifted = block.norm is not None or block.scaling_layer == "norm"
+    is_shifted = block.norm is not None or block.is_offline
     taker = None
     if not fold_norm:
         if block.block_name == LINEARIZED:

@@ -27,7 +27,7 @@ from orepa_compiler.passes.collapse.folds import (
 from orepa_compiler.passes.collapse.identities import identity_for
 from orepa_compiler.passes.collapse.norms_before import after_norm
 from orepa_compiler.passes.collapse.norms_behind import with_norm
-from orepa_compiler.rewrite import (
+from orepa_compiler.rewriting.swapping import (
     METHODS,
     exchange,
     free_name,

@@ -1,11 +1,11 @@
-"""What stands where a norm was folded: torch's Identity, which answers as the norm that it is."""
+"""Puts torch's Identity where a norm was folded, and lets it answer as the norm."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.algebra.layers import is_norm
+from orepa_compiler.algebra.classifiers import is_norm
 
 
 def identity_for(norm: nn.Module) -> nn.Identity:

@@ -1,4 +1,4 @@
-"""Norms that stand right before a conv, with the border of a module between the two.
+"""Finds norms right before a conv, with the border of a module between the two.
 
 W (f x + s) + b = (W f) x + (W s + b), where the conv pads nothing. In one graph this is a region
 like any other; a net that normalizes first has the norm in the block, the conv in what it calls.
@@ -13,7 +13,8 @@ from itertools import takewhile
 import torch
 from torch import fx
 
-from orepa_compiler.algebra.layers import is_batch_norm, linear_part
+from orepa_compiler.algebra.classifiers import is_batch_norm
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.capture import Call

@@ -1,4 +1,4 @@
-"""Norms that stand right behind a conv, with the border of a module between the two.
+"""Finds norms right behind a conv, with the border of a module between the two.
 
 A stem written as Sequential(..., conv) with its norm in the parent, or a conv whose norm is the
 first layer of the module that follows: no single graph shows the pair, but nothing else is there.
@@ -12,11 +12,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from orepa_compiler.algebra.layers import is_batch_norm, is_idle, linear_part
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_idle
+from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Call, Capture
+from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.forwards import Read
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.passes.collapse.absorption import absorbs_norm
@@ -90,13 +92,36 @@ def reaching(capture: Capture, owner: str, node: fx.Node, user: fx.Node) -> Iter
     """The nodes that give the one value that `user` reads, and nobody else; outer ones first.
 
     A module's call, then the node that its output is; a module's input, then what its caller gives.
+    Two axes that one module exchanges, and the next puts back, are nothing between the two.
     """
-    while list(node.users) == [user] and owner not in capture.doubtful:
-        yield Call(owner, node)
+    exchanged: frozenset[object] | None = None
+    while _reads_alone(node, user) and owner not in capture.doubtful:
+        if exchanged is None:
+            yield Call(owner, node)
+        axes = _exchanged_axes(node)
+        if axes is not None and exchanged in (None, axes):
+            exchanged = axes if exchanged is None else None
+            owner, node, user = owner, node.all_input_nodes[0], node
+            continue
         found = across(capture, owner, node)
         if found is None:
             return
         owner, node, user = found
+
+
+def _reads_alone(node: fx.Node, user: fx.Node) -> bool:
+    """Whether nobody else reads the values of a node; who asks for its shape reads none."""
+    return user in node.users and all(each is user or reads_form(each) for each in node.users)
+
+
+def _exchanged_axes(node: fx.Node) -> frozenset[object] | None:
+    """The two axes that a transposition exchanges, as they are named; None for anything else."""
+    is_call = node.op in ("call_method", "call_function") and not node.kwargs
+    name = getattr(node.target, "__name__", node.target)
+    if not is_call or name != "transpose" or len(node.args) != 3:
+        return None
+    axes = frozenset(node.args[1:])
+    return axes if all(isinstance(axis, int) for axis in axes) else None
 
 
 def called_alone(capture: Capture, call: Call) -> str | None:

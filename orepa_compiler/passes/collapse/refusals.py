@@ -1,10 +1,10 @@
-"""What collapse leaves, each with its reason: norms, convs that are not joined, and borders."""
+"""Says why collapse leaves norms, convs that are not joined, and borders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orepa_compiler.algebra.layers import is_batch_norm, is_conv_like
+from orepa_compiler.algebra.classifiers import is_batch_norm, is_conv_like
 from orepa_compiler.analysis.regions import Interpreter
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join

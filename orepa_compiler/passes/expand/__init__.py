@@ -8,7 +8,8 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import computes_kernel, is_conv_like, kernel_operator
+from orepa_compiler.algebra.classifiers import computes_kernel, is_conv_like
+from orepa_compiler.algebra.layers import kernel_operator
 from orepa_compiler.blocks import LINEARIZED, Block, LinearBlock
 from orepa_compiler.blocks.catalogue import OREPA_VGG, automatic_block
 from orepa_compiler.blocks.initialization import with_origin
@@ -20,7 +21,6 @@ from orepa_compiler.defaults.following import NORM, followed_by
 from orepa_compiler.defaults.residual import is_summed, residual_reason
 from orepa_compiler.defaults.worth import left_alone_reason
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.overlaps import Touched
 from orepa_compiler.passes.expand.building import block_for, built, grow, missing, named_block
 from orepa_compiler.passes.expand.options import (
     Init as Init,
@@ -43,8 +43,9 @@ from orepa_compiler.passes.expand.soundness import (
 )
 from orepa_compiler.passes.expand.wording import describe
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.rewrite import set_module_everywhere
-from orepa_compiler.selection import Where, is_asked_for, selection
+from orepa_compiler.planning.overlaps import Touched
+from orepa_compiler.rewriting.selection import Where, is_asked_for, selection
+from orepa_compiler.rewriting.swapping import set_module_everywhere
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Expand:
         branches = block.make(kernel_operator(conv))
         if all(name == "origin" and isinstance(b, Kernel) for name, b in branches.items()):
             return f"block {block.name} has no branch beside the kernel of a {describe(conv)}"
-        is_offline = block.scaling_layer == "norm"
+        is_offline = block.is_offline
         if is_offline and (reason := no_norms_reason(capture, path, conv)):
             return reason
         wants_norm = self.post_norm == "auto" and follows != NORM and not is_offline
@@ -166,7 +167,7 @@ class Expand:
 
     def _may_grow(self, block: LinearBlock) -> bool:
         """Whether a block may gain branches: a linearized one, or where more are asked for."""
-        is_linear = block.scaling_layer != "norm"
+        is_linear = not block.is_offline
         return is_linear and (block.block_name == LINEARIZED or self.block != "auto")
 
     def _extension(self, path: str, block: LinearBlock) -> list[Edit]:

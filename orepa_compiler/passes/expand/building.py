@@ -1,4 +1,4 @@
-"""A block is built in the place of a conv, or gains the branches that it lacks."""
+"""Builds a block in the place of a conv, or gives a block the branches that it lacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from orepa_compiler.algebra.layers import conv_operator, is_channels_last, own_forward_reason
+from orepa_compiler.algebra.classifiers import is_channels_last, own_forward_reason
+from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.blocks import Block, LinearBlock, inserted_norm
 from orepa_compiler.blocks.catalogue import BLOCKS
 from orepa_compiler.blocks.initialization import extend, preserve, with_origin
@@ -72,7 +73,7 @@ def missing(block: LinearBlock, wanted: Block) -> dict[str, nn.Module]:
 
 def block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> LinearBlock:
     """The block for a conv: on features, to be squeezed, or with the conv's own forward."""
-    if block.scaling_layer == "norm":
+    if block.is_offline:
         return OfflineBlock(conv, block)
     if own_forward_reason(conv) is not None:
         return OwnForwardConv(conv, block)

@@ -1,4 +1,4 @@
-"""Whether a block may stand in the place of a conv: what must hold, whatever the user asks for."""
+"""Checks what must hold for a block to stand in the place of a conv, whatever is asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from orepa_compiler.algebra.layers import own_forward_reason
+from orepa_compiler.algebra.classifiers import own_forward_reason
 from orepa_compiler.algebra.overriding import answers_itself
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.capture.calls import PARAMETRIZED

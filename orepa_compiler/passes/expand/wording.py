@@ -1,4 +1,4 @@
-"""A conv in a few words, as the plan shows it."""
+"""Describes a conv in a few words, as the plan shows it."""
 
 from __future__ import annotations
 

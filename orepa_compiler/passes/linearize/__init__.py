@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.analysis.chain_blocks import linear_block, linearized
 from orepa_compiler.analysis.chains import ChainInterpreter, Layer, SummedOperator
 from orepa_compiler.analysis.elementwise import is_add
@@ -24,7 +24,6 @@ from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.tracing import trace
 from orepa_compiler.defaults.following import NORM, followed_by
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.overlaps import Touched
 from orepa_compiler.passes.linearize.options import (
     LinearizeBlock,
     LinearizeSum,
@@ -32,14 +31,15 @@ from orepa_compiler.passes.linearize.options import (
     options_of,
 )
 from orepa_compiler.planning import Edit, Plan, Refusal
-from orepa_compiler.rewrite import (
+from orepa_compiler.planning.overlaps import Touched
+from orepa_compiler.rewriting.selection import Where, selection
+from orepa_compiler.rewriting.swapping import (
     Part,
     exchange,
     free_name,
     replace_regions,
     set_module_everywhere,
 )
-from orepa_compiler.selection import Where, selection
 
 
 @dataclass(frozen=True)

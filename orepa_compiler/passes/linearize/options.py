@@ -1,4 +1,4 @@
-"""The kinds of edits that linearize makes, each a type; in a plan they are plain data (JSON)."""
+"""Defines the kinds of edits that linearize makes, as types; in a plan they are plain JSON."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.passes.collapse.folds import fold_of
 from orepa_compiler.planning import Plan, recorded_plans
 from tests.norms import randomise_norms

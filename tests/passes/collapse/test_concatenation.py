@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.blocks import LinearBlock
-from orepa_compiler.certifying import certify
 from orepa_compiler.planning import recorded_plans
+from orepa_compiler.proving.certifying import certify
 from tests.norms import randomise_norms
 
 Parts = Callable[["Mixed", Tensor], Tensor]

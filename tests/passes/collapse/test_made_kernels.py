@@ -126,3 +126,41 @@ def test_what_writes_in_another_way_is_left_as_it_is(make: Make) -> None:
     flat = orepa.collapse(net)
     assert sum(p.numel() for p in flat.parameters()) == sum(p.numel() for p in net.parameters())
     torch.testing.assert_close(flat(x), net(x))
+
+
+class Twice(nn.Module):
+    """Two convs of kernels of its own, in its forward; and what one conv for both would hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 4, 1, 1))
+        self.second = nn.Parameter(torch.randn(4, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, self.first), self.second, padding=1)
+
+    def kernel(self) -> Tensor:
+        return F.conv2d(self.second, self.first.permute(1, 0, 2, 3))
+
+
+class Merging(nn.Module):
+    """Calls a child in training; in eval mode makes one kernel of what the child holds (ECBSR)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.twice = nn.Conv2d(4, 4, 3, padding=1), Twice()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return torch.relu(self.conv(x) + self.twice(x))
+        kernel = self.conv.weight + self.twice.kernel()
+        return torch.relu(F.conv2d(x, kernel, self.conv.bias, padding=1))
+
+
+def test_what_is_only_read_is_not_folded_for_itself() -> None:
+    net = nn.Sequential(Merging(), Merging()).double().eval()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    flat = orepa.collapse(net)
+    assert [edit.path for edit in orepa.recorded_plans(flat)[-1].edits] == ["0", "1"]
+    torch.testing.assert_close(flat(x), net(x))
+    assert sum(p.numel() for p in flat.parameters()) == 2 * (4 * 4 * 9 + 4)

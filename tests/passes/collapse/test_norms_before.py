@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.certifying import certify
 from orepa_compiler.planning import recorded_plans
+from orepa_compiler.proving.certifying import certify
 from tests.passes.collapse.test_concatenation import norms_left, prepared
 
 X = torch.randn(2, 4, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

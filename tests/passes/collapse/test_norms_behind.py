@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.planning import recorded_plans
 from tests.norms import randomise_norms
 
@@ -47,6 +47,53 @@ def test_both_kinds_are_folded(expand_first: bool) -> None:
     assert norms_left(deploy) == []
     assert isinstance(deploy.norm, nn.Identity)
     assert isinstance(deploy.after[0], nn.Identity)
+    torch.testing.assert_close(deploy(x), model(x), rtol=0, atol=1e-12)
+
+
+class ChannelsLast(nn.Module):
+    """A layer of maps whose last axis is that of the channels, as all of speechbrain's."""
+
+    def __init__(self, layer: nn.Module, first: int = 1, last: int = -1) -> None:
+        super().__init__()
+        self.layer, self.first, self.last = layer, first, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        x = self.layer(x.transpose(self.last, self.first))
+        return x.transpose(self.first, self.last).reshape(shape[0], -1, x.shape[1])
+
+
+class Lasting(nn.Module):
+    def __init__(self, behind: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.behind = ChannelsLastConv(), behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.behind(self.conv(x.flatten(2))))
+
+
+class ChannelsLastConv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(121, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, -1)).transpose(1, -1)
+
+
+def test_axes_that_are_put_back_are_nothing_between() -> None:
+    model, x = prepared(Lasting(ChannelsLast(nn.BatchNorm1d(3))))
+    deploy = orepa.collapse(model)
+    assert norms_left(deploy) == []
+    torch.testing.assert_close(deploy(x), model(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("axes", [(1, 2), (0, 1), (0, -1)])
+def test_axes_that_may_be_others_keep_the_norm(axes: tuple[int, int]) -> None:
+    model, x = prepared(Lasting(ChannelsLast(nn.BatchNorm1d(3), *axes)))
+    x = x.repeat(2, 1, 1, 1)[:3]
+    deploy = orepa.collapse(model)
+    assert norms_left(deploy) == ["behind.layer"]
     torch.testing.assert_close(deploy(x), model(x), rtol=0, atol=1e-12)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import orepa_compiler as orepa
-from orepa_compiler.algebra.layers import is_batch_norm
+from orepa_compiler.algebra.classifiers import is_batch_norm
 from tests.convolution_reference import assert_same
 from tests.norms import randomise_norms
 

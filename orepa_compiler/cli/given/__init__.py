@@ -1,0 +1,1 @@
+"""Reads the words of a command line: options, models, inputs."""

@@ -1,0 +1,1 @@
+"""Runs a command once its options are known to be right."""

@@ -1,0 +1,1 @@
+"""Shows what a command came to: tables, pages, JSON and JUnit files."""

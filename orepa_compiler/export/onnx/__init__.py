@@ -1,0 +1,1 @@
+"""Writes a collapsed model as an ONNX file, and reads and rewrites ONNX files."""

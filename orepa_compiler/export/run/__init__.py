@@ -1,0 +1,1 @@
+"""Runs exported files on torch tensors."""

@@ -1,0 +1,57 @@
+"""Compares a model that rounds to int8 with a file: integers first, then outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from orepa_compiler.compiler import collapse
+from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.int8.integers import check_integers
+from orepa_compiler.export.int8.trained import trained_layers
+from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.precision import kept_modules
+from orepa_compiler.export.onnx.weight_record import properties_of
+from orepa_compiler.quantization.flips import with_flips
+from orepa_compiler.verification import Report, Row, judge, take_samples
+from orepa_compiler.verification.modes import evaluation_mode
+
+
+def verify_rounded(
+    reference: nn.Module,
+    candidate: Callable[..., Any],
+    inputs: Any,
+    *,
+    path: Path | None,
+    factor: float,
+    stress: bool,
+) -> Report:
+    """The verdict on what was made of a model that rounds.
+
+    path: the ONNX file, whose integers, steps and ranges must be those of the model, all of them.
+    The tolerance of the outputs comes from values that fall on another step in float32.
+    """
+    with evaluation_mode(reference, candidate):
+        samples = take_samples(reference, inputs, stress=stress)
+        report = judge(with_flips(samples, reference), candidate, factor=factor)
+    if path is None:
+        return report
+    row, note = _compared_integers(reference, path)
+    rows = report.rows if row is None else (row, *report.rows)
+    return replace(report, rows=rows, notes=(*((note,) if note else ()), *report.notes))
+
+
+def _compared_integers(model: nn.Module, path: Path) -> tuple[Row | None, str]:
+    """A row that fails, or None and what there is to say."""
+    deploy = collapse(model)
+    kept = properties_of(load_graph(path)).get("orepa.keep_fp32", "").split()
+    layers = trained_layers(deploy, keep=kept_modules(deploy, kept))
+    try:
+        count = check_integers(path, layers)
+    except ReparamError as error:
+        return Row("int8 kernels", 0, (), "int8", reason=str(error)), ""
+    return None, f"all {count:,} integers of {len(layers)} kernels in {path.name} are the model's"

@@ -1,0 +1,1 @@
+"""Compares one output of one batch: rounded, decided, or exact."""
