@@ -17,7 +17,7 @@ from orepa_compiler.capture.effects.randomness import RandomState
 from orepa_compiler.capture.effects.remembering import Remembered
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.planning import Plan
+from orepa_compiler.planning import Edit, Plan
 from orepa_compiler.planning.overlaps import touched_modules
 from orepa_compiler.validation.agreement import (
     Disagreement,
@@ -52,6 +52,9 @@ ADOPTED = 1e-5
 
 # How often a plan is made anew because the one before it did not agree, before all is taken back.
 ROUNDS = 8
+
+# How many rewrites are tried at most to find which edits are to blame; 60 edits take 6 of them.
+MOST_TRIALS = 40
 
 DISAGREES = "its rewrite did not agree with it on the inputs"
 
@@ -119,7 +122,7 @@ class _Trial:
         self.origin = Origin.of(model)
         self.random = RandomState()
         self.is_exact = not inplace and fits_in_float64(model)
-        self.rounds = 1
+        self.rounds, self.trials = 1, 0
         self.stock = self._stock()
         self.limit = self._limit()
 
@@ -133,10 +136,14 @@ class _Trial:
             if attempt.found is None:
                 return attempt.made, replace(attempt.plan, checked=self._checked())
             worst = worst or attempt.found
-            blamed = self._blamed(attempt, before, is_last=number == ROUNDS - 1)
-            if number == 0 and (reason := self._unsteady()):
+            is_last = number == ROUNDS - 1
+            edits, reason = self._blamed(attempt, before, is_last=is_last)
+            if number == 0 and (why := self._unsteady()):
                 made, plan = self._made({}, before)
-                return made, replace(plan, checked=f"not checked: {reason}")
+                return made, replace(plan, checked=f"not checked: {why}")
+            if not is_last:
+                edits = self._narrowed(edits, attempt.plan.edits, kept, before)
+            blamed = _kept_by(edits, reason)
             if not blamed.keys() - kept.keys():
                 break
             kept |= blamed
@@ -145,7 +152,43 @@ class _Trial:
             f"the rewritten model does not do what the model does on the inputs: {worst.text}"
         )
 
+    def _narrowed(
+        self,
+        blamed: tuple[Edit, ...],
+        edits: tuple[Edit, ...],
+        kept: Kept,
+        before: Remembered | None,
+    ) -> tuple[Edit, ...]:
+        """One of the blamed edits that is wrong, found by halving; of all, where none of them is.
+
+        Half of them are carried out alone: where that agrees, a wrong one is in the other half. A
+        second one that is wrong is found by the next attempt. All that are blamed, where there is
+        no time left to look.
+        """
+
+        def agrees_with(some: tuple[Edit, ...]) -> bool:
+            others = _kept_by(tuple(edit for edit in edits if edit not in some), DISAGREES)
+            for path in _kept_by(some, ""):
+                others.pop(path, None)
+            attempt = self._attempt({**kept, **others}, before)
+            if before is not None:
+                before.put_back()
+            return attempt.found is None
+
+        suspected, is_sure = blamed, len(blamed) < 2
+        while len(suspected) > 1:
+            if self.trials >= MOST_TRIALS:
+                return blamed
+            half = suspected[: len(suspected) // 2]
+            is_sure = not agrees_with(half)
+            suspected = half if is_sure else suspected[len(half) :]
+        rest = tuple(edit for edit in edits if edit not in blamed)
+        if is_sure or not rest or not agrees_with(suspected):
+            return suspected
+        return self._narrowed(rest, rest, kept, before)
+
     def _attempt(self, kept: Kept, before: Remembered | None) -> _Attempt:
+        self.trials += 1
         made, plan = self._made(kept, before)
         after = RandomState()
         found, shown_by = self._judged(made, plan, kept)
@@ -241,8 +284,8 @@ class _Trial:
 
     def _blamed(
         self, attempt: _Attempt, before: Remembered | None, *, is_last: bool
-    ) -> dict[str, str]:
-        """Module path -> why it is kept from now on. The model is again what it was."""
+    ) -> tuple[tuple[Edit, ...], str]:
+        """The edits to blame, and why they are taken back. The model is again what it was."""
         found, edits = attempt.found, attempt.plan.edits
         assert found is not None
         suspicion = None
@@ -260,7 +303,7 @@ class _Trial:
         blamed, reason = blamed_edits(found, suspicion, edits)
         if not blamed or is_last:
             blamed, reason = edits, f"{DISAGREES}: {found.text}"
-        return {path: reason for edit in blamed for path in touched_modules(edit)}
+        return blamed, reason
 
     def _stock(self) -> _Record:
         record = self._record(self.model)
@@ -329,6 +372,11 @@ class _Trial:
         if self.stock.trained is None or not self.stock.trained.raised:
             return text
         return f"{text}, not in train mode: there the model raised {self.stock.trained.raised}"
+
+
+def _kept_by(edits: tuple[Edit, ...], reason: str) -> dict[str, str]:
+    """Module path -> why it stays as it is, for all that these edits touch."""
+    return {path: reason for edit in edits for path in touched_modules(edit)}
 
 
 def exactly(batches: list[Batch]) -> list[Batch]:

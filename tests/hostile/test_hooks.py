@@ -108,6 +108,23 @@ class KeepsMaps(nn.Module):
         return y, self.maps.pop()
 
 
+class HookRunsNorm(Net):
+    """A hook on the conv holds the norm, and runs it once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = self.body[1]
+        self.head.register_forward_hook(lambda module, args, output: output + norm(args[0]))
+
+
+class HookByNumber(Net):
+    """A hook on a container runs what is in it, by its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.register_forward_hook(lambda body, args, output: output + body[1](output))
+
+
 FORMS = {
     **{
         f"{hook} on the {place}": Form(hooked(place, hook))
@@ -124,6 +141,8 @@ FORMS = {
     "weight_norm of old": Form(parametrized("conv", weight_norm)),
     "backward hook on the norm": Form(parametrized("norm", full_backward)),
     "features by hooks": Form(KeepsMaps),
+    "hook that holds the norm": Form(HookRunsNorm),
+    "hook that runs a child": Form(HookByNumber),
 }
 
 test_exact_or_refused = exact_or_refused(FORMS)

@@ -200,7 +200,34 @@ def container(kind: type[nn.Sequential]) -> Any:
 CONVS = (CallsTwice, ConvForward, WeightProperty, PaddingProperty, StrideProperty, Attributed)
 CONVS = (*CONVS, WithoutGradients, Counting)
 NORMS = (Centred, EpsProperty, Rectified, NormCallsTwice, OwnScale, OnePlus)
+
+
+class SeesFunctions(nn.Parameter):
+    """A weight that every function is told of: what is computed with it is doubled."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        return made * 2 if getattr(func, "__name__", "") == "conv2d" else made
+
+
+class WeightOfItsOwn(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.weight = SeesFunctions(self.conv.weight.detach())
+
+
+class DoubledByCheck(Pair):
+    """A method was set on the norm itself, and writes over what it checks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm._check_input_dim = lambda x: x.mul_(2)  # type: ignore[method-assign]
+
+
 FORMS = {
+    "a weight that sees functions": Form(WeightOfItsOwn),
+    "a check set on the norm": Form(DoubledByCheck),
     **{kind.__name__: Form(with_conv(kind)) for kind in CONVS},
     **{kind.__name__: Form(with_norm(kind)) for kind in NORMS},
     **{k.__name__: Form(container(k)) for k in (Doubles, CallsBackwards, CallOfContainer)},

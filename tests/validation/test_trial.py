@@ -6,7 +6,7 @@ import copy
 import itertools
 import queue
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -17,10 +17,11 @@ from torch import Tensor, fx, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.capture import Capture
 from orepa_compiler.capture.beside import Beside
 from orepa_compiler.passes import Pipeline
 from orepa_compiler.passes.retracing import Retracing
-from orepa_compiler.planning import Plan, recorded_plans
+from orepa_compiler.planning import Edit, Plan, recorded_plans
 from tests.compiler_nets import assert_same, output, untouched
 from tests.norms import randomise_norms
 from tests.validation_nets import Above, Link, Swap, chain, images, with_wrong
@@ -401,3 +402,50 @@ def test_a_model_that_raises_in_train_mode_itself_is_checked_in_eval_mode() -> N
     checked = str(plan.checked)
     assert checked.startswith("checked on 1 batch, not in train mode: there the model raised")
     assert "targets should not be none" in checked
+
+
+class Sum(nn.Sequential):
+    """The sum of what its parts give."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([part(x) for part in self]).sum(0)
+
+
+@dataclass
+class Trials:
+    """Swaps many convs, a few of them wrongly, where no module shows which; counts the trials."""
+
+    size: int
+    wrong: tuple[str, ...]
+    count: int = 0
+
+    def collapse(self, *, inplace: bool) -> nn.Module:
+        trials = self
+
+        class SwapUnseen(Swap):
+            def plan(self, capture: Capture) -> Plan:
+                def unseen(edit: Edit) -> Edit:
+                    other = trials.size - 1 - int(edit.path.partition(".")[0])
+                    return replace(edit, options={"modules": [edit.path, f"{other}.norm"]})
+
+                return Plan(tuple(map(unseen, super().plan(capture).edits)))
+
+            def apply(self, model: nn.Module, *given: Any) -> tuple[nn.Module, Plan]:
+                trials.count += next(model.parameters()).dtype == torch.float32
+                return super().apply(model, *given)
+
+        net = Sum(*(Link(3, 4) for _ in range(self.size))).eval()
+        pipeline = Pipeline((SwapUnseen(self.wrong),))
+        return orepa.collapse(net, inputs=images(), inplace=inplace, pipeline=pipeline)
+
+
+@pytest.mark.parametrize(
+    ("size", "wrong", "inplace"), [(60, "41.conv", False), (12, "7.conv 8.conv", True)]
+)
+def test_a_wrong_edit_among_many_is_found_by_halving(size: int, wrong: str, inplace: bool) -> None:
+    torch.manual_seed(2)
+    trials = Trials(size, paths := tuple(wrong.split()))
+    made = recorded_plans(trials.collapse(inplace=inplace))[-1]
+    assert {edit.path for edit in made.edits}.isdisjoint(paths)
+    assert len(made.edits) == size - len(paths)
+    assert trials.count <= 2 * (1 + 8 * len(paths))  # each is tried without values first

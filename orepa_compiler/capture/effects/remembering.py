@@ -89,7 +89,7 @@ class Remembered:
         for value, _, put in self._positions:
             if put is not None and id(value) in moved:
                 put()
-        fresh = {key: value for key, value in self._fresh.items() if key in moved}
+        fresh = {key: copy.copy(value) for key, value in self._fresh.items() if key in moved}
         for mapping, before in self._mappings:
             before = {key: fresh.get(id(value), value) for key, value in before.items()}
             if not _same(mapping, before):
