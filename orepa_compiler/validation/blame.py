@@ -140,3 +140,33 @@ def blamed_edits(
         )
     ]
     return tuple(blamed), reason
+
+
+def narrowed(
+    blamed: tuple[Edit, ...],
+    edits: tuple[Edit, ...],
+    agrees_with: Callable[[tuple[Edit, ...]], bool],
+    may_go_on: Callable[[], bool],
+) -> tuple[Edit, ...]:
+    """Finds by halving one of the blamed edits that is wrong; one of all, where none of them is.
+
+    Half of them are carried out alone: where that agrees, a wrong one is in the other half. A
+    second one that is wrong is found by the next attempt. All that are blamed, where there is no
+    time left to look.
+    """
+    suspected, is_sure = blamed, len(blamed) < 2
+    while len(suspected) > 1:
+        if not may_go_on():
+            return blamed
+        half = suspected[: len(suspected) // 2]
+        is_sure = not agrees_with(half)
+        suspected = half if is_sure else suspected[len(half) :]
+    rest = tuple(edit for edit in edits if edit not in blamed)
+    if is_sure or not rest or not agrees_with(suspected):
+        return suspected
+    return narrowed(rest, rest, agrees_with, may_go_on)
+
+
+def kept_by(edits: tuple[Edit, ...], reason: str) -> dict[str, str]:
+    """Module path -> why it stays as it is, for all that these edits touch."""
+    return {path: reason for edit in edits for path in touched_modules(edit)}
