@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.capture.arguments import Arguments
 from orepa_compiler.capture.beside import beside_graphs, held_by_hooks
+from orepa_compiler.capture.bytecode import has_forward
 from orepa_compiler.capture.calls import Call as Call
 from orepa_compiler.capture.calls import Capture as Capture
 from orepa_compiler.capture.calls import ancestors as ancestors
@@ -33,7 +34,6 @@ from orepa_compiler.capture.skeleton import (
     tied_modules,
     uncollected,
 )
-from orepa_compiler.capture.tracing import has_forward
 from orepa_compiler.capture.visiting import Visits
 
 

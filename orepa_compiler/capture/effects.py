@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.bytecode import functions_of, names_read
-from orepa_compiler.capture.noticing import (
+from orepa_compiler.capture.randomness import RandomState
+from orepa_compiler.capture.state import MADE_BY_TRACE, OWN, Visible, held_proxies, visible_to
+from orepa_compiler.capture.watching import (
     TensorsUsed,
     ambient,
     autocast_entered,
 )
-from orepa_compiler.capture.randomness import RandomState
-from orepa_compiler.capture.state import MADE_BY_TRACE, OWN, Visible, held_proxies, visible_to
 
 _KEY = "effects"
 _NOTHING = object()

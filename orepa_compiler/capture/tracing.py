@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.arguments import Arguments, AskedFor, bound_forward, usual_arguments
-from orepa_compiler.capture.bytecode import type_reason
+from orepa_compiler.capture.bytecode import forward_name, type_reason
 from orepa_compiler.capture.constants import OF_NUMBERS
 from orepa_compiler.capture.effects import Effects, Surroundings, keep_, output
-from orepa_compiler.capture.kinds import kind_of, kind_of_leaf
+from orepa_compiler.capture.kinds import kind_of, kind_of_leaf, named_tuple
 from orepa_compiler.capture.patching import traced_by
 from orepa_compiler.capture.proxies import Proxy, answering
 
@@ -156,8 +156,7 @@ class _ChildrenAreLeaves(fx.Tracer):
             value = self.arguments.constants[name]
             if self.is_model:
                 self._check(proxy, value)
-            if name.startswith("**") and type(value) is dict:
-                assert self.effects is not None
+            if name.startswith("**") and type(value) is dict and self.effects is not None:
                 return AskedFor(self._given(value), self.effects.asked)
             return value
         proxy.node.meta["kind"] = self.arguments.kinds.get(name)
@@ -174,8 +173,7 @@ class _ChildrenAreLeaves(fx.Tracer):
 
     def _check(self, proxy: Proxy, value: Any) -> None:
         """What makes a forward that is written anew refuse other calls than the one traced."""
-        if not isinstance(value, _CHECKED):
-            assert self.effects is not None
+        if not isinstance(value, _CHECKED) and self.effects is not None:
             self.effects.found["takes an argument that no graph can compare"] = None
             return
         test = operator.is_ if value is None else operator.eq
@@ -206,7 +204,7 @@ class _ChildrenAreLeaves(fx.Tracer):
 
     def _unpacked(self, proxy: Proxy, value: Any) -> Any:
         """What a call gives: the containers and constants that the child makes, proxies inside."""
-        value = _named_tuple(value)
+        value = named_tuple(value)
         if isinstance(value, fx.Node):
             proxy.node.meta["kind"] = kind_of(value)
             return proxy
@@ -238,14 +236,6 @@ def _paths_inside(around: Surroundings, module: nn.Module) -> Iterator[str]:
     return (around.modules[id(part)] for part in module.modules() if id(part) in around.modules)
 
 
-def _named_tuple(value: Any) -> Any:
-    """A named tuple of nodes, where a node makes one; any other value as it is."""
-    is_made = isinstance(value, fx.Node) and isinstance(value.target, type)
-    if is_made and hasattr(value.target, "_fields"):
-        return value.target(*value.args, **value.kwargs)
-    return value
-
-
 def trace(
     module: nn.Module,
     arguments: Arguments | None = None,
@@ -262,7 +252,7 @@ def trace(
     """
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript"
-    forward = _forward_name(module)
+    forward = forward_name(module)
     if forward is None:
         return "a function took its place on this object"
     if isinstance(inspect.getattr_static(type(module), forward), singledispatchmethod):
@@ -292,25 +282,6 @@ def trace(
         vars(module).pop(name, None)
     again = traced(buffers=True)  # a tensor made of buffers is no attribute
     return traced(buffers=False) if isinstance(again, str) else again
-
-
-def has_forward(module: nn.Module) -> bool:
-    """Whether the module can be called: by its class, or by what was set on the object."""
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
-
-
-def _forward_name(module: nn.Module) -> str | None:
-    """The method of its class that the module runs when it is called, or None for another function.
-
-    A module may choose: self.forward = self.forward_slow.
-    """
-    chosen = vars(module).get("forward")
-    if chosen is None:
-        return "forward"
-    name = getattr(chosen, "__name__", "")
-    is_method = getattr(chosen, "__self__", None) is module
-    same = is_method and getattr(type(module), name, None) is getattr(chosen, "__func__", chosen)
-    return name if same else None
 
 
 def _traced(tracer: _ChildrenAreLeaves, module: nn.Module) -> fx.Graph | str:

@@ -18,7 +18,6 @@ from orepa_compiler.capture.remembering import Remembered
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan
-from orepa_compiler.planning.overlaps import touched_modules
 from orepa_compiler.validation.agreement import (
     Disagreement,
     Origin,
@@ -30,19 +29,18 @@ from orepa_compiler.validation.agreement import (
 from orepa_compiler.validation.behaviour import Behaviour, Call, behaviour, evaluation_calls
 from orepa_compiler.validation.blame import (
     blamed_edits,
+    kept_by,
+    one_to_blame,
     outputs_by_module,
     place_of,
     suspects,
 )
+from orepa_compiler.validation.doubles import exactly, rounding_limit, slightly_moved
 from orepa_compiler.validation.room import fits_in_float64
 from orepa_compiler.validation.state import state_of
-from orepa_compiler.verification.evaluation import Batch, own_dtype
-from orepa_compiler.verification.nesting import describe, map_tensors
-from orepa_compiler.verification.outputs.rounding import (
-    MAX_TOLERANCE,
-    NOISE_FACTOR,
-    UNMEASURED_NOISE,
-)
+from orepa_compiler.verification.evaluation import Batch
+from orepa_compiler.verification.nesting import describe
+from orepa_compiler.verification.outputs.rounding import MAX_TOLERANCE, NOISE_FACTOR
 
 # What composing kernels in another order may change in float64, through a whole net.
 EXACT = 1e-9
@@ -124,7 +122,7 @@ class _Trial:
         self.is_exact = not inplace and fits_in_float64(model)
         self.rounds, self.trials = 1, 0
         self.stock = self._stock()
-        self.limit = self._limit()
+        self.limit = max(EXACT, rounding_limit(model))
 
     def run(self) -> tuple[nn.Module, Plan]:
         """The first attempt that agrees; each keeps what the ones before it found wrong."""
@@ -143,7 +141,7 @@ class _Trial:
                 return made, replace(plan, checked=f"not checked: {why}")
             if not is_last:
                 edits = self._narrowed(edits, attempt.plan.edits, kept, before)
-            blamed = _kept_by(edits, reason)
+            blamed = kept_by(edits, reason)
             if not blamed.keys() - kept.keys():
                 break
             kept |= blamed
@@ -159,33 +157,20 @@ class _Trial:
         kept: Kept,
         before: Remembered | None,
     ) -> tuple[Edit, ...]:
-        """One of the blamed edits that is wrong, found by halving; of all, where none of them is.
+        """One of the blamed edits that is wrong; of all, where none of them is."""
 
-        Half of them are carried out alone: where that agrees, a wrong one is in the other half. A
-        second one that is wrong is found by the next attempt. All that are blamed, where there is
-        no time left to look.
-        """
-
-        def agrees_with(some: tuple[Edit, ...]) -> bool:
-            others = _kept_by(tuple(edit for edit in edits if edit not in some), DISAGREES)
-            for path in _kept_by(some, ""):
+        def agrees_with(some: tuple[Edit, ...]) -> bool | None:
+            if self.trials >= MOST_TRIALS:
+                return None
+            others = kept_by(tuple(edit for edit in edits if edit not in some), DISAGREES)
+            for path in kept_by(some, ""):
                 others.pop(path, None)
             attempt = self._attempt({**kept, **others}, before)
             if before is not None:
                 before.put_back()
             return attempt.found is None
 
-        suspected, is_sure = blamed, len(blamed) < 2
-        while len(suspected) > 1:
-            if self.trials >= MOST_TRIALS:
-                return blamed
-            half = suspected[: len(suspected) // 2]
-            is_sure = not agrees_with(half)
-            suspected = half if is_sure else suspected[len(half) :]
-        rest = tuple(edit for edit in edits if edit not in blamed)
-        if is_sure or not rest or not agrees_with(suspected):
-            return suspected
-        return self._narrowed(rest, rest, kept, before)
+        return one_to_blame(blamed, edits, agrees_with)
 
     def _attempt(self, kept: Kept, before: Remembered | None) -> _Attempt:
         self.trials += 1
@@ -258,13 +243,7 @@ class _Trial:
 
     def _noise(self) -> float:
         """How far the model's own outputs move where its weights move by half an eps."""
-        moved = value_copy(self.model).double()
-        eps = torch.finfo(own_dtype(self.model) or torch.float32).eps
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for weight in moved.parameters():
-                part = torch.rand(weight.shape, generator=generator) - 0.5
-                weight.mul_(1 + eps * part.to(weight))
+        moved = slightly_moved(self.model)
         pairs = zip(self.stock.evaluated.outputs, self._evaluated(moved).outputs, strict=False)
         errors = [
             largest_error(a, b)[0] for a, b in pairs if isinstance(a, dict) and isinstance(b, dict)
@@ -360,28 +339,9 @@ class _Trial:
             return model
         return value_copy(model).double() if self.is_exact else value_copy(model)
 
-    def _limit(self) -> float:
-        """How far outputs may be apart before they are looked at closer."""
-        dtype = own_dtype(self.model) or torch.float32
-        limit = NOISE_FACTOR * UNMEASURED_NOISE.get(dtype, 4 * torch.finfo(dtype).eps)
-        return max(EXACT, min(limit, MAX_TOLERANCE))
-
     def _checked(self) -> str:
         count = len(self.batches)
         text = f"checked on {count} batch{'es' if count != 1 else ''}"
         if self.stock.trained is None or not self.stock.trained.raised:
             return text
         return f"{text}, not in train mode: there the model raised {self.stock.trained.raised}"
-
-
-def _kept_by(edits: tuple[Edit, ...], reason: str) -> dict[str, str]:
-    """Module path -> why it stays as it is, for all that these edits touch."""
-    return {path: reason for edit in edits for path in touched_modules(edit)}
-
-
-def exactly(batches: list[Batch]) -> list[Batch]:
-    """The batches with all floating values in float64."""
-    made: list[Batch] = map_tensors(
-        batches, lambda t: t.detach().double() if t.is_floating_point() else t
-    )
-    return made
