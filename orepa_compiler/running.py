@@ -14,7 +14,7 @@ from torch import nn
 
 from orepa_compiler.capture import untraced_owners
 from orepa_compiler.capture.arguments import calls_with
-from orepa_compiler.capture.randomness import random_state_kept
+from orepa_compiler.capture.effects.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
 from orepa_compiler.passes import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.tracing.forward import trace
 from orepa_compiler.rewriting.swapping import edit_graph, free_name, replace_regions, set_module
 
 

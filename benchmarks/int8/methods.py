@@ -17,9 +17,9 @@ from benchmarks.study.data import flipped, shifted, split
 from benchmarks.study.nets import NETS
 from orepa_compiler.quantization.layers import rounded_layers
 
-# A high decay does in some epochs what a usual one does in hundreds: the factors of the norms
+# A high rate and decay do in some epochs what usual ones do in hundreds: the factors of the norms
 # spread, and with them the channels of a deployed kernel: one step for all of it loses by that.
-FLOAT_RATE, TUNE_RATE, DECAY = 0.05, 0.01, 5e-3
+FLOAT_RATE, TUNE_RATE, DECAY = 0.2, 0.01, 5e-3
 CALIBRATION = 512  # images
 MOMENTUM, SHIFT = 0.9, 1
 

@@ -6,13 +6,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.int8.methods import FORMS, METHODS, Setting
+from benchmarks.int8.methods import DECAY, FORMS, METHODS, PRETRAINED, PRETRAINED_SIZE, Setting
 from orepa_compiler.files.atomic import staged
 
 BEGIN, END = "<!-- int8: begin -->\n", "<!-- int8: end -->\n"
 
 # Two-sided 95 % of Student's t, by the number of pairs.
 _T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+# Beside what else the net that is trained in its own form stands, at equal epochs.
+BESIDE = ("float, trained on", "QAT after collapse")
+OURS = "QAT in training form"
 
 Records = list[dict[str, Any]]
 
@@ -39,21 +43,40 @@ def lines(records: Records) -> list[str]:
     for method in list(METHODS)[1:]:
         cells = [interval(differences(records, name, method)) for name in nets]
         made.append(f"| {method} | {' | '.join(cells)} |")
+    for base in BESIDE:
+        cells = [interval(differences(records, name, OURS, base)) for name in nets]
+        made.append(f"| *{OURS}, minus {base}* | {' | '.join(cells)} |")
     for what in ("bytes", "processor_time"):
         ratios = [ratio(records, name, what) for name in nets]
         cells = ["not measured" if value is None else f"{value:.2f}" for value in ratios]
         name = what.replace("_", " ")
         made.append(f"| {name} of the QAT file / float | {' | '.join(cells)} |")
-    first = Setting(**records[0]["run"])
+    made += ["", *map(_said, nets_run(records))]
     made += [
-        "",
-        f"Mean difference in points, with the 95 % interval over n seeds (paired). "
-        f"{first.train:,} images of 14 x 14 train for {first.epochs} epochs; every method but PTQ "
-        f"trains {first.tuned} epochs more; 10,000 test images, each file in onnxruntime as it is "
-        f"written. Time of the processor: batch 32, one thread, in turn with the float file, with "
-        f"the int8 kernels that onnxruntime has.",
+        "Mean differences in points, with the 95 % interval over n seeds (paired). Each file in "
+        f"onnxruntime as it is written. Weight decay {DECAY:g}. Time of the processor: batch 32, "
+        "one thread, in turn with the float file, with the int8 kernels that onnxruntime has.",
     ]
     return made
+
+
+def nets_run(records: Records) -> list[Setting]:
+    """What was run of each kind of net: of the small ones once, and of the pretrained one."""
+    settings = [Setting(**record["run"]) for record in records]
+    small = [setting for setting in settings if setting.net != PRETRAINED]
+    large = [setting for setting in settings if setting.net == PRETRAINED]
+    return [*small[:1], *large[:1]]
+
+
+def _said(setting: Setting) -> str:
+    is_large = setting.net == PRETRAINED
+    who = f"{PRETRAINED}, from weights of ImageNet," if is_large else "The small nets"
+    size = PRETRAINED_SIZE if is_large else 14
+    return (
+        f"{who}: {setting.train:,} images of {size} x {size}, {setting.epochs} epochs at rate "
+        f"{setting.rate:g}; all but float and PTQ train {setting.tuned} more; {setting.test:,} "
+        "images of the test."
+    )
 
 
 def of_net(records: Records, net: str) -> Records:
@@ -64,8 +87,8 @@ def accuracies(records: Records, net: str, method: str) -> list[float]:
     return [record["found"][method]["accuracy"] for record in of_net(records, net)]
 
 
-def differences(records: Records, net: str, method: str) -> list[float]:
-    pairs = zip(accuracies(records, net, method), accuracies(records, net, "float"), strict=True)
+def differences(records: Records, net: str, method: str, base: str = "float") -> list[float]:
+    pairs = zip(accuracies(records, net, method), accuracies(records, net, base), strict=True)
     return [one - base for one, base in pairs]
 
 
@@ -81,7 +104,7 @@ def interval(values: list[float]) -> str:
 def ratio(records: Records, net: str, what: str) -> float | None:
     """Of the file that was trained for int8, to the float one; None where it was not measured."""
     found = [record["found"] for record in of_net(records, net)]
-    ours = [one["QAT in training form"] for one in found]
+    ours = [one[OURS] for one in found]
     if what == "bytes":
         pairs = zip(ours, found, strict=True)
         return statistics.median(one["bytes"] / base["float"]["bytes"] for one, base in pairs)
@@ -102,9 +125,13 @@ def draw(records: Records, path: Path) -> None:
     for axis, net in zip([axes] if len(nets) == 1 else axes, nets, strict=True):
         for number, method in enumerate(reversed(methods)):
             values = differences(records, net, method)
-            axis.plot(values, [number] * len(values), "o", alpha=0.5, markersize=4)
+            axis.plot(values, [number] * len(values), "o", color="C0", alpha=0.5, markersize=4)
             axis.plot(statistics.mean(values), number, "k|", markersize=14)
         axis.axvline(0, color="0.7", linewidth=1)
+        axis.set_xscale("symlog", linthresh=1)  # a tenth of a point is seen beside a dead net
+        axis.set_xlim(-100, 10)
+        axis.set_xticks([-50, -5, -1, 0, 1, 5], ["-50", "-5", "-1", "0", "1", "5"], fontsize=7)
+        axis.minorticks_off()
         axis.set_title(net, fontsize=9)
         axis.set_xlabel("points, minus float", fontsize=8)
         axis.set_yticks(range(len(methods)), list(reversed(methods)), fontsize=8)

@@ -28,7 +28,8 @@ def section(rows: Iterable[Row], environment: dict[str, Any]) -> str:
         (
             _HEADING,
             f"Models of libraries that are installed, small, with random weights: "
-            f"`{environment.get('command', '')}`, {environment.get('date', '')}.",
+            f"`{environment.get('command', '')}`, {environment.get('date', '')}. "
+            f"Exports were tried of {sum('exports' in row for row in every)} of them.",
             "\n".join((header, *lines, _line("all", every))),
             _reasons(every),
             _not_passed(every),
@@ -77,4 +78,4 @@ def _not_passed(rows: list[Row]) -> str:
 
 def _why(row: Row) -> str:
     told = row.get("why") or row.get("exports") or f"errors {row.get('errors')}"
-    return " ".join(str(told).split())[:220]
+    return " ".join(str(told).split())[-220:]  # the end of a traceback says what happened

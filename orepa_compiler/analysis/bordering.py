@@ -19,7 +19,7 @@ from orepa_compiler.analysis.forms import Form, at_least, beside_channels
 from orepa_compiler.analysis.linear import Linear, absorbable
 from orepa_compiler.capture.constants import as_tensor, with_constants
 from orepa_compiler.capture.forwards import tried
-from orepa_compiler.capture.proxies import write_
+from orepa_compiler.capture.tracing.proxies import write_
 from orepa_compiler.errors import NotLinear
 
 

@@ -31,7 +31,7 @@ from orepa_compiler.analysis.functional import conv_called, functional_conv
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture.constants import as_tensor
 from orepa_compiler.capture.memory import is_in_place
-from orepa_compiler.capture.proxies import write_
+from orepa_compiler.capture.tracing.proxies import write_
 from orepa_compiler.errors import NotLinear
 
 # Functions and methods that give each number of a map another one.

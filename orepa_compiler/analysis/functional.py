@@ -24,7 +24,7 @@ from orepa_compiler.algebra.padding import padding_operator
 from orepa_compiler.analysis.elementwise import PRODUCT, QUOTIENT, arithmetic
 from orepa_compiler.analysis.forms import Form, beside_channels, check_type, identity_of
 from orepa_compiler.capture.constants import as_tensor
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.tracing.forward import trace
 from orepa_compiler.errors import NotLinear
 
 _CONVS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}

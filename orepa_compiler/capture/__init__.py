@@ -17,16 +17,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.capture.arguments import Arguments
 from orepa_compiler.capture.beside import beside_graphs, held_by_hooks
-from orepa_compiler.capture.bytecode import has_forward
 from orepa_compiler.capture.calls import Call as Call
 from orepa_compiler.capture.calls import Capture as Capture
 from orepa_compiler.capture.calls import ancestors as ancestors
 from orepa_compiler.capture.calls import join as join
 from orepa_compiler.capture.constants import reads_form
-from orepa_compiler.capture.effects import Surroundings, surroundings_of
-from orepa_compiler.capture.patching import modules_patched
+from orepa_compiler.capture.effects.finding import Surroundings, surroundings_of
+from orepa_compiler.capture.effects.remembering import code_kept
 from orepa_compiler.capture.recording import Recording
-from orepa_compiler.capture.remembering import code_kept
 from orepa_compiler.capture.skeleton import (
     check_wrapper,
     meta_copy,
@@ -34,6 +32,8 @@ from orepa_compiler.capture.skeleton import (
     tied_modules,
     uncollected,
 )
+from orepa_compiler.capture.tracing.forward import has_forward
+from orepa_compiler.capture.tracing.patching import modules_patched
 from orepa_compiler.capture.visiting import Visits
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from orepa_compiler.capture.kinds import kind_of
-from orepa_compiler.capture.nested import parts
+from orepa_compiler.capture.effects.nested import parts
+from orepa_compiler.capture.tracing.kinds import kind_of
 
 # How those that collect the rest of a call are named, and what they hold when there is none.
 _STARS: dict[Any, str] = {

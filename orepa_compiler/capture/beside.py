@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from orepa_compiler.capture.bytecode import functions_of, names_read
 from orepa_compiler.capture.calls import hooks_of
-from orepa_compiler.capture.effects import Seen, Surroundings, seen_of
-from orepa_compiler.capture.state import Visible, held_values, visible_to
+from orepa_compiler.capture.effects.finding import Seen, Surroundings, seen_of
+from orepa_compiler.capture.effects.state import Visible, held_values, visible_to
+from orepa_compiler.capture.tracing.bytecode import functions_of, names_read
 
 
 @dataclass(frozen=True)

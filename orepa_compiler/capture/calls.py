@@ -12,10 +12,10 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from orepa_compiler.capture.arguments import Arguments
-from orepa_compiler.capture.bytecode import functions_in, goes_inside, names_in
-from orepa_compiler.capture.effects import effects_of
+from orepa_compiler.capture.effects.finding import effects_of
 from orepa_compiler.capture.skeleton import own_kind
-from orepa_compiler.capture.tracing import made_up, trace
+from orepa_compiler.capture.tracing.bytecode import functions_in, goes_inside, names_in
+from orepa_compiler.capture.tracing.forward import made_up, trace
 from orepa_compiler.errors import ReparamError
 
 _HOOKS = (

@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from orepa_compiler.capture.kinds import READ, WRITES
-from orepa_compiler.capture.nested import tensors
-from orepa_compiler.capture.proxies import write_
+from orepa_compiler.capture.effects.nested import tensors
+from orepa_compiler.capture.tracing.kinds import READ, WRITES
+from orepa_compiler.capture.tracing.proxies import write_
 from orepa_compiler.errors import NotLinear
 
 # Of a map, without a look at its values: known to be that of the constant beside it.

@@ -8,8 +8,8 @@ from torch import fx
 
 from orepa_compiler.algebra.overriding import answers_itself, has_torch_forward
 from orepa_compiler.capture import Capture
-from orepa_compiler.capture.effects import seen_of
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.effects.finding import seen_of
+from orepa_compiler.capture.tracing.forward import trace
 
 
 @dataclass

@@ -19,9 +19,9 @@ from orepa_compiler.algebra.classifiers import is_idle, is_norm
 from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import writes, writes_over_numbers
-from orepa_compiler.capture.effects import written_buffers
+from orepa_compiler.capture.effects.finding import written_buffers
 from orepa_compiler.capture.graphs import Graphs
-from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS
+from orepa_compiler.capture.tracing.proxies import IN_PLACE_OPERATORS
 
 # Functions and methods whose result is a tensor of its own, by name.
 _FRESH = {

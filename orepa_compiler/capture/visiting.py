@@ -15,11 +15,11 @@ from orepa_compiler.capture.arguments import (
     bound_forward,
     usual_arguments,
 )
-from orepa_compiler.capture.bytecode import has_forward
 from orepa_compiler.capture.calls import join
-from orepa_compiler.capture.effects import Surroundings, seen_of
+from orepa_compiler.capture.effects.finding import Surroundings, seen_of
 from orepa_compiler.capture.likeness import Likeness, is_plain
-from orepa_compiler.capture.tracing import OPAQUE, made_up, trace
+from orepa_compiler.capture.tracing.forward import has_forward, made_up, trace
+from orepa_compiler.capture.tracing.tracer import OPAQUE
 
 _TWO_WAYS = "it is called in different ways"
 

@@ -20,9 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 from orepa_compiler.algebra.classifiers import is_norm
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.capture import Call, Capture, join
-from orepa_compiler.capture.effects import Surroundings
-from orepa_compiler.capture.randomness import RandomState
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.effects.finding import Surroundings
+from orepa_compiler.capture.effects.randomness import RandomState
+from orepa_compiler.capture.tracing.forward import trace
 
 ACTIVATES, NORMALIZES, CLOSES, SCALES = "activates", "normalizes", "closes", "scales"
 

@@ -22,7 +22,7 @@ from orepa_compiler.algebra.classifiers import (
 )
 from orepa_compiler.analysis.elementwise import addition
 from orepa_compiler.capture import Call, Capture
-from orepa_compiler.capture.proxies import IN_PLACE_OPERATORS
+from orepa_compiler.capture.tracing.proxies import IN_PLACE_OPERATORS
 from orepa_compiler.defaults.computed import (
     ACTIVATES,
     CLOSES,

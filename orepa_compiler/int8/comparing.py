@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.int8.integers import check_integers
 from orepa_compiler.export.int8.trained import trained_layers
 from orepa_compiler.export.onnx.inspection import load_graph
-from orepa_compiler.export.onnx.precision import kept_modules
+from orepa_compiler.export.onnx.precision import kept_modules, lies_in
 from orepa_compiler.export.onnx.weight_record import properties_of
 from orepa_compiler.quantization.flips import with_flips
+from orepa_compiler.quantization.layers import rounded_layers, with_float_maps
 from orepa_compiler.verification import Report, Row, judge, take_samples
 from orepa_compiler.verification.modes import evaluation_mode
 
@@ -32,24 +33,32 @@ def verify_rounded(
 ) -> Report:
     """The verdict on what was made of a model that rounds.
 
-    path: the ONNX file, whose integers, steps and ranges must be those of the model, all of them.
+    path: the ONNX file, whose integers, steps and ranges must be those of the model, all of them;
+    but those of layers that the file says it keeps in float32.
     The tolerance of the outputs comes from values that fall on another step in float32.
     """
+    kept: list[str] = []
+    if path is not None:
+        deploy = collapse(reference)
+        named = properties_of(load_graph(path)).get("orepa.keep_fp32", "").split()
+        places = kept_modules(deploy, named)
+        kept = [layer for layer in rounded_layers(reference) if lies_in(layer, places)]
     with evaluation_mode(reference, candidate):
-        samples = take_samples(reference, inputs, stress=stress)
-        report = judge(with_flips(samples, reference), candidate, factor=factor)
+        written = with_float_maps(reference, kept)
+        samples = take_samples(written, inputs, stress=stress)
+        report = judge(with_flips(samples, written), candidate, factor=factor)
     if path is None:
         return report
-    row, note = _compared_integers(reference, path)
+    row, note = _compared_integers(deploy, path, kept)
     rows = report.rows if row is None else (row, *report.rows)
     return replace(report, rows=rows, notes=(*((note,) if note else ()), *report.notes))
 
 
-def _compared_integers(model: nn.Module, path: Path) -> tuple[Row | None, str]:
+def _compared_integers(
+    deploy: nn.Module, path: Path, kept: Sequence[str]
+) -> tuple[Row | None, str]:
     """A row that fails, or None and what there is to say."""
-    deploy = collapse(model)
-    kept = properties_of(load_graph(path)).get("orepa.keep_fp32", "").split()
-    layers = trained_layers(deploy, keep=kept_modules(deploy, kept))
+    layers = trained_layers(deploy, keep=kept)
     try:
         count = check_integers(path, layers)
     except ReparamError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.algebra.classifiers import holds_kernel, is_batch_norm, is_idle
-from orepa_compiler.capture.randomness import random_state_kept
+from orepa_compiler.capture.effects.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.choices import Preset

@@ -15,7 +15,12 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.quantization.carrying import without_ranges
 from orepa_compiler.quantization.layers import ROUNDED, Rounded, rounded, rounded_layers
-from orepa_compiler.quantization.quantizers import check_preset, input_quantizer, weight_quantizer
+from orepa_compiler.quantization.quantizers import (
+    HALF_TYPES,
+    check_preset,
+    input_quantizer,
+    weight_quantizer,
+)
 from orepa_compiler.rewriting.selection import Where, selection
 from orepa_compiler.rewriting.swapping import exchange
 
@@ -106,6 +111,12 @@ def _multiplies(layer: nn.Module) -> bool:
 
 
 def _refusal(layer: nn.Module) -> str | None:
-    if type(layer) in ROUNDED and "forward" not in vars(layer):
-        return None
-    return f"{type(layer).__name__}: {_OWN_FORWARD}"
+    if type(layer) not in ROUNDED or "forward" in vars(layer):
+        return f"{type(layer).__name__}: {_OWN_FORWARD}"
+    halves = [p.dtype for p in layer.parameters() if p.dtype in HALF_TYPES]
+    if halves:
+        return (
+            f"its parameters are {halves[0]}, which does not hold integers times steps; train "
+            "model.float(), under autocast"
+        )
+    return None

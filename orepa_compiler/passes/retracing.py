@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.capture import Capture, ancestors, capture
 from orepa_compiler.capture.arguments import WHOLE, Arguments, bound_forward, usual_arguments
-from orepa_compiler.capture.bytecode import defaults_of, functions_of, texts_in
 from orepa_compiler.capture.constants import OF_NUMBERS, constants_of
-from orepa_compiler.capture.effects import seen_of
+from orepa_compiler.capture.effects.finding import seen_of
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy, uncollected
+from orepa_compiler.capture.tracing.bytecode import defaults_of, functions_of, texts_in
 from orepa_compiler.planning import Edit, Plan
 from orepa_compiler.planning.overlaps import touched_by
 from orepa_compiler.rewriting.holding import hold_new, holdings_of

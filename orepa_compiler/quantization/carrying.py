@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from orepa_compiler.algebra.classifiers import is_channels_last
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.quantization.layers import ROUNDED, Rounded, rounded, rounded_layers, unrounded
-from orepa_compiler.quantization.quantizers import Quantizer, freeze
+from orepa_compiler.quantization.quantizers import HALF_TYPES, Quantizer, freeze
 from orepa_compiler.rewriting.holding import hold_new, holdings_of
 from orepa_compiler.rewriting.swapping import exchange
 
@@ -95,6 +95,7 @@ def _named(found: nn.Module | None) -> str:
 def _carried(layer: nn.Module, trained: Ranges, path: str) -> Rounded:
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    _check_values(weight, trained.kernel, path)
     factor = _factor(weight.detach().double(), trained.kernel.double(), path)
     quantizer = copy.deepcopy(trained.weight)
     quantizer.scale = torch.where(factor == 0, 1.0, factor.abs()).float() * trained.weight.scale
@@ -107,6 +108,26 @@ def _carried(layer: nn.Module, trained: Ranges, path: str) -> Rounded:
     made = rounded(layer, copy.deepcopy(trained.input), quantizer)
     made._parameters = {**made._parameters, "weight": nn.Parameter(values, weight.requires_grad)}
     return made
+
+
+def _check_values(deployed: Tensor, trained: Tensor, path: str) -> None:
+    if not torch.isfinite(trained).all():
+        raise ReparamError(
+            "its kernel holds NaN or infinity, so it has no integers; go back to weights from "
+            "before the training lost them",
+            path=path,
+        )
+    if not torch.isfinite(deployed).all():
+        raise ReparamError(
+            "its kernel is finite, and not after the collapse; look for NaN in the norm behind it",
+            path=path,
+        )
+    if deployed.dtype in HALF_TYPES:
+        raise ReparamError(
+            f"its kernel is {deployed.dtype}, which does not hold integers times steps; collapse "
+            "model.float()",
+            path=path,
+        )
 
 
 def _factor(deployed: Tensor, trained: Tensor, path: str) -> Tensor:

@@ -7,6 +7,7 @@ The norm stays behind it: what is folded in later scales the steps of Q_W, and n
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from orepa_compiler.blocks import (
 )
 from orepa_compiler.blocks.leaves import call_of
 from orepa_compiler.blocks.offline import OfflineBlock
+from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.quantization.quantizers import Quantizer
 
@@ -168,6 +170,19 @@ def unrounded(layer: Rounded) -> nn.Module:
 def rounded_layers(model: nn.Module) -> dict[str, Rounded]:
     """The layers that round, by path."""
     return {path: m for path, m in model.named_modules() if isinstance(m, Rounded)}
+
+
+def with_float_maps(model: nn.Module, paths: Collection[str]) -> nn.Module:
+    """A copy of the model whose layers at these paths round their kernel alone, not their maps.
+
+    So a file has them that keeps them in float32: their kernels came as integers times steps.
+    """
+    if not paths:
+        return model
+    made = value_copy(model)
+    for path in paths:
+        made.get_submodule(path).input_quantizer.disable_fake_quant()  # type: ignore[operator,union-attr]
+    return made
 
 
 def _of_class(cls: type[nn.Module], layer: nn.Module) -> Any:

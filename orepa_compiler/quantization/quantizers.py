@@ -28,6 +28,9 @@ PRESETS: tuple[Preset, ...] = ("tensorrt", "cpu")
 # The largest integer of a kernel.
 LARGEST: dict[Preset, int] = {"tensorrt": 127, "cpu": 64}
 
+# Of too few bits for integers times steps.
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
 # How much of a new batch's range goes into that of the maps: torch's default for it.
 NEW_RANGE = 0.01
 
@@ -55,7 +58,7 @@ class Quantizer(FakeQuantize):
     """
 
     def forward(self, X: Tensor) -> Tensor:
-        x = X.float() if X.dtype in (torch.float16, torch.bfloat16) else X
+        x = X.float() if X.dtype in HALF_TYPES else X
         if self.training and self.observer_enabled[0] == 1:
             return super().forward(x).to(X.dtype)
         return self.rounded(x).to(X.dtype)
@@ -133,7 +136,8 @@ def check_range(quantizer: Quantizer, path: str) -> None:
     if not quantizer.is_ranged:
         raise ReparamError(
             "the maps that go into it have no range: none went through in train mode; train it, "
-            "or give inputs= to fake_quantize",
+            "or give inputs= to fake_quantize; a layer that the forward does not call is left out "
+            f"with where=['!{path}']",
             path=path,
         )
     low, high = float(observer.min_val.min()), float(observer.max_val.max())

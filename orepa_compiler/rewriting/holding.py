@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from orepa_compiler.capture.state import OWN
+from orepa_compiler.capture.effects.state import OWN
 
 _DEEPEST = 4
 

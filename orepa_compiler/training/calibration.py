@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import branch_norms
-from orepa_compiler.capture.randomness import random_state_kept
+from orepa_compiler.capture.effects.randomness import random_state_kept
 from orepa_compiler.validation.state import state_kept
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode, run_to
 

@@ -13,8 +13,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.capture.nested import tensors
-from orepa_compiler.capture.randomness import random_state_kept, seed_all
+from orepa_compiler.capture.effects.nested import tensors
+from orepa_compiler.capture.effects.randomness import random_state_kept, seed_all
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.validation.state import Watching, state_kept, state_of
 from orepa_compiler.verification.evaluation import Batch

@@ -142,33 +142,31 @@ def blamed_edits(
     return tuple(blamed), reason
 
 
-def kept_by(edits: Iterable[Edit], reason: str) -> dict[str, str]:
-    """Module path -> why it stays as it is, for all that these edits touch."""
-    return {path: reason for edit in edits for path in touched_modules(edit)}
-
-
-def one_to_blame(
+def narrowed(
     blamed: tuple[Edit, ...],
     edits: tuple[Edit, ...],
-    agrees_with: Callable[[tuple[Edit, ...]], bool | None],
+    agrees_with: Callable[[tuple[Edit, ...]], bool],
+    may_go_on: Callable[[], bool],
 ) -> tuple[Edit, ...]:
-    """One of the blamed edits that is wrong, found by halving; of all, where none of them is.
+    """Finds by halving one of the blamed edits that is wrong; one of all, where none of them is.
 
     Half of them are carried out alone: where that agrees, a wrong one is in the other half. A
     second one that is wrong is found by the next attempt. All that are blamed, where there is no
     time left to look.
-
-    agrees_with: whether the model agrees with these edits alone; None where it is tried no more.
     """
     suspected, is_sure = blamed, len(blamed) < 2
     while len(suspected) > 1:
-        half = suspected[: len(suspected) // 2]
-        agrees = agrees_with(half)
-        if agrees is None:
+        if not may_go_on():
             return blamed
-        is_sure = not agrees
-        suspected = suspected[len(half) :] if agrees else half
+        half = suspected[: len(suspected) // 2]
+        is_sure = not agrees_with(half)
+        suspected = half if is_sure else suspected[len(half) :]
     rest = tuple(edit for edit in edits if edit not in blamed)
     if is_sure or not rest or not agrees_with(suspected):
         return suspected
-    return one_to_blame(rest, rest, agrees_with)
+    return narrowed(rest, rest, agrees_with, may_go_on)
+
+
+def kept_by(edits: tuple[Edit, ...], reason: str) -> dict[str, str]:
+    """Module path -> why it stays as it is, for all that these edits touch."""
+    return {path: reason for edit in edits for path in touched_modules(edit)}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from orepa_compiler.capture.remembering import Remembered
+from orepa_compiler.capture.effects.remembering import Remembered
 from orepa_compiler.generation.store import KernelStore
 
 

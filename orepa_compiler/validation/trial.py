@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from orepa_compiler.capture.randomness import RandomState
-from orepa_compiler.capture.remembering import Remembered
+from orepa_compiler.capture.effects.randomness import RandomState
+from orepa_compiler.capture.effects.remembering import Remembered
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Edit, Plan
@@ -30,20 +30,25 @@ from orepa_compiler.validation.behaviour import Behaviour, Call, behaviour, eval
 from orepa_compiler.validation.blame import (
     blamed_edits,
     kept_by,
-    one_to_blame,
+    narrowed,
     outputs_by_module,
     place_of,
     suspects,
 )
-from orepa_compiler.validation.doubles import exactly, rounding_limit, slightly_moved
-from orepa_compiler.validation.room import fits_in_float64
+from orepa_compiler.validation.precision import (
+    EXACT,
+    exactly,
+    fits_in_float64,
+    nudged,
+    rounding_limit,
+)
 from orepa_compiler.validation.state import state_of
 from orepa_compiler.verification.evaluation import Batch
 from orepa_compiler.verification.nesting import describe
-from orepa_compiler.verification.outputs.rounding import MAX_TOLERANCE, NOISE_FACTOR
-
-# What composing kernels in another order may change in float64, through a whole net.
-EXACT = 1e-9
+from orepa_compiler.verification.outputs.rounding import (
+    MAX_TOLERANCE,
+    NOISE_FACTOR,
+)
 
 # What a module's own way to collapse may change: some cast to float32 themselves (passes/adopt).
 ADOPTED = 1e-5
@@ -122,7 +127,7 @@ class _Trial:
         self.is_exact = not inplace and fits_in_float64(model)
         self.rounds, self.trials = 1, 0
         self.stock = self._stock()
-        self.limit = max(EXACT, rounding_limit(model))
+        self.limit = rounding_limit(model)
 
     def run(self) -> tuple[nn.Module, Plan]:
         """The first attempt that agrees; each keeps what the ones before it found wrong."""
@@ -157,11 +162,8 @@ class _Trial:
         kept: Kept,
         before: Remembered | None,
     ) -> tuple[Edit, ...]:
-        """One of the blamed edits that is wrong; of all, where none of them is."""
 
-        def agrees_with(some: tuple[Edit, ...]) -> bool | None:
-            if self.trials >= MOST_TRIALS:
-                return None
+        def agrees_with(some: tuple[Edit, ...]) -> bool:
             others = kept_by(tuple(edit for edit in edits if edit not in some), DISAGREES)
             for path in kept_by(some, ""):
                 others.pop(path, None)
@@ -170,7 +172,7 @@ class _Trial:
                 before.put_back()
             return attempt.found is None
 
-        return one_to_blame(blamed, edits, agrees_with)
+        return narrowed(blamed, edits, agrees_with, lambda: self.trials < MOST_TRIALS)
 
     def _attempt(self, kept: Kept, before: Remembered | None) -> _Attempt:
         self.trials += 1
@@ -243,7 +245,7 @@ class _Trial:
 
     def _noise(self) -> float:
         """How far the model's own outputs move where its weights move by half an eps."""
-        moved = slightly_moved(self.model)
+        moved = nudged(self.model)
         pairs = zip(self.stock.evaluated.outputs, self._evaluated(moved).outputs, strict=False)
         errors = [
             largest_error(a, b)[0] for a, b in pairs if isinstance(a, dict) and isinstance(b, dict)

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations
 
 from orepa_compiler.capture import Call, Capture, ancestors, capture, join
 from orepa_compiler.capture.skeleton import meta_copy
-from orepa_compiler.capture.tracing import _ChildrenAreLeaves, trace
+from orepa_compiler.capture.tracing.forward import trace
+from orepa_compiler.capture.tracing.tracer import ChildrenAreLeaves
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import is_leaf
 from tests.compiler_nets import Inline
@@ -377,7 +378,7 @@ def test_the_graph_of_a_sequence_is_that_of_its_trace() -> None:
     layers = OrderedDict(conv=nn.Conv2d(3, 4, 3), relu=nn.ReLU(), inner=nn.Sequential())
     for net in (nn.Sequential(layers), nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential()):
         made = trace(net)
-        traced = _ChildrenAreLeaves().trace(net)
+        traced = ChildrenAreLeaves().trace(net)
         assert str(made) == str(traced)
         assert [node.name for node in made.nodes] == [node.name for node in traced.nodes]
 

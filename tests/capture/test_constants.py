@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from orepa_compiler.capture import capture
 from orepa_compiler.capture.constants import as_tensor, constants_of, evaluated, with_constants
 from orepa_compiler.capture.forwards import Forwards, tried
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.tracing.forward import trace
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.passes import is_leaf
 

@@ -13,7 +13,7 @@ from torch.amp.autocast_mode import autocast
 import orepa_compiler as orepa
 from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.capture import capture
-from orepa_compiler.capture.effects import effects_of
+from orepa_compiler.capture.effects.finding import effects_of
 from orepa_compiler.passes import is_leaf
 from tests.norms import randomise_norms
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler.capture import capture
-from orepa_compiler.capture.patching import modules_patched, traced_by
+from orepa_compiler.capture.tracing.patching import modules_patched, traced_by
 from orepa_compiler.passes import is_leaf
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.tracing.forward import trace
 
 Run = Callable[[Tensor], Any]
 
@@ -130,7 +130,8 @@ MADE_OF_A_STAND_IN = (
 def test_no_stand_in_reaches_the_code_of_torch() -> None:
     """Where it would, the process dies; so they are tried in another one, each said first."""
     code = [
-        "import torch; from torch import nn; from orepa_compiler.capture.tracing import trace",
+        "import torch; from torch import nn",
+        "from orepa_compiler.capture.tracing.forward import trace",
         "class Net(nn.Module):",
         "    def __init__(self, made): super().__init__(); self.made = made",
         "    def forward(self, y): return self.made(y)",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture import capture
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.tracing.forward import trace
 from orepa_compiler.passes import is_leaf
 from tests.operator_factories import random_tensor
 

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from orepa_compiler.cli import export_main, main
 from orepa_compiler.cli.given.engine_options import profile
+from orepa_compiler.cli.run import stages
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.latency import Bench, BenchRow, Contents, Timing
 from orepa_compiler.export.onnx.inspection import load_graph, torch_module
@@ -21,6 +22,7 @@ from orepa_compiler.export.onnx.weight_record import properties_of
 
 NETS = """
 import torch
+import orepa_compiler as orepa
 from torch import nn
 
 def tiny():
@@ -36,6 +38,10 @@ def hot():
         net[2][0].weight.mul_(1e6)
         net[2][2].weight.mul_(1e-5)
     return net
+
+def rounding():
+    torch.manual_seed(0)
+    return orepa.fake_quantize(tiny(), inputs=torch.randn(4, 3, 16, 16))
 
 def batches():
     for _ in range(2):
@@ -252,6 +258,30 @@ def test_the_int8_preset_is_in_the_file_and_beside_it(
     assert re.search(rf"<dt>int8 preset</dt>\s*<dd>{preset}</dd>", page)
     code, steps = rechecked(capsys)
     assert (code, steps["onnx on the CPU"]["verdict"]) == (0, "pass"), steps
+
+
+@pytest.mark.parametrize(("preset", "advises"), [("tensorrt", True), ("cpu", False)])
+def test_where_a_cpu_computes_otherwise_the_preset_for_cpus_is_named(
+    preset: str, advises: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(stages, "OpenVINORunner", lambda path: lambda x: torch.zeros(1))
+    line = f"{INT8} --calibration images --openvino net.xml --json net.json --int8-preset {preset}"
+    assert run(export_main, line, capsys)[0] == 1
+    steps = {step["step"]: step for step in json.loads(Path("net.json").read_text())["steps"]}
+    assert steps["check openvino"]["verdict"] == "mismatch"
+    said = "its int8 is for TensorRT, and a CPU without VNNI adds such products in 16 bits"
+    assert steps["check openvino"]["note"].startswith(said) == advises
+
+
+def test_what_was_trained_for_int8_may_be_kept_in_float(capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{INT8.replace('tiny', 'rounding')} --keep-fp32 3 --json net.json"
+    assert run(export_main, line, capsys)[0] == 0
+    steps = {step["step"]: step for step in json.loads(Path("net.json").read_text())["steps"]}
+    assert steps["check onnx"]["error"] < 1e-5  # beside a model whose maps are not rounded there
+    code, _, err = run(export_main, f"{line} --int8-preset cpu", capsys)
+    assert code == 3
+    assert "the model was trained for int8 on 'tensorrt', not 'cpu'" in " ".join(err)
 
 
 def test_a_simplified_file_with_its_weights_beside_it_is_checked_again(

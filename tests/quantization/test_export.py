@@ -142,13 +142,19 @@ def test_a_file_without_int8_has_none_of_its_integers(model: nn.Module, tmp_path
     assert "no int8 node of the file comes from it" in report.verdict
 
 
-def test_what_is_kept_in_float_is_not_quantized(deploy: nn.Module, tmp_path: Path) -> None:
+def test_what_is_kept_in_float_is_not_quantized(
+    model: nn.Module, deploy: nn.Module, tmp_path: Path
+) -> None:
     path = orepa.export_onnx(
         deploy, images(), tmp_path / "net.onnx", precision="int8", keep_fp32="head*"
     )
     assert {layer.place for layer in file_layers(path)} == {"stem.0", "body.0", "deep"}
     layers = trained_layers(deploy, keep=["head"])
     assert check_integers(path, layers) == 216 + 576 + 72
+    for reference in (model, deploy):  # whose maps are rounded there, and the file's are not
+        report = orepa.verify(reference, path, images())
+        assert report, report
+        assert max(row.error for row in report.rows) < 1e-5
 
 
 def test_a_layer_that_was_left_in_float_stays_so(tmp_path: Path) -> None:

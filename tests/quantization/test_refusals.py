@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,28 @@ def test_maps_without_a_range_are_named(batch: Tensor | None, said: str) -> None
     model = orepa.fake_quantize(plain(), inputs=batch)
     with pytest.raises(orepa.ReparamError, match=rf"^stem\.0: {said}"):
         orepa.freeze_ranges(model)
+
+
+def test_kernels_that_hold_no_integers_are_named() -> None:
+    model = orepa.fake_quantize(plain(), inputs=images())
+    with pytest.raises(orepa.ReparamError, match=r"stem\.0: its kernel is torch\.bfloat16, which"):
+        orepa.collapse(copy.deepcopy(model).bfloat16())
+    with torch.no_grad():
+        model.stem[1].running_mean[2] = float("nan")
+        model.stem[1].running_var[2] = float("nan")
+    with pytest.raises(orepa.ReparamError, match=r"stem\.0: its kernel is finite, and not after"):
+        orepa.collapse(model)
+    with torch.no_grad():
+        model.deep.weight[1] = float("nan")
+        model.stem[1].running_var[2] = 1.0
+    with pytest.raises(orepa.ReparamError, match=r"deep: its kernel holds NaN or infinity, so it"):
+        orepa.collapse(model)
+
+
+def test_a_model_in_half_precision_does_not_round() -> None:
+    said = r"stem\.0: its parameters are torch\.bfloat16, which .* train model\.float\(\), under a"
+    with pytest.raises(orepa.ReparamError, match=said):
+        orepa.fake_quantize(plain().bfloat16())
 
 
 def test_mistakes_in_the_call_are_errors() -> None:

@@ -117,11 +117,8 @@ def _configuration(model: str) -> str:
 def matching() -> list[Entry]:
     patches: Making = lambda: images(1, 32, 4)  # noqa: E731
     names = ("HardNet", "HardNet8", "SOSNet", "TFeat", "HyNet")
-    features: list[tuple[str, tuple[Any, ...], dict[str, Any], Making]] = [
-        (f"feature.{name}", (False,), {}, patches) for name in names
-    ]
     made: list[tuple[str, tuple[Any, ...], dict[str, Any], Making]] = [
-        *features,
+        *((f"feature.{name}", (False,), {}, patches) for name in names),
         ("feature.OriNet", (False,), {}, patches),
         ("feature.KeyNet", (False,), {}, lambda: images(1, 32)),
         ("feature.XFeatModel", (), {}, lambda: images(1, 64)),

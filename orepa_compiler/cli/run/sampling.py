@@ -15,10 +15,13 @@ from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.export.audit import HALVES
 from orepa_compiler.export.int8.dithering import with_int8_noise
 from orepa_compiler.export.onnx.inspection import load_graph
-from orepa_compiler.export.onnx.precision import PRECISIONS, cast, kept_modules
+from orepa_compiler.export.onnx.precision import PRECISIONS, cast, kept_modules, lies_in
 from orepa_compiler.export.onnx.sizes import other_sizes, resized
+from orepa_compiler.export.onnx.weight_record import properties_of
 from orepa_compiler.export.onnx.writing import export_onnx
+from orepa_compiler.export.run.session import PRESET_KEY
 from orepa_compiler.quantization.flips import with_flips
+from orepa_compiler.quantization.layers import rounded_layers, with_float_maps
 from orepa_compiler.verification import Samples, take_samples
 from orepa_compiler.verification.evaluation import Side, evaluate
 
@@ -39,6 +42,9 @@ def samples_for(
     second = second_size(request, deploy, given[0]) if request.dynamic_size else []
     is_calibrated = request.precision == "int8" and not is_trained
     batches = given[:INT8_BATCHES] if is_calibrated else given
+    if is_trained:
+        kept = kept_modules(deploy, request.keep_fp32)
+        deploy = with_float_maps(deploy, [p for p in rounded_layers(deploy) if lies_in(p, kept)])
     batches = [*batches, *second]
     samples = take_samples(deploy, batches, precision=dtype, stress=not is_calibrated)
     if is_trained:
@@ -48,6 +54,17 @@ def samples_for(
     if request.precision in HALVES and request.keep_fp32:
         return _with_mixed_noise(request, deploy, samples)
     return samples
+
+
+def preset_advice(onnx: Path) -> str:
+    """What to try where a CPU gives other numbers than an int8 file says; "" of another file."""
+    said = properties_of(load_graph(onnx))
+    if said.get("orepa.precision") != "int8" or said.get(PRESET_KEY) == "cpu":
+        return ""
+    return (
+        "its int8 is for TensorRT, and a CPU without VNNI adds such products in 16 bits, where "
+        "they overflow: --int8-preset cpu, or fake_quantize(preset='cpu')"
+    )
 
 
 def second_size(

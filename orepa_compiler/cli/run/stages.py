@@ -15,7 +15,7 @@ from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.models import check_it_runs, load_told, warn_of_random_weights
 from orepa_compiler.cli.run.evaluating import Evaluation
 from orepa_compiler.cli.run.manifesting import manifest_step
-from orepa_compiler.cli.run.sampling import INT8_BATCHES, samples_for
+from orepa_compiler.cli.run.sampling import INT8_BATCHES, preset_advice, samples_for
 from orepa_compiler.cli.run.steps import (
     NOT_RUN_ON_A_GPU,
     Step,
@@ -244,7 +244,8 @@ class _Export:
         assert self.request.openvino is not None
         with announced("running OpenVINO"):
             runner = OpenVINORunner(self.request.openvino)
-            return judged("check openvino", self.samples(), runner)
+            step = judged("check openvino", self.samples(), runner)
+        return step if step.report else replace(step, note=preset_advice(self.request.onnx))
 
     def evaluations(self) -> list[tuple[str, bool, Callable[[], Step]]]:
         """Where a function tells how good a form is: the model, the collapsed one, the file."""

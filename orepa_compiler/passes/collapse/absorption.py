@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from orepa_compiler.algebra.classifiers import qualified_name
 from orepa_compiler.algebra.overriding import answers_itself, has_torch_forward
 from orepa_compiler.capture.constants import reads_form
-from orepa_compiler.capture.effects import seen_of
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.effects.finding import seen_of
+from orepa_compiler.capture.tracing.forward import trace
 
 # Known by where the class is defined; their forward is padding and one F.conv2d.
 _PADDING_BY_SIZE = {

@@ -21,7 +21,7 @@ from orepa_compiler.analysis.elementwise import is_add
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.capture import Call, Capture
-from orepa_compiler.capture.tracing import trace
+from orepa_compiler.capture.tracing.forward import trace
 from orepa_compiler.defaults.following import NORM, followed_by
 from orepa_compiler.errors import NotLinear, ReparamError
 from orepa_compiler.passes.linearize.options import (

@@ -1,36 +1,30 @@
-"""Tracing: the fx graph of a module's own forward, with its children as leaves."""
+"""Records the calls of one forward as an fx graph, its children as leaves."""
 
 from __future__ import annotations
 
 import enum
-import inspect
 import operator
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from functools import singledispatchmethod
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from orepa_compiler.capture.arguments import Arguments, AskedFor, bound_forward, usual_arguments
-from orepa_compiler.capture.bytecode import forward_name, type_reason
+from orepa_compiler.capture.arguments import Arguments, AskedFor
 from orepa_compiler.capture.constants import OF_NUMBERS
-from orepa_compiler.capture.effects import Effects, Surroundings, keep_, output
-from orepa_compiler.capture.kinds import kind_of, kind_of_leaf, named_tuple
-from orepa_compiler.capture.patching import traced_by
-from orepa_compiler.capture.proxies import Proxy, answering
+from orepa_compiler.capture.effects.finding import Effects, Surroundings
+from orepa_compiler.capture.tracing.kinds import kind_of, kind_of_leaf
+from orepa_compiler.capture.tracing.proxies import Proxy
 
 # Gives what a child returns, from its path as the caller sees it and the arguments of the call:
 # containers and constants with the nodes of the child's graph in them, or OPAQUE.
 Returned = Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
 OPAQUE = object()
 
-_LONGEST = 120  # characters of an error that a forward raised
 _CHECKED = (type(None), bool, int, float, str, tuple, list, dict, enum.Enum)
 
 
-class _ChildrenAreLeaves(fx.Tracer):
+class ChildrenAreLeaves(fx.Tracer):
     """forward: the name of the method that runs. buffers: whether a buffer is a node of the graph
     also where no node uses it directly.
     """
@@ -156,7 +150,8 @@ class _ChildrenAreLeaves(fx.Tracer):
             value = self.arguments.constants[name]
             if self.is_model:
                 self._check(proxy, value)
-            if name.startswith("**") and type(value) is dict and self.effects is not None:
+            if name.startswith("**") and type(value) is dict:
+                assert self.effects is not None
                 return AskedFor(self._given(value), self.effects.asked)
             return value
         proxy.node.meta["kind"] = self.arguments.kinds.get(name)
@@ -173,7 +168,8 @@ class _ChildrenAreLeaves(fx.Tracer):
 
     def _check(self, proxy: Proxy, value: Any) -> None:
         """What makes a forward that is written anew refuse other calls than the one traced."""
-        if not isinstance(value, _CHECKED) and self.effects is not None:
+        if not isinstance(value, _CHECKED):
+            assert self.effects is not None
             self.effects.found["takes an argument that no graph can compare"] = None
             return
         test = operator.is_ if value is None else operator.eq
@@ -204,7 +200,7 @@ class _ChildrenAreLeaves(fx.Tracer):
 
     def _unpacked(self, proxy: Proxy, value: Any) -> Any:
         """What a call gives: the containers and constants that the child makes, proxies inside."""
-        value = named_tuple(value)
+        value = _named_tuple(value)
         if isinstance(value, fx.Node):
             proxy.node.meta["kind"] = kind_of(value)
             return proxy
@@ -236,114 +232,9 @@ def _paths_inside(around: Surroundings, module: nn.Module) -> Iterator[str]:
     return (around.modules[id(part)] for part in module.modules() if id(part) in around.modules)
 
 
-def trace(
-    module: nn.Module,
-    arguments: Arguments | None = None,
-    returned: Returned | None = None,
-    *,
-    is_model: bool = False,
-    around: Surroundings | None = None,
-) -> fx.Graph | str:
-    """The graph of the module's own forward, or why there is none.
-
-    arguments: those of its calls; those of the usual call where nothing is known.
-    returned: tells what a call of a child gives; without it, one value of an unknown type.
-    is_model: whether it is the user who calls it. around: the model that it is a part of.
-    """
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is TorchScript"
-    forward = forward_name(module)
-    if forward is None:
-        return "a function took its place on this object"
-    if isinstance(inspect.getattr_static(type(module), forward), singledispatchmethod):
-        return "it asks for the type of what it is given (functools.singledispatchmethod)"
-    arguments = arguments or usual_arguments(bound_forward(module))
-    if arguments is None:
-        return "its arguments cannot be told from its signature"
-    iterates = getattr(type(module), "__iter__", None) is nn.Sequential.__iter__
-    if iterates and getattr(type(module), forward) is nn.Sequential.forward:
-        return _chain(module, arguments, returned)
-
-    def traced(*, buffers: bool) -> fx.Graph | str:
-        tracer = _ChildrenAreLeaves(
-            forward=forward,
-            buffers=buffers,
-            arguments=arguments,
-            returned=returned,
-            is_model=is_model,
-            around=around,
-        )
-        return _traced(tracer, module)
-
-    graph = traced(buffers=False)
-    if isinstance(graph, str) or not (made := made_up(graph)):
-        return graph
-    for name in made:
-        vars(module).pop(name, None)
-    again = traced(buffers=True)  # a tensor made of buffers is no attribute
-    return traced(buffers=False) if isinstance(again, str) else again
-
-
-def _traced(tracer: _ChildrenAreLeaves, module: nn.Module) -> fx.Graph | str:
-    tracer.effects = effects = Effects(module, tracer.around, tracer.traced_func_name)
-    if reason := type_reason(effects.functions):
-        return reason
-    try:
-        with answering(), effects.watching(), traced_by(tracer):
-            graph = tracer.trace(module)
-    except Exception as error:  # a forward is the user's code: anything may come out of it
-        tracer.around.found_before_error(module, effects.seen())
-        message = str(error).strip().split("\n")[0]
-        return f"{type(error).__name__}: {textwrap.shorten(message, _LONGEST, placeholder=' ...')}"
-    if tracer.stopped_by:
-        tracer.around.found_before_error(module, effects.seen())
-        return f"TraceError: {tracer.stopped_by}, and goes on where that fails"
-    _keep(graph, [proxy.node for proxy in effects.kept])
-    effects.note(graph)
-    for node in reversed(graph.nodes):
-        if not node.users and (node.target is operator.getitem or node.op == "get_attr"):
-            graph.erase_node(node)  # a part that nobody takes, a weight whose form was asked for
-        elif "is_wrapped" in node.meta:
-            node.target = _unwrapped(node.target)
-    return graph
-
-
-def _keep(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Readers for the values that the forward leaves somewhere, so that they stay what they are."""
-    with graph.inserting_before(output(graph)):
-        for node in dict.fromkeys(nodes):
-            if node.graph is graph:
-                graph.call_function(keep_, (node,))
-
-
-def _unwrapped(function: Any) -> Any:
-    """A function that fx wraps while it traces; a trace in a trace wraps it once more."""
-    while getattr(function, "__globals__", {}).get("__name__") == fx._symbolic_trace.__name__:
-        function = function.__wrapped__
-    return function
-
-
-def made_up(graph: fx.Graph) -> list[str]:
-    """The tensors that the forward computed while it was traced, and that now stand for it."""
-    targets = (str(node.target) for node in graph.nodes if node.op == "get_attr")
-    return [target for target in targets if target.startswith("_tensor_constant")]
-
-
-def _chain(module: nn.Module, arguments: Arguments, returned: Returned | None) -> fx.Graph:
-    """The graph that a trace of nn.Sequential gives, at a hundredth of its cost."""
-    graph = fx.Graph()
-    node = graph.placeholder("input")
-    node.meta["kind"] = arguments.kinds.get("input")
-    for name, child in module._modules.items():
-        value = OPAQUE if returned is None else returned(name, (node,), {})
-        before, node = node, graph.call_module(name, (node,))
-        if isinstance(value, fx.Node):
-            node.meta["kind"] = kind_of(value)
-        elif value is not OPAQUE:
-            node.meta["kind"] = type(value)
-        elif isinstance(child, nn.Identity):
-            node.meta["kind"] = kind_of(before)
-        else:
-            node.meta["kind"] = kind_of_leaf(child, ())
-    graph.output(node)
-    return graph
+def _named_tuple(value: Any) -> Any:
+    """A named tuple of nodes, where a node makes one; any other value as it is."""
+    is_made = isinstance(value, fx.Node) and isinstance(value.target, type)
+    if is_made and hasattr(value.target, "_fields"):
+        return value.target(*value.args, **value.kwargs)
+    return value

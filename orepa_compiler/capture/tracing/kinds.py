@@ -106,11 +106,3 @@ def kind_of_leaf(module: nn.Module | None, args: Sequence[Any]) -> type | None:
     is_named = is_norm(module) or is_activation(module) or is_dropout(module)
     has_weights = any(True for _ in module.parameters())  # a conv of its own class, a block
     return Tensor if is_layer or is_named or has_weights else None
-
-
-def named_tuple(value: Any) -> Any:
-    """A named tuple of nodes, where a node makes one; any other value as it is."""
-    is_made = isinstance(value, fx.Node) and isinstance(value.target, type)
-    if is_made and hasattr(value.target, "_fields"):
-        return value.target(*value.args, **value.kwargs)
-    return value

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from orepa_compiler.capture.kinds import WRITES, kind_of
+from orepa_compiler.capture.tracing.kinds import WRITES, kind_of
 
 # What `x += y` and its kin call: they write over their first operand.
 IN_PLACE_OPERATORS = (

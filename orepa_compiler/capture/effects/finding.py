@@ -1,4 +1,4 @@
-"""What a forward does beside computing, and a graph of it does not hold.
+"""Finds what a forward does beside computing, which a graph of it does not hold.
 
 It switches gradients or autocast for a part, sets attributes, counts, draws random numbers, writes
 over its buffers: a trace does this once and does not write it down. A forward that is written anew
@@ -16,14 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from orepa_compiler.capture.bytecode import functions_of, names_read
-from orepa_compiler.capture.randomness import RandomState
-from orepa_compiler.capture.state import MADE_BY_TRACE, OWN, Visible, held_proxies, visible_to
-from orepa_compiler.capture.watching import (
+from orepa_compiler.capture.effects.noticing import (
     TensorsUsed,
     ambient,
     autocast_entered,
 )
+from orepa_compiler.capture.effects.randomness import RandomState
+from orepa_compiler.capture.effects.state import (
+    MADE_BY_TRACE,
+    OWN,
+    Visible,
+    held_proxies,
+    visible_to,
+)
+from orepa_compiler.capture.tracing.bytecode import functions_of, names_read
 
 _KEY = "effects"
 _NOTHING = object()

@@ -17,16 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.capture.bytecode import contents_of, functions_of, is_of_torch, names_in
-from orepa_compiler.capture.state import (
-    is_hidden,
-    is_iterator,
-    is_state,
-    position_of,
-    puts_back,
-    slots_of,
-    variables_of,
-)
+from orepa_compiler.capture.effects.state import is_state, slots_of, variables_of
+from orepa_compiler.capture.positions import is_hidden, is_iterator, position_of, puts_back
+from orepa_compiler.capture.tracing.bytecode import contents_of, functions_of, is_of_torch, names_in
 
 # How many objects, one hanging on the other, are looked into from a module on.
 _DEPTH = 4

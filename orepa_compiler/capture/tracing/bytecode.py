@@ -36,25 +36,6 @@ def functions_of(module: nn.Module, forward: str = "forward") -> list[FunctionTy
     return list(found.values())
 
 
-def has_forward(module: nn.Module) -> bool:
-    """Whether the module can be called: by its class, or by what was set on the object."""
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
-
-
-def forward_name(module: nn.Module) -> str | None:
-    """The method of its class that the module runs when it is called, or None for another function.
-
-    A module may choose: self.forward = self.forward_slow.
-    """
-    chosen = vars(module).get("forward")
-    if chosen is None:
-        return "forward"
-    name = getattr(chosen, "__name__", "")
-    is_method = getattr(chosen, "__self__", None) is module
-    same = is_method and getattr(type(module), name, None) is getattr(chosen, "__func__", chosen)
-    return name if same else None
-
-
 @cache
 def names_in(code: CodeType) -> frozenset[str]:
     """The names that a function looks up: globals and attributes, strings for getattr too."""

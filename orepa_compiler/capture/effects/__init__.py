@@ -1,0 +1,1 @@
+"""Finds what a forward does that its graph does not hold."""

@@ -1,0 +1,1 @@
+"""Traces one forward: the calls it makes, as an fx graph."""
