@@ -73,7 +73,9 @@ def plan(
     max_cost: float | None = None,
     pipeline: Pipeline = EXPAND,
 ) -> Plan:
-    """What expand would do, as a table: a dry run on a copy without values.
+    """Shows what expand would do, as a table: a dry run on a copy without values.
+
+        print(orepa.plan(model, inputs=images))
 
     Every conv is either expanded or listed with the reason why it is left alone.
     inputs: a batch, to count each conv's MACs for one image and what its block adds to a training
@@ -105,7 +107,9 @@ def expand(
     pipeline: Pipeline = EXPAND,
     quantize: Literal["int8"] | None = None,
 ) -> nn.Module:
-    """The model in training form: every eligible conv becomes a block, squeezed into one conv.
+    """Makes a block, squeezed into one conv, of every eligible conv: the training form.
+
+        model = orepa.expand(torchvision.models.resnet18(), inputs=images)
 
     W_e = sum_m diag(v_m) W_m, made anew at each step     (Hu et al. 2022, Eq. 3 and 4, Fig. 6)
 
@@ -164,7 +168,9 @@ def cut(
     branches: str | Iterable[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """The model with blocks made plain convs again, or with some of their branches gone.
+    """Makes blocks plain convs again, or takes some of their branches away.
+
+        model = orepa.cut(model, where="layer1.*", branches=["average"])
 
     W_origin' = v_origin W_origin + sum_m v_m W_m over the branches that go, v_origin' = 1
 
@@ -198,7 +204,9 @@ def collapse(
     inplace: bool = False,
     pipeline: Pipeline = COLLAPSE,
 ) -> nn.Module:
-    """The model in deploy form: blocks, branches and BatchNorms folded into plain convs.
+    """Makes plain convs of the model's blocks, branches and BatchNorms: its deploy form.
+
+        deploy = orepa.collapse(model, inputs=images)
 
     W' = diag(g / sqrt(var + eps)) W_e, b' = g (b - mean) / sqrt(var + eps) + beta, in float64, cast
     once. The running statistics are used whatever mode the model is in; the result is in eval mode.

@@ -33,7 +33,9 @@ from orepa_compiler.errors import NotLinear
 
 @singledispatch
 def conv_operator(layer: nn.Module, in_channels: int | None = None) -> ConvOperator:
-    """The operator that a layer computes in eval mode.
+    """Says which convolution a layer computes in eval mode.
+
+        operator = conv_operator(nn.Conv2d(3, 8, 3)) + conv_operator(nn.Conv2d(3, 8, 3))
 
     in_channels: the width of the input, for layers that do not know it (identity, average pooling).
     Add a layer with `@conv_operator.register(MyLayer)`.

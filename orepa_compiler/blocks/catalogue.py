@@ -239,7 +239,12 @@ DO_CONV = Block("DO_CONV", {"origin": spatial_only(OverParameterized)}, {}, "non
 
 
 def mobileone(repeats: int) -> Block:
-    """The block of MobileOne with this many k x k branches (Vasu et al. 2023, Fig. 3)."""
+    """Makes the block of MobileOne with this many k x k branches (Vasu et al. 2023, Fig. 3).
+
+        model = orepa.expand(model, block=mobileone(4))
+
+    Beside them stand a 1 x 1 branch and an identity, where the shape allows one.
+    """
     again = {f"kernel_{number}": Kernel for number in range(2, repeats + 1)}
     branches = {
         "origin": Kernel,

@@ -43,7 +43,9 @@ class _About:
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
-    """The path of a checkpoint that holds the model's weights and the plans that made its form.
+    """Writes a checkpoint of the model's weights and the plans that made its form.
+
+        orepa.save(model, "epoch90.safetensors")
 
     The file is safetensors, readable by anything that reads them. It is written beside its place
     and renamed, so a killed process leaves the old file whole. A sharded model (fully_shard) is
@@ -80,7 +82,9 @@ def load(
     *,
     block: Block | Literal["auto"] = "auto",
 ) -> nn.Module:
-    """The model of a checkpoint that save wrote, in the form it was saved in.
+    """Loads the model of a checkpoint that save wrote, in the form it was saved in.
+
+        model = orepa.load(torchvision.models.resnet18, "epoch90.safetensors")
 
     model_or_factory: the stock model, or a function that builds it; its own weights do not matter
     and it is not changed. Of a file of a wrapper (EMA, AveragedModel, DDP, a LightningModule) also

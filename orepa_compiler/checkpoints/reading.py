@@ -51,6 +51,8 @@ def read_checkpoint(
     Raises CheckpointError for any other file, and for objects that cannot be stood in for.
     """
     with _reading(path):
+        if path.is_file() and not path.stat().st_size:
+            raise CheckpointError(f"{path}: the file is empty; save or copy it again")
         if _is_safetensors(path):
             return load_file(path)
         if allow_pickle:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.checkpoints.reading import read_checkpoint
@@ -79,10 +79,20 @@ def put_into(model: nn.Module, path: Path, found: Found) -> Loaded:
     """A state_dict that was found in a file, copied into `model` if every key and shape fits."""
     own = model.state_dict()
     found = fitted(found, own)
+    if whole := [key for key, value in own.items() if _is_whole(found.state.get(key), value)]:
+        raise CheckpointError(
+            f"{path}: {first_few('whole numbers', whole)} where the model has fractions; give the "
+            "weights before they were quantized"
+        )
     if message := misfit(model, found.state):
         raise CheckpointError(f"{path}: {message}; {_remedy(found.state, own)}")
     model.load_state_dict(found.state)
     return Loaded(len(found.state), found.under, found.prefix, _cast(found.state, own))
+
+
+def _is_whole(given: Any, own: Any) -> bool:
+    tensors = isinstance(given, Tensor) and isinstance(own, Tensor)
+    return tensors and own.is_floating_point() and not given.is_floating_point()
 
 
 def misfit(model: nn.Module, state: Mapping[str, Any]) -> str:

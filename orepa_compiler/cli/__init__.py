@@ -102,7 +102,7 @@ def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     except _UsageError as error:
         # Some versions of typer say of a choice that it is a "Value error", too.
         message = error.format_message().replace("Value error, ", "").rstrip(".")
-        called = error.ctx.command_path if error.ctx else name
+        called = _called(command, name, arguments)
         return stop(f"{message}; see {called} --help", ExitCode.USAGE)
     except NotVerified as error:
         return stop(str(error), ExitCode.NOT_VERIFIED)
@@ -115,6 +115,12 @@ def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     except Exception as error:
         reason = f"stopped by {type(error).__name__}: {error}; --debug shows where"
         return stop(reason, ExitCode.NOT_VERIFIED)
+
+
+def _called(command: Any, name: str, arguments: Sequence[str]) -> str:
+    """The command whose help says more: `orepa export` where its own options are wrong."""
+    first = next((word for word in arguments if not word.startswith("-")), "")
+    return f"{name} {first}" if first in getattr(command, "commands", ()) else name
 
 
 @contextlib.contextmanager

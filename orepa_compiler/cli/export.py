@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orepa_compiler.choices import Precision
+from orepa_compiler.choices import ENGINES, OPENVINO, Precision
 from orepa_compiler.cli.given.engine_options import (
     Calibration,
     ComputeCapability,
@@ -50,6 +50,8 @@ from orepa_compiler.cli.given.options import (
     Shapes,
     Std,
     Which,
+    check_ending,
+    check_kept,
     check_there,
     check_written,
     has_no_effect,
@@ -162,9 +164,11 @@ def export_command(
         "report": report,
     }
     check_written(**written, timing_cache=timing_cache)
+    check_kept(written, checkpoint, model, inputs, calibration, evaluate)
+    check_ending("--onnx", onnx, ".onnx")
+    check_ending("--trt", trt, *ENGINES)
+    check_ending("--openvino", openvino, OPENVINO)
     page, json = report_files(report, json)
-    if openvino is not None and openvino.suffix != ".xml":
-        raise ReparamError(f"--openvino {openvino}: OpenVINO's files end in .xml; name it so")
     if openvino is not None and precision == "bf16":
         raise ReparamError("--openvino: takes fp32, fp16 and int8; export bf16 without it")
     oldest = 22 if precision == "bf16" else 18

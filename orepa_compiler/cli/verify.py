@@ -21,6 +21,7 @@ from orepa_compiler.cli.given.options import (
     Shapes,
     Which,
     check_folder,
+    check_kept,
     report_files,
     shape,
 )
@@ -76,6 +77,8 @@ def verify_command(
     command = str(context.find_root().obj or "")
     for path in (json, junit, picture, page):
         check_folder(path)
+    written = {"json": json, "junit": junit, "picture": picture, "report": page}
+    check_kept(written, reference, candidate, checkpoint_a, checkpoint_b, inputs)
     shapes = [shape(text) for text in input_shape or ()]
     # Only now torch and what the rest needs: a mistake above is told at once.
     from orepa_compiler.cli.run.comparing import compare_sides

@@ -138,7 +138,9 @@ HALVES = ("fp16", "bf16")
 def audit_half(
     model: nn.Module, inputs: Any, *, precision: str = "fp16", keep_fp32: str | Iterable[str] = ()
 ) -> HalfAudit:
-    """What of a model overflows or goes subnormal in half precision; truthy when nothing does.
+    """Finds what overflows or goes subnormal in half precision; truthy when nothing does.
+
+        print(orepa.audit_half(deploy, images, precision="fp16"))
 
     The model runs on `inputs` (a tensor, a tuple of positional arguments, or a list of such
     batches) in eval mode and in its own precision; every operator's result counts for the module

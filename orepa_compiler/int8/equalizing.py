@@ -24,7 +24,9 @@ from orepa_compiler.verification.evaluation import Batch, Side, batches_of, eval
 
 @torch.no_grad()
 def equalize(model: nn.Module, inputs: Any, *, inplace: bool = False) -> nn.Module:
-    """The collapsed model with the channels between its layers made more equal, for int8.
+    """Makes the channels between a collapsed model's layers more equal, for int8.
+
+        deploy = orepa.equalize(orepa.collapse(model), images)
 
     W_1' = diag(1/s) W_1,  b_1' = b_1 / s,  W_2' = W_2 diag(s),  s_i = sqrt(a_i / c_i)
 

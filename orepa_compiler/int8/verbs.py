@@ -33,7 +33,9 @@ def fake_quantize(
     inputs: Inputs = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """The model with layers that round to int8 as the exported file will, to be trained so.
+    """Makes layers round to int8 as the exported file will, to be trained so.
+
+        model = orepa.fake_quantize(model, inputs=images)
 
     y = conv(Q_x(x), Q_W(W_e)) + b, with torch's fake quantizers: Q_W symmetric, a step for each
     output channel, on the kernel that the branches make; Q_x one step for all of the maps
@@ -64,7 +66,9 @@ def fake_quantize(
 
 
 def freeze_ranges(model: nn.Module) -> nn.Module:
-    """The model, in place, with its int8 ranges as they are: training goes on beneath them.
+    """Keeps the int8 ranges as they are, in place: training goes on beneath them.
+
+        orepa.freeze_ranges(model)  # for the last epochs
 
     Call it for the last part of the training, when the ranges have settled.
     Raises ReparamError for a model that does not round, and for a layer without a range: no maps
@@ -77,7 +81,9 @@ def freeze_ranges(model: nn.Module) -> nn.Module:
 
 
 def drop_ranges(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model without rounding to int8: the layers that fake_quantize found, as trained since.
+    """Takes the rounding to int8 away: gives the layers that fake_quantize found, as trained since.
+
+        model = orepa.drop_ranges(model)
 
     Of a collapsed model the kernels stay rounded, and the maps are no longer.
     Raises ReparamError for a model that does not round.

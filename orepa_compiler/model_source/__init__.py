@@ -19,6 +19,9 @@ from torch import nn
 from orepa_compiler.choices import FORMS as FORMS
 from orepa_compiler.errors import MissingPackage, ReparamError
 
+# The endings of files that hold weights.
+_OF_WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".tar")
+
 
 def load_model(
     source: str, *, pretrained: bool = False, num_classes: int | None = None
@@ -40,6 +43,11 @@ def load_model(
     """
     place, colon, name = source.rpartition(":")
     if not (colon and place and name):
+        if Path(source).suffix in _OF_WEIGHTS:
+            raise ReparamError(
+                f"{source}: weights alone are no model; name the model ({FORMS}) and give the file "
+                "with --checkpoint"
+            )
         raise ReparamError(f"{source}: this names no model; write it as {FORMS}")
     declare_torchvision_operators()
     if place == "torchvision":
@@ -171,7 +179,7 @@ def call_source(source: str) -> Any:
         try:
             result = function()
             return list(result) if isinstance(result, Iterator) else result
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ReparamError(f"{source}: calling {name}() raised {_one_line(error)}") from error
 
 
@@ -186,13 +194,24 @@ def _found(source: str, place: str, name: str) -> Iterator[Any]:
     is_file = path.suffix == ".py"
     if is_file and not path.is_file():
         raise ReparamError(f"{source}: there is no file {place}")
-    with importable(folder_of(source)):
+    with importable(folder_of(source)), _own_command_line(place):
         module = _import_file(source, path) if is_file else _import_module(source, place)
         factory = getattr(module, name, None)
         if factory is None:
             public = [key for key in vars(module) if not key.startswith("_")]
             raise ReparamError(f"{source}: {place} defines no {name}{_closest(name, public)}")
         yield factory
+
+
+@contextmanager
+def _own_command_line(place: str) -> Iterator[None]:
+    """A training script that reads its command line finds an empty one, and not ours."""
+    ours = sys.argv
+    sys.argv = [place]
+    try:
+        yield
+    finally:
+        sys.argv = ours
 
 
 def _call(source: str, name: str, factory: Any) -> nn.Module:
@@ -211,11 +230,15 @@ def _call(source: str, name: str, factory: Any) -> nn.Module:
         )
     try:
         model = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ReparamError(f"{source}: calling {name}() raised {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ReparamError(
             f"{source}: {name}() gave a {type(model).__name__}, not a torch.nn.Module"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReparamError(
+            f"{source}: {name}() gave TorchScript; give the nn.Module that it was scripted from"
         )
     return model
 
@@ -242,7 +265,7 @@ def _import_module(source: str, name: str) -> ModuleType:
             f"{source}: there is no module {error.name} here or among the installed packages; "
             f"models are written as {FORMS}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may read its own command line
         raise ReparamError(f"{source}: importing it raised {_one_line(error)}") from error
 
 
@@ -255,7 +278,7 @@ def _import_file(source: str, path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look a class's module up here
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may read its own command line
         raise ReparamError(f"{source}: importing it raised {_one_line(error)}") from error
     return module
 
@@ -275,5 +298,7 @@ def _closest(name: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"SystemExit({error.code!r}): it ends the program; put that below __main__"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -150,7 +150,12 @@ def record_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def recorded_plans(model: nn.Module) -> tuple[Plan, ...]:
-    """The plans that made this model, in order; empty for a model as its class built it."""
+    """Gives the plans that made this model, in order; none for a model as its class built it.
+
+        print(orepa.recorded_plans(deploy)[-1])
+
+    They stay with the model, and in what orepa.save writes.
+    """
     meta = vars(model).get("meta")
     inside: Any = meta.get(_ATTRIBUTE, ()) if isinstance(meta, dict) else ()
     plans: tuple[Plan, ...] = vars(model).get(_ATTRIBUTE, inside)

@@ -27,7 +27,9 @@ _DIGITS = 16  # of a sha256, in what is printed and kept
 
 
 def certify(model: nn.Module, deploy: nn.Module, inputs: Any) -> Certificate:
-    """The certificate that `deploy` is the collapse of `model`.
+    """Proves that `deploy` is the collapse of `model`, block by block, and gives the certificate.
+
+        assert orepa.certify(model, deploy, images)
 
     deploy: what collapse(model) returned, in any dtype. inputs: the blocks are compared on what
     reaches them when the model runs on the first batch, and so are the whole forwards.

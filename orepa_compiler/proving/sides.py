@@ -55,7 +55,10 @@ def verify(
     factor: float = NOISE_FACTOR,
     stress: bool = False,
 ) -> Report:
-    """The verdict on `candidate`, truthy only when every output of every batch agrees.
+    """Judges `candidate`: truthy only when every output of every batch agrees.
+
+        report = orepa.verify(model, "resnet18.onnx", images)
+        assert report, report
 
     max |candidate - truth| / max |truth|  <=  factor * max(noise, eps)
 

@@ -24,7 +24,9 @@ _EXPAND = "load it with form='stock', and give it branches with orepa.expand"
 def load_reference(
     path: str | Path | Mapping[str, Any], arch: str, *, form: Form = "expanded"
 ) -> nn.Module:
-    """The network of a checkpoint that the authors' code (Hu et al. 2022) wrote.
+    """Builds the network of a checkpoint that the authors' code (Hu et al. 2022) wrote.
+
+        model = orepa.load_reference("OREPA-R18.pth", "ResNet-18")
 
     path: a torch.save or safetensors file, or a dict that was read from one: a state_dict, alone or
     beside an optimizer's, with or without the prefix `module.`. arch: ResNet-18, -34, -50, -101,

@@ -34,7 +34,7 @@ class StepHooks:
 
 
 def step_hooks(model: nn.Module) -> StepHooks:
-    """At each forward of the model, make the kernels of its blocks together: few operations.
+    """Makes the kernels of all blocks together at each forward: few operations.
 
         hooks = orepa.step_hooks(model)     # once; the training loop stays as it is
 

@@ -23,7 +23,7 @@ VELOCITY = "momentum_buffer"
 
 
 def map_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module) -> None:
-    """Make the optimizer of one model that of another form of it, in place.
+    """Makes the optimizer of one model that of another form of it, in place.
 
         grown = orepa.expand(model, where="layer4.*")      # or orepa.cut(model, ...)
         orepa.map_optimizer(optimizer, model, grown)

@@ -62,7 +62,7 @@ def param_groups(
     preset: Preset = "recommended",
     stem_divisor: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """The trained parameters in groups that any torch optimizer takes, each in exactly one.
+    """Puts each trained parameter into exactly one group, for any torch optimizer.
 
         optimizer = torch.optim.SGD(orepa.param_groups(model, weight_decay=1e-4), lr=0.1)
 

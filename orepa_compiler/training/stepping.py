@@ -28,7 +28,7 @@ Squeezed = ReparamConv | SqueezedSum
 def kernels_once(
     model: nn.Module, *, compiled: bool | str = False, graphs: bool = False
 ) -> Iterator[None]:
-    """Within it, each block makes its kernel once, however many passes there are.
+    """Lets each block make its kernel once, however many passes there are within it.
 
         optimizer.zero_grad()
         with orepa.kernels_once(model):

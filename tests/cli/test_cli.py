@@ -216,7 +216,7 @@ def test_orepa_alone_and_its_version(capsys: pytest.CaptureFixture[str]) -> None
             "verify nets.py:tiny b.onnx --checkpoint-b c.pth",
             "b.onnx: an exported file holds its",
         ),
-        (main, "verify a.pth nets.py:tiny", "a.pth: this names no model; write it as torchvision:"),
+        (main, "verify a.pth nets.py:tiny", "a.pth: weights alone are no model; name the model"),
         (main, "plan nets.py:tiny --block orepo", "--block orepo: choose one of auto, OREPA, "),
         (main, "plan nets.py:tiny --where !", "selects nothing; give a glob"),
     ],

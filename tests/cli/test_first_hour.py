@@ -19,6 +19,7 @@ from orepa_compiler.model_source import load_model
 from tests.norms import randomise_norms
 
 NETS = """
+import warnings
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -67,8 +68,57 @@ def words(model):
 def fails(model):
     raise ZeroDivisionError("no images")
 
+def scripted():
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.script(tiny())
+
+class Says(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 1)
+    def forward(self, image):
+        return "cat"
+
+class Sound(nn.Conv1d):
+    def __init__(self):
+        super().__init__(3, 4, 1)
+
+def flattened():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 2))
+
+def ids():
+    return nn.Embedding(5, 4)
+
+def ends():
+    raise SystemExit("done")
+
+def no_samples():
+    return torch.zeros(0, 3, 16, 16)
+
+def labels():
+    return [{"labels": torch.zeros(2)}]
+
+class Timed(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 1)
+    def forward(self, image, time):
+        return super().forward(image) * time[:, None, None, None]
+
+def at_times():
+    return {"image": torch.randn(2, 3, 8, 8), "time": torch.rand(2)}
+
 def spoilt():
     return torch.full((2, 3, 16, 16), float("nan"))
+"""
+
+
+# A training script that reads its own command line where it is imported.
+SCRIPT = """
+import argparse
+import nets
+parser = argparse.ArgumentParser()
+parser.add_argument("--rate", default=0.1)
+options = parser.parse_args()
+build = nets.tiny
 """
 
 
@@ -89,6 +139,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "good.npy", values)
     values[1, 0, 0, 0] = np.nan
     np.save(folder / "nan.npy", values)
+    np.save(folder / "numbers.npy", np.float32([1, 2]))
+    np.save(folder / "words.npy", np.array(["a", "b"]))
+    np.save(folder / "none.npy", np.zeros((0, 3, 16, 16), np.float32))
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "empty.pth").touch()
+    (folder / "text.pth").write_text("hello")
+    (folder / "bad.onnx").write_text("x")
+    (folder / "bad.onnx.manifest.json").write_text("{")
+    weights = load_model(f"{folder}/nets.py:tiny").state_dict()
+    torch.save(weights, folder / "tiny.pth")
+    torch.save({key: value.int() for key, value in weights.items()}, folder / "whole.pth")
+    torch.save([*weights.values()], folder / "list.pth")
     return folder
 
 
@@ -176,7 +238,48 @@ WRONG: list[tuple[str, str, str]] = [
     ("export", f"{TINY} --inputs gone.py:f", "--inputs gone.py:f: there is no file gone.py"),
     ("export", f"{TINY} --evaluate gone.py:f", "gone.py:f: there is no file gone.py"),
     ("export", f"{TINY} --evaluate nets", "nets: this names no function; write it as"),
+    # files that are read, and would be written over
+    ("export", "nets.py:tiny --onnx nets.py", "--onnx nets.py: the command reads that file; name"),
+    ("export", "nets.py:tiny --checkpoint tiny.pth --onnx tiny.pth", "the command reads that file"),
+    ("export", f"{TINY} --inputs good.npy --json good.npy", "the command reads that file"),
+    ("orepa", "verify nets.py:tiny bad.onnx --json bad.onnx", "the command reads that file"),
+    ("export", "nets.py:tiny --onnx out", "--onnx out: its name ends in .onnx; name it so"),
+    ("export", f"{TINY} --trt out.rt", "--trt out.rt: its name ends in .engine or .plan or .trt"),
+    # what is no model, and no weights
+    ("export", "tiny.pth --onnx out.onnx", "weights alone are no model; name the model (torchv"),
+    ("orepa", "verify nets.py:tiny tiny.pth", "and give the file with --checkpoint"),
+    ("export", "nets.py:scripted --onnx out.onnx", "gave TorchScript; give the nn.Module that it"),
+    ("export", "nets.py:ends --onnx out.onnx", "calling ends() raised SystemExit('done'): it ends"),
+    ("export", f"{TINY} --checkpoint empty.pth", "empty.pth: the file is empty; save or copy it"),
+    ("export", f"{TINY} --checkpoint text.pth", "neither safetensors nor a torch.save file"),
+    ("export", f"{TINY} --checkpoint list.pth", "holds a list, not a state_dict; save model."),
+    ("export", f"{TINY} --checkpoint cats", "cats: this is a folder; name the file in it"),
+    ("export", f"{TINY} --checkpoint whole.pth", "8 whole numbers (0.weight, 0.bias, 1.weight, "),
+    ("orepa", "verify bad.onnx bad.onnx", "bad.onnx: not a whole ONNX file (1 bytes;"),
+    ("orepa", "verify bad.onnx.manifest.json", "bad.onnx.manifest.json: is not whole JSON"),
     # an export, once the model is there
+    ("export", "nets.py:Says --onnx out.onnx", "its forward returns a str; a model here returns"),
+    ("export", "nets.py:ids --onnx out.onnx", "give whole numbers as --input-shape 16:int64"),
+    ("export", f"{TINY} --inputs numbers.npy", "give the right --input-shape, once for each"),
+    ("export", f"{TINY} --inputs words.npy", "--inputs words.npy: cannot be read (can't convert"),
+    ("export", f"{TINY} --inputs none.npy", "holds (0, 3, 16, 16); the first axis counts the sa"),
+    (
+        "export",
+        f"{TINY} --inputs nets.py:no_samples",
+        "a tensor of shape (0, 3, 16, 16), which has",
+    ),
+    ("export", f"{TINY} --inputs nets.py:labels", "does not run on inputs of shape (2,)"),
+    ("export", f"{TINY} --input-names a,b", "names 2 inputs, and the model takes 1; give one name"),
+    (
+        "export",
+        "nets.py:Sound --onnx out.onnx --input-shape 3x8 --dynamic-size",
+        "--dynamic-size: no input has a height and a width (their shapes are [(2, 3, 8)]); leave",
+    ),
+    (
+        "export",
+        "nets.py:flattened --onnx out.onnx --input-shape 3x8x8 --dynamic-size",
+        "--dynamic-size: the model takes no height and width but (8, 8): at (40, 72) it raises",
+    ),
     ("export", f"{TINY} --inputs nan.npy", "1 of 3 samples hold NaN or infinity, the first is"),
     ("export", f"{TINY} --inputs nets.py:spoilt", "batch 0: 2 of 2 samples hold NaN or infinity"),
     ("export", f"{TINY} --inputs empty", "holds no .npy or .npz files and no images"),
@@ -275,6 +378,14 @@ def test_a_trainers_checkpoint_is_read_and_said(exported: Exported) -> None:
     assert "9 tensors from state_dict_ema" in out
     assert "prefix 'module.' dropped" in " ".join(out.split())
     assert err == []
+
+
+def test_a_script_that_reads_its_command_line_and_one_number_for_each_sample(
+    exported: Exported, shared: Path
+) -> None:
+    Path("script.py").symlink_to(shared / "script.py")
+    exported("script.py:build --input-shape 3x8x8 --onnx out.onnx")
+    exported("nets.py:Timed --inputs nets.py:at_times --onnx out.onnx --input-names picture,t")
 
 
 def test_the_state_dict_of_an_expanded_model_is_enough(exported: Exported) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from pathlib import Path
@@ -38,6 +39,21 @@ def test_the_citation_and_the_changelog_have_the_version() -> None:
 
 def _changelog() -> str:
     return (DOCS.parent / "CHANGELOG.md").read_text()
+
+
+FUNCTIONS = [
+    name for name in dir(orepa) if name[0] != "_" and inspect.isroutine(getattr(orepa, name))
+]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_public_function_says_with_a_verb_what_it_does_and_shows_a_call(name: str) -> None:
+    text = inspect.getdoc(getattr(orepa, name)) or ""
+    verb = text.split()[0]
+    assert verb.endswith("s"), f"{name}: {verb}"
+    assert verb.istitle()
+    shown = [line for line in text.splitlines() if line.startswith("    ")]
+    assert any(f"{name}(" in line for line in shown), f"{name} shows no call"
 
 
 def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

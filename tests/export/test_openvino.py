@@ -34,7 +34,7 @@ def test_its_files_have_one_ending(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(orepa.ExportError, match=r"net.bin: OpenVINO's files end in \.xml"):
         write_openvino("net.onnx", "net.bin")
     for line, said in (
-        ("--openvino net.bin", "--openvino net.bin: OpenVINO's files end in .xml; name it so"),
+        ("--openvino net.bin", "--openvino net.bin: its name ends in .xml; name it so"),
         ("--openvino a.xml --precision bf16", "takes fp32, fp16 and int8; export bf16 without it"),
     ):
         assert export_main(["nets.py:tiny", *line.split()]) == 2

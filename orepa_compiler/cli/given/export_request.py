@@ -14,7 +14,7 @@ from orepa_compiler.cli.given.images import ImageOptions
 from orepa_compiler.cli.given.inputs import check_source, load_inputs
 from orepa_compiler.cli.given.models import floating_type, inputs_for, named_block, typed_shape
 from orepa_compiler.dependencies import import_extra
-from orepa_compiler.errors import ReparamError
+from orepa_compiler.errors import ExportError, ReparamError
 from orepa_compiler.export.int8.quantization import calibration_batches
 from orepa_compiler.export.onnx.precision import cast_tensors
 from orepa_compiler.export.onnx.sizes import check_images, other_sizes
@@ -122,8 +122,11 @@ class ExportRequest:
                 f"{count}; give one name for each"
             )
         if self.dynamic_size:
-            check_images(batch)
-            next(other_sizes(model, batch))
+            try:
+                check_images(batch)
+                next(other_sizes(model, batch))
+            except ExportError as error:
+                raise ReparamError(str(error).replace("dynamic_size", "--dynamic-size")) from error
 
     def preprocessing(self, model: nn.Module) -> Preprocessing:
         """How images become inputs of this model."""

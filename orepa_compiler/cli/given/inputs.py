@@ -131,7 +131,9 @@ def _read(path: Path, option: str, model: nn.Module | None) -> Batch:
 
 
 def _check_finite(where: str, tensor: Tensor) -> None:
-    bad = ~tensor.isfinite().flatten(1).all(dim=1) if tensor.is_floating_point() else None
+    bad = None
+    if tensor.is_floating_point() and len(tensor):
+        bad = ~tensor.isfinite().reshape(len(tensor), -1).all(dim=1)
     if bad is not None and bad.any():
         raise ReparamError(
             f"{where}: {int(bad.sum())} of {len(tensor)} samples hold NaN or infinity, the first "
@@ -161,6 +163,11 @@ def _given(source: str, option: str, model: nn.Module | None) -> list[Batch]:
                 "model's arguments, or a dict of them by name, for each batch"
             )
         for leaf in leaves:
+            if isinstance(leaf, Tensor) and not leaf.numel():
+                raise ReparamError(
+                    f"{option} {source}: batch {index} holds a tensor of shape "
+                    f"{tuple(leaf.shape)}, which has no values"
+                )
             if isinstance(leaf, Tensor) and leaf.ndim:
                 _check_finite(f"{option} {source}: batch {index}", leaf)
         batches.append(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.model_source import folder_of, importable, is_of_a_zoo, load_model
 from orepa_compiler.model_source.preprocessing import preprocessing_of
 from orepa_compiler.progress import announced
+from orepa_compiler.verification.nesting import others_in, tensors_in
 
 # The seed of a model's own random weights and of the inputs: the same command, the same numbers.
 SEED = 0
@@ -190,11 +192,11 @@ def _loaded(
     return model, put_into(model, path, found)
 
 
-def check_it_runs(source: str, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Raises ReparamError, with the likely cause, where a model does not run on inputs."""
+def check_it_runs(source: str, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """What a model gives on inputs; ReparamError, with the likely cause, where it does not run."""
     try:
         with torch.no_grad():
-            model(*inputs)
+            given = model(*inputs)
     except Exception as error:
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
@@ -203,6 +205,17 @@ def check_it_runs(source: str, model: nn.Module, inputs: tuple[Any, ...]) -> Non
             f"{source}: does not run on inputs of shape {shapes} ({said}); "
             f"{_cause(model, tensors, error)}"
         ) from error
+    return given
+
+
+def check_tensors(source: str, given: Any) -> None:
+    """Raises ReparamError where a forward returned what cannot be compared or exported."""
+    kinds = [type(leaf).__name__ for leaf in others_in(given)]
+    if kinds or not any(True for _ in tensors_in(given)):
+        raise ReparamError(
+            f"{source}: its forward returns {f'a {kinds[0]}' if kinds else 'no tensor'}; a model "
+            "here returns tensors, alone or in tuples, lists and dicts"
+        )
 
 
 def _cause(model: nn.Module, tensors: Sequence[Tensor], error: Exception) -> str:
@@ -220,7 +233,7 @@ def _cause(model: nn.Module, tensors: Sequence[Tensor], error: Exception) -> str
         )
     own = floating_type(model)
     other = [t.dtype for t in tensors if t.is_floating_point() and t.dtype != own]
-    if other or "dtype" in str(error) or "type" in str(error).lower().split():
+    if other or re.search(r"\b(d?types?)\b", str(error).lower()):
         types = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
         return (
             f"its weights are {str(own).removeprefix('torch.')} and the inputs {types}: give whole "

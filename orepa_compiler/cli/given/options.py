@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated
@@ -139,6 +140,25 @@ def check_written(**files: Path | None) -> None:
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise ReparamError(f"--{option} {path}: --{other} writes that file; name another")
+
+
+def check_ending(option: str, path: Path | None, *endings: str) -> None:
+    """Raises ReparamError for a file that nothing would know by its name later."""
+    if path is not None and path.suffix not in endings:
+        raise ReparamError(f"{option} {path}: its name ends in {' or '.join(endings)}; name it so")
+
+
+def check_kept(written: Mapping[str, Path | None], *read: str | Path | None) -> None:
+    """Raises ReparamError where an option would write over a file that the command reads.
+
+    written: by option. read: a checkpoint, data, or file.py:function.
+    """
+    texts = [str(source) for source in read if source is not None]
+    paths = [text.rpartition(":")[0] if ".py:" in text else text for text in texts]
+    kept = {Path(path).resolve() for path in paths if Path(path).is_file()}
+    for option, path in written.items():
+        if path is not None and path.resolve() in kept:
+            raise ReparamError(f"--{option} {path}: the command reads that file; name another")
 
 
 def check_there(**files: Path | None) -> None:

@@ -12,7 +12,12 @@ import torch
 
 from orepa_compiler.blocks import LinearBlock
 from orepa_compiler.cli.given.export_request import ExportRequest
-from orepa_compiler.cli.given.models import check_it_runs, load_told, warn_of_random_weights
+from orepa_compiler.cli.given.models import (
+    check_it_runs,
+    check_tensors,
+    load_told,
+    warn_of_random_weights,
+)
 from orepa_compiler.cli.run.evaluating import Evaluation
 from orepa_compiler.cli.run.manifesting import manifest_step
 from orepa_compiler.cli.run.sampling import INT8_BATCHES, preset_advice, samples_for
@@ -87,7 +92,7 @@ class _Export:
         )
         warn_of_random_weights(request.model, self.origin)
         self.inputs = request.inputs(self.model)
-        check_it_runs(request.model, self.model, self.inputs[0])
+        check_tensors(request.model, check_it_runs(request.model, self.model, self.inputs[0]))
         request.check_interface(self.model, self.inputs[0])
         self.is_trained = bool(rounded_layers(self.model))  # to round to int8
         self.calibration = request.calibrating(

@@ -92,7 +92,9 @@ def export_onnx(
     calibration: Sequence[Any] | None = None,
     int8_preset: Preset | None = None,
 ) -> Path:
-    """The path of an ONNX file that computes the collapsed `model`.
+    """Writes an ONNX file that computes the collapsed `model`.
+
+        orepa.export_onnx(deploy, images, "net.onnx")
 
     inputs: a tensor, a tuple of positional arguments, or a list of such batches; the first batch
     gives the shapes. With dynamic_batch the first axis of every input is the symbol `batch`; with

@@ -34,7 +34,9 @@ _HONEST = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 
 
 def write_openvino(onnx_path: str | PathLike[str], path: str | PathLike[str]) -> Path:
-    """The path of OpenVINO's own file (.xml, its weights in .bin beside it) of an ONNX file.
+    """Writes OpenVINO's own file (.xml, its weights in .bin beside it) of an ONNX file.
+
+        orepa.write_openvino("net.onnx", "net.xml")
 
     The weights keep their type. The .bin is put in its place before the .xml that names it.
     Raises ExportError for a path that does not end in .xml, and where OpenVINO cannot read the
@@ -96,7 +98,13 @@ def _read(path: Path) -> Any:
     try:
         return openvino.Core().read_model(os.fspath(path))
     except RuntimeError as error:
-        raise ExportError(f"{path}: OpenVINO cannot read it: {first_line(error)}") from error
+        raise ExportError(f"{path}: OpenVINO cannot read it: {_reason(error)}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """OpenVINO's message without the places in its source that it begins with."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith("Exception from")), repr(error))
 
 
 def _spec(path: Path, port: Any) -> TensorSpec:

@@ -34,7 +34,9 @@ def build_engine(
     tf32: bool = False,
     timing_cache: str | PathLike[str] | None = None,
 ) -> Path:
-    """The path of a TensorRT engine for the ONNX file, in the precision that the file has.
+    """Builds a TensorRT engine of the ONNX file, in the precision that the file has.
+
+        orepa.build_engine("net.onnx", "net.engine", compute_capability="8.9")
 
     flavor: trt (built on the GPU it will run on), rtx (built anywhere, for a compute_capability
     such as 8.9), or auto. shapes: input name -> its smallest, tuned-for and largest shape, or those
