@@ -169,7 +169,7 @@ def test_a_pickle_that_runs_code_is_read_only_when_allowed(
     ("content", "said"),
     [
         (None, "there is no such file"),
-        (b"", "neither safetensors nor a torch.save file"),
+        (b"", "the file is empty; save or copy it again"),
         (b"<html>not found</html>", "neither safetensors nor a torch.save file"),
         (b"\x10\0\0\0\0\0\0\0{damaged", "a damaged safetensors file"),
         (pickle.dumps([1, 2]), "neither safetensors nor a torch.save file"),
