@@ -74,7 +74,7 @@ def killed_once(number: int, target: Path, seconds: float, programs: dict[int, A
         status = 1
         try:
             if number % 4:  # what comes before the files is the same each time
-                exporting.trace = lambda *args, **options: programs[number % 2]
+                exporting.trace_program = lambda *args, **options: programs[number % 2]
                 exporting._write = lambda program, draft, *args: copy_pair(number % 2, draft)
             slowed_export(number % 2, target, write)
             status = 0

@@ -250,7 +250,9 @@ def test_the_opset_asked_for_is_the_opset_of_the_file(net: SmallNet, tmp_path: P
 def test_an_unwritable_path_is_refused_before_the_export(
     net: SmallNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "trace", lambda *_, **__: pytest.fail("the slow part ran"))
+    monkeypatch.setattr(
+        exporting, "trace_program", lambda *_, **__: pytest.fail("the slow part ran")
+    )
     with pytest.raises(ExportError, match=r"cannot write into the folder"):
         export_onnx(net, images(), tmp_path / "nowhere" / "net.onnx")
 
@@ -263,6 +265,8 @@ def test_a_missing_package_is_told_before_the_export(
     net: SmallNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # type: ignore[arg-type]
-    monkeypatch.setattr(exporting, "trace", lambda *_, **__: pytest.fail("the slow part ran"))
+    monkeypatch.setattr(
+        exporting, "trace_program", lambda *_, **__: pytest.fail("the slow part ran")
+    )
     with pytest.raises(MissingPackage, match=rf"{package};.*orepa-compiler\[{extra}\]"):
         export_onnx(net, images(), tmp_path / "net.onnx", simplify=True)
