@@ -148,3 +148,22 @@ def test_a_weight_that_the_forward_reads_elsewhere_keeps_the_norm_outside() -> N
     net = randomise_norms(nn.Sequential(Reads(), nn.BatchNorm2d(4))).double().eval()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(orepa.collapse(net)(x), net(x), rtol=0, atol=1e-12)
+
+
+def test_a_function_with_an_attribute_that_stays_is_no_effect() -> None:
+    """As torch.jit.unused leaves one on the methods that it decorates (torchvision's DenseNet)."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
+
+        @torch.jit.unused
+        def checkpointed(self, x: Tensor) -> Tensor:
+            return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(self.checkpointed(x)))
+
+    deploy = orepa.collapse(Net().eval())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in deploy.modules())

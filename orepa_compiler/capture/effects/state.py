@@ -83,7 +83,7 @@ def _add_own_state(seen: Visible, function: FunctionType) -> None:
         if not isinstance(value, _PLAIN):
             seen.add(f"{name}, a default of {function.__name__}", value)
     if vars(function):
-        seen.add(f"an attribute of {function.__name__}", dict(vars(function)), id(vars(function)))
+        seen.add(f"an attribute of {function.__name__}", vars(function), id(vars(function)))
 
 
 def _fact(value: Any, held: set[Hashable], depth: int) -> Any:
