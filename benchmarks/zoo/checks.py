@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections import Counter
@@ -190,6 +191,11 @@ class _Run:
 
 
 def described(problem: Exception) -> str:
-    """The error, and where in the code it came from: the last lines of its traceback."""
-    lines = traceback.format_exception(problem)
-    return "".join(lines)[-1500:]
+    """The error, and where in the code it came from: the last lines of its traceback.
+
+    Files are named from where Python imports them, for a record holds no path of a machine.
+    """
+    text = "".join(traceback.format_exception(problem))
+    for root in sorted(filter(None, sys.path), key=len, reverse=True):
+        text = text.replace(f'File "{root}/', 'File "')
+    return text[-1500:]

@@ -528,3 +528,19 @@ def test_figures_are_drawn_of_any_rows(tmp_path: Path) -> None:
             assert path.read_text().startswith("<?xml")
     first = [path.read_bytes() for path in draw(rows, tmp_path)]
     assert first == [path.read_bytes() for path in draw(rows, tmp_path)]
+
+
+def test_an_error_is_told_without_a_path_of_the_machine() -> None:
+    with pytest.raises(ValueError, match="nothing to stack") as raised:
+        examine_nothing()
+    said = checks.described(raised.value)
+    assert 'File "tests/benchmarks/test_zoo.py"' in said
+    assert said.endswith("ValueError: nothing to stack\n")
+    assert 'File "/' not in said
+
+
+def examine_nothing() -> None:
+    try:
+        torch.stack([])
+    except RuntimeError as error:
+        raise ValueError("nothing to stack") from error
