@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ Own = TypeVar("Own", bound="Interpretation")
 
 
 @dataclass
-class Interpretation(Forwards):
+class Interpretation(Forwards, ABC):
     """What the forwards of a capture compute, as far as they are linear.
 
     at_any_cost: joins also where one conv costs more than two. reasons: call node -> why it was
@@ -35,17 +36,17 @@ class Interpretation(Forwards):
     )
     _freely: Interpretation | None = None
 
+    @abstractmethod
     def values(self, owner: str) -> dict[fx.Node, Linear]:
         """The linear value of each node of the owner's forward that has one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> Linear:
         """The value of a region that a plan found, by the names of its nodes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self, path: str) -> Linear | None:
         """A module's forward as one linear value from its first input to its output, if it is."""
-        raise NotImplementedError
 
     @cached_property
     def forms(self) -> Forms:

@@ -279,11 +279,11 @@ class _Export:
         return collapse(self.model, inputs=self.inputs, fold_norm=False)
 
     def evaluate_engine(self) -> Step:
-        assert self.request.engine is not None
-        if not torch.cuda.is_available():
-            note = f"{NOT_RUN_ON_A_GPU} (there is no GPU here)"
-            return Step("evaluate engine", "not run", note=note, is_required=False)
-        return self.evaluate("engine", lambda: TensorRTRunner(self.request.engine or ""))
+        engine = self.request.engine
+        assert engine is not None
+        return _without_gpu("evaluate engine") or self.evaluate(
+            "engine", lambda: TensorRTRunner(engine)
+        )
 
     def build_engine(self) -> Step:
         request = self.request
@@ -302,9 +302,8 @@ class _Export:
 
     def check_engine(self) -> Step:
         assert self.request.engine is not None
-        if not torch.cuda.is_available():
-            note = f"{NOT_RUN_ON_A_GPU} (there is no GPU here)"
-            return Step("check engine", "not run", note=note, is_required=False)
+        if (step := _without_gpu("check engine")) is not None:
+            return step
         with announced("running the engine"):
             runner = TensorRTRunner(self.request.engine)
             return self._timed(judged("check engine", self.samples(), runner), runner)
@@ -320,3 +319,11 @@ class _Export:
 
     def write_manifest(self, steps: list[Step]) -> Step:
         return manifest_step(self.request, steps, self.samples)
+
+
+def _without_gpu(name: str) -> Step | None:
+    """The step of an engine where there is no GPU to run it on; None where there is one."""
+    if torch.cuda.is_available():
+        return None
+    note = f"{NOT_RUN_ON_A_GPU} (there is no GPU here)"
+    return Step(name, "not run", note=note, is_required=False)

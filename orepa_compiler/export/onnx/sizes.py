@@ -86,11 +86,11 @@ def other_sizes(model: nn.Module, batch: Batch) -> Iterator[Batch]:
 
 def check_traced(model: nn.Module, batch: Batch, *, dynamic_batch: bool) -> None:
     """Raises ExportError where what is traced at one size is not the model at others."""
-    next(other_sizes(model, batch))  # what the model itself says of its size, before torch.export
+    others = list(other_sizes(model, batch))  # what the model says of its size, before torch.export
     program = trace_program(model, batch, dynamic_batch=dynamic_batch, dynamic_size=True)
     _check_symbols(program)
     traced = program.module(check_guards=False)
-    for other in other_sizes(model, batch):
+    for other in others:
         with torch.no_grad():
             expected = named_leaves(model(*other))
             try:
