@@ -43,6 +43,7 @@ OPTIONAL = {
     "lightning",
     "matplotlib",
     "onnx",
+    "onnx_ir",
     "onnxruntime",
     "onnxscript",
     "onnxsim",

@@ -20,7 +20,7 @@ from torch import Tensor
 from orepa_compiler.errors import ExportError, ReparamError
 from orepa_compiler.export.gates.counting import Counts, node_count
 from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.run.openvino import OpenVINORunner
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.run.signature import TensorSpec

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.onnx.external_data import is_beside, sha256
+from orepa_compiler.export.onnx.external_data import sha256
+from orepa_compiler.export.onnx.reading import is_beside
 from orepa_compiler.files.atomic import staged
 from orepa_compiler.files.schemas import parsed, read_json
 

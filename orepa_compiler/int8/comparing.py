@@ -13,9 +13,8 @@ from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.int8.integers import check_integers
 from orepa_compiler.export.int8.trained import trained_layers
-from orepa_compiler.export.onnx.inspection import load_graph
 from orepa_compiler.export.onnx.precision import kept_modules, lies_in
-from orepa_compiler.export.onnx.weight_record import properties_of
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.quantization.flips import with_flips
 from orepa_compiler.quantization.layers import rounded_layers, with_float_maps
 from orepa_compiler.verification import Report, Row, judge, take_samples
@@ -40,7 +39,7 @@ def verify_rounded(
     kept: list[str] = []
     if path is not None:
         deploy = collapse(reference)
-        named = properties_of(load_graph(path)).get("orepa.keep_fp32", "").split()
+        named = load_graph(path).metadata_props.get("orepa.keep_fp32", "").split()
         places = kept_modules(deploy, named)
         kept = [layer for layer in rounded_layers(reference) if lies_in(layer, places)]
     with evaluation_mode(reference, candidate):

@@ -93,7 +93,7 @@ class ExportRequest:
         self._check_packages()
 
     def _check_packages(self) -> None:
-        packages = {"onnx": "onnx", "onnxscript": "onnx"}
+        packages = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx"}
         packages |= {"onnxsim": "simplify"} if self.simplify else {}
         packages |= {"openvino": "openvino"} if self.openvino else {}
         for package, extra in packages.items():

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from torch.utils.dlpack import from_dlpack
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, NotRun
 from orepa_compiler.export.onnx.external_data import check_external, load_external
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.reading import load_graph, to_message
 from orepa_compiler.export.run.signature import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -65,12 +68,12 @@ def open_session(path: Path, provider: str) -> Any:
             f"{provider} is not in the installed onnxruntime ({', '.join(available)})"
             + _how_to_install(provider)
         )
-    graph = load_graph(path)
-    check_external(path, graph)
+    model = load_graph(path)
+    check_external(path, model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
-    if _is_for_tensorrt(graph):
+    if _is_for_tensorrt(model):
         options.add_session_config_entry(_AS_WRITTEN, "1")
     settings = _CUDA_OPTIONS if provider == "CUDAExecutionProvider" else {}
     try:
@@ -78,32 +81,33 @@ def open_session(path: Path, provider: str) -> Any:
             path.resolve(), options, providers=[(provider, settings)]
         )
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        raise _unreadable(path, provider, graph, error) from error
+        raise _unreadable(path, provider, model, error) from error
     check_provider(session, provider)
     return session
 
 
-def _is_for_tensorrt(graph: Any) -> bool:
+def _is_for_tensorrt(model: ir.Model) -> bool:
     """Whether a file has int8 in the form that TensorRT takes: it is to be judged as it is."""
-    said = {entry.key: entry.value for entry in graph.metadata_props}
+    said = model.metadata_props
     return said.get("orepa.precision") == "int8" and said.get(PRESET_KEY, "tensorrt") == "tensorrt"
 
 
-def plain_session(path: Path, model: Any) -> Any:
+def plain_session(path: Path, model: ir.Model) -> Any:
     """A session on the CPU that runs `model`, whose weights lie beside `path`, as it is written.
 
     Raises ExportError where onnxruntime cannot load it.
     """
     onnxruntime = import_extra("onnxruntime", extra="cpu")
     load_external(path, model)
-    if model.ByteSize() > _MOST_BYTES:
-        raise ExportError(f"{path}: too large to look into ({model.ByteSize()} bytes)")
+    message = to_message(model)
+    if message.ByteSize() > _MOST_BYTES:
+        raise ExportError(f"{path}: too large to look into ({message.ByteSize()} bytes)")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            message.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
         raise _unreadable(path, "CPUExecutionProvider", model, error) from error
@@ -168,10 +172,11 @@ def _how_to_install(provider: str) -> str:
     return ""
 
 
-def _unreadable(path: Path, provider: str, graph: Any, error: Exception) -> ExportError:
-    onnx = import_extra("onnx", extra="onnx")
+def _unreadable(path: Path, provider: str, model: ir.Model, error: Exception) -> ExportError:
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
     reason = first_line(error)
-    if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in graph.graph.initializer):
+    weights = model.graph.initializers.tensors()
+    if any(tensor.dtype == onnx_ir.DataType.BFLOAT16 for tensor in weights):
         return NotRun(
             f"{path}: not run: {provider} lacks bfloat16 kernels ({reason}); export with "
             "precision='fp32' or 'fp16' to compare in onnxruntime"
@@ -203,7 +208,7 @@ def to_ortvalue(array: np.ndarray, dtype: torch.dtype) -> Any:
     value = import_extra("onnxruntime", extra="cpu").OrtValue
     if dtype != torch.bfloat16:
         return value.ortvalue_from_numpy(array)
-    bfloat16 = import_extra("onnx", extra="onnx").TensorProto.BFLOAT16
+    bfloat16 = import_extra("onnx_ir", extra="onnx").DataType.BFLOAT16.value
     return value.ortvalue_from_numpy_with_onnx_type(array, bfloat16)
 
 
