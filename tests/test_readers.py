@@ -367,7 +367,5 @@ def test_a_weight_with_fewer_values_than_its_shape_is_refused(tmp_path: Path) ->
     model.graph.initializer[0].dims[:] = [2**40]
     onnx.save(model, tmp_path / "net.onnx")
     held = load_graph(tmp_path / "net.onnx").graph.initializers.tensors()
-    with pytest.raises(
-        orepa.ExportError, match=r"its values are no \w+ of shape \[10995"
-    ):
+    with pytest.raises(orepa.ExportError, match=r"its values are no \w+ of shape \[10995"):
         values_of(next(iter(held)))
