@@ -156,6 +156,23 @@ def test_what_is_kept_in_float_is_not_quantized(
         assert max(row.error for row in report.rows) < 1e-5
 
 
+def test_what_is_kept_in_float_is_read_for_openvino_too(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model = trained(orepa.fake_quantize(linear_blocks(), preset="cpu", inputs=images()))
+    path = tmp_path / "net.onnx"
+    orepa.export_onnx(orepa.collapse(model), images(), path, precision="int8", keep_fp32="head*")
+    own = orepa.write_openvino(path, tmp_path / "net.xml")
+    assert orepa.OpenVINORunner(own).properties["orepa.keep_fp32"] == "head"
+    for candidate in (f"{path}@openvino", orepa.OnnxRunner(path), own):
+        report = orepa.verify(model, candidate, images())
+        assert report, report
+    graph = onnx.load(path)
+    change_steps(graph)
+    onnx.save(graph, path)
+    report = orepa.verify(model, f"{path}@openvino", images())
+    assert "the steps of its kernel are not the trained ones" in report.verdict
+
+
 def test_a_layer_that_was_left_in_float_stays_so(tmp_path: Path) -> None:
     model = orepa.fake_quantize(plain(), where=["!deep"], inputs=images())
     path = tmp_path / "net.onnx"
