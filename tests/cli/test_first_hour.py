@@ -103,6 +103,12 @@ class Timed(nn.Conv2d):
     def forward(self, image, time):
         return super().forward(image) * time[:, None, None, None]
 
+class Named(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 1)
+    def forward(self, image):
+        return {"logits": super().forward(image), "maps": [image, None]}
+
 def at_times():
     return {"image": torch.randn(2, 3, 8, 8), "time": torch.rand(2)}
 
@@ -270,6 +276,21 @@ WRONG: list[tuple[str, str, str]] = [
     ),
     ("export", f"{TINY} --inputs nets.py:labels", "does not run on inputs of shape (2,)"),
     ("export", f"{TINY} --input-names a,b", "names 2 inputs, and the model takes 1; give one name"),
+    (
+        "export",
+        f"{TINY} --output-names a,b",
+        "names 2 outputs, and the model returns 1 (output)",
+    ),
+    (
+        "export",
+        f"{TINY} --input-names output",
+        "output: 'output' is the name of an output",
+    ),
+    (
+        "export",
+        "nets.py:Named --onnx out.onnx --input-shape 3x8x8 --output-names a",
+        "--output-names a: the model returns its outputs by name (logits, maps.0)",
+    ),
     (
         "export",
         "nets.py:Sound --onnx out.onnx --input-shape 3x8 --dynamic-size",

@@ -172,6 +172,26 @@ def output_names(program: ExportedProgram) -> list[str]:
     return names
 
 
+def returned_names(given: Any) -> tuple[list[str], bool]:
+    """Names the tensors that a forward returned, as output_names does, before anything is traced.
+
+    Also tells whether the forward names them itself, with keys or fields.
+    """
+    paths = list(_tensor_paths(given, ()))
+    is_named = any(path and not isinstance(path[0], int) for path in paths)
+    return [_leaf_name(path) for path in paths], is_named
+
+
+def _tensor_paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, Tensor):
+        yield path
+        return
+    if pytree.tree_structure(value).is_leaf():  # None, or a class that torch.export does not know
+        return
+    for key, child in registered_children(value):
+        yield from _tensor_paths(child, (*path, key))
+
+
 def named_outputs(
     program: ExportedProgram, names: tuple[str, ...], inputs: tuple[str, ...]
 ) -> tuple[str, ...]:
