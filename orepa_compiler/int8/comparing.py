@@ -57,7 +57,7 @@ def verify_rounded(
 def _compared_integers(
     deploy: nn.Module, path: Path, kept: Sequence[str]
 ) -> tuple[Row | None, str]:
-    """A row that fails, or None and what there is to say."""
+    """Compares the integers: a row that fails, or None and what there is to say."""
     layers = trained_layers(deploy, keep=kept)
     try:
         count = check_integers(path, layers)

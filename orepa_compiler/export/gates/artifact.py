@@ -63,7 +63,7 @@ class Expected:
         output_names: tuple[str, ...] = (),
         dynamic_size: bool = False,
     ) -> Expected:
-        """What the export of a traced model must hold; inputs, output_names: as they were given."""
+        """Says what the export of a traced model must hold; inputs, output_names: as given."""
         return cls(
             counts=Counts.of_program(program),
             outputs=named_outputs(program, output_names, inputs),

@@ -65,13 +65,13 @@ class Counts:
 
     @classmethod
     def of_program(cls, program: ExportedProgram) -> Counts:
-        """What a traced model runs: the most that a file of it may hold."""
+        """Counts what a traced model runs: the most that a file of it may hold."""
         norms = sum(_is_norm(node) for node in program_nodes(program))
         return cls(count_convs(program), _program_sums(program), norms)
 
     @classmethod
     def of_graph(cls, model: ir.Model, *, translated: bool = False) -> Counts:
-        """What an ONNX graph holds.
+        """Counts what an ONNX graph holds.
 
         translated: without what stands for another operator of torch's program, as the sum in a
         group norm does: what is left is to be compared with that program.
@@ -83,7 +83,7 @@ class Counts:
 
     @classmethod
     def recorded(cls, properties: dict[str, str]) -> Counts | None:
-        """What export_onnx wrote into a file's metadata; None where it did not."""
+        """Reads the counts that export_onnx wrote into a file's metadata; None where it did not."""
         if not properties.keys() >= set(_KEYS.values()):
             return None
         return cls(**{name: int(properties[key]) for name, key in _KEYS.items()})
@@ -92,12 +92,12 @@ class Counts:
         return f"{self.convs} convs, {self.sums} sums of maps, {self.norms} norms"
 
     def properties(self) -> dict[str, str]:
-        """The metadata that says so."""
+        """Gives the metadata that says so."""
         return {key: str(getattr(self, name)) for name, key in _KEYS.items()}
 
 
 def node_count(model: ir.Model) -> int:
-    """How many nodes a graph holds, those inside If and Loop bodies included."""
+    """Counts the nodes of a graph, those inside If and Loop bodies included."""
     return sum(1 for _ in model.graph.all_nodes())
 
 

@@ -73,7 +73,7 @@ class ParsedNetwork:
 
 
 def inspect_network(onnx: Path | str, *, flavor: Flavor = "auto") -> NetworkSummary:
-    """What TensorRT parses `onnx` into, after the gates that build_engine applies.
+    """Parses `onnx` with TensorRT and counts what it became, after build_engine's gates.
 
     Raises ExportError where the file cannot be parsed or is not collapsed.
     """
@@ -83,7 +83,7 @@ def inspect_network(onnx: Path | str, *, flavor: Flavor = "auto") -> NetworkSumm
 
 
 def parse_network(tensorrt: ModuleType, source: Path) -> ParsedNetwork:
-    """The network of an ONNX file, strongly typed, after the gates.
+    """Parses an ONNX file into a TensorRT network, strongly typed, and checks it.
 
     Raises ExportError where TensorRT cannot parse it, or where check_network refuses it.
     """
@@ -193,7 +193,7 @@ def _dtypes(convs: list[ConvNode]) -> tuple[tuple[str, int], ...]:
 
 
 def parse_error(parser: Any, source: Path, model: ir.Model) -> ExportError:
-    """The parser's first error: the torch module, the node, the reason and what helps."""
+    """Words the parser's first error: the torch module, the node, the reason and what helps."""
     if not parser.num_errors:
         return ExportError(f"{source}: TensorRT cannot parse the file and gives no reason")
     error = parser.get_error(0)

@@ -39,7 +39,7 @@ NOISE_NAME = "int8 with these ranges"
 
 
 def with_int8_noise(samples: Samples, float32: Path, int8: Path, folder: Path) -> Samples:
-    """The samples of a model, with the noise of int8 in the place of its own precision's.
+    """Gives the samples of a model the noise of int8 in the place of its own precision's.
 
     float32, int8: the ONNX files of the model. folder: for the noisy files.
     """
@@ -51,7 +51,7 @@ def with_int8_noise(samples: Samples, float32: Path, int8: Path, folder: Path) -
 
 
 def dithered_file(float32: Path, int8: Path, path: Path, *, seed: int) -> Path:
-    """The float32 file with noise where the int8 file rounds, written to `path`.
+    """Writes the float32 file to `path`, with noise where the int8 file rounds.
 
     Raises ExportError where the int8 file rounds nothing, or what the float32 file has not: it is
     that of another model.
@@ -80,7 +80,7 @@ def dithered_file(float32: Path, int8: Path, path: Path, *, seed: int) -> Path:
 
 
 def _check_same_nodes(float32: Path, model: ir.Model, int8: Path, steps: Steps) -> None:
-    """Without noise on some of what is rounded, a right file would be far above the tolerance."""
+    """Refuses another model: a right file without noise on all that is rounded would fail."""
     if not steps:
         raise ExportError(f"{int8}: holds no int8: no node reads what DequantizeLinear gives")
     there = {(node.name, index) for node in model.graph for index in range(len(node.inputs))}
@@ -92,7 +92,7 @@ def _check_same_nodes(float32: Path, model: ir.Model, int8: Path, steps: Steps) 
 
 
 def rounding_steps(path: Path) -> Steps:
-    """Where an int8 file rounds, and in which steps."""
+    """Reads where an int8 file rounds, and in which steps."""
     model = load_graph(path)
     load_external(path, model)
     steps = {}

@@ -30,7 +30,7 @@ class FileLayer:
 
 
 def file_layers(path: Path) -> Iterator[FileLayer]:
-    """Every node of an ONNX file that multiplies int8 by int8."""
+    """Reads every node of an ONNX file that multiplies int8 by int8."""
     model = load_graph(path)
     load_external(path, model)
     for node in model.graph.all_nodes():
@@ -59,7 +59,7 @@ def _read(path: Path, node: ir.Node, index: int) -> np.ndarray:
 
 
 def check_integers(path: Path, layers: Mapping[str, TrainedLayer]) -> int:
-    """How many integers the file at `path` shares with the layers, which are all that it has.
+    """Counts the integers that the file at `path` shares with the layers, all that it has.
 
     Raises ExportError for the first layer whose kernel, steps, or range of maps is another one.
     """
@@ -81,7 +81,7 @@ def check_integers(path: Path, layers: Mapping[str, TrainedLayer]) -> int:
 
 
 def difference(trained: TrainedLayer, found: TrainedLayer) -> str:
-    """In what a layer of a file is not the trained one; "" where they are equal."""
+    """Says in what a layer of a file is not the trained one; "" where they are equal."""
     if trained.integers.shape != found.integers.shape:
         return f"its kernel is {found.integers.shape}, and was trained as {trained.integers.shape}"
     wrong = int((trained.integers != found.integers).sum())

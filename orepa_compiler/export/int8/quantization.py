@@ -45,7 +45,7 @@ _CPU = {"WeightSymmetric": True, "ActivationSymmetric": False}
 def calibration_batches(
     calibration: Sequence[Any] | None, batch: tuple[Any, ...]
 ) -> list[tuple[Any, ...]]:
-    """The batches of calibration data as tuples of arguments, each of the kind of `batch`.
+    """Gives the batches of calibration data as tuples of arguments, each of the kind of `batch`.
 
     Raises ExportError where there are none, and for one whose number of tensors, types or shapes
     (but for the first axis) are not those of `batch`.

@@ -47,7 +47,7 @@ class TrainedLayer:
     @classmethod
     @torch.no_grad()
     def of(cls, layer: Rounded, path: str) -> TrainedLayer:
-        """What a layer was trained with. Raises ExportError where its maps have no range."""
+        """Reads what a layer was trained with. Raises ExportError where its maps have no range."""
         try:
             check_range(layer.input_quantizer, path)
         except ReparamError as error:
@@ -63,7 +63,7 @@ class TrainedLayer:
 
 
 def trained_layers(model: nn.Module, *, keep: Collection[str] = ()) -> dict[str, TrainedLayer]:
-    """What the file is to hold of each layer that rounds, without those that are kept in float."""
+    """Collects what the file is to hold of each layer that rounds and is not kept in float."""
     return {
         path: TrainedLayer.of(layer, path)
         for path, layer in rounded_layers(model).items()
@@ -72,7 +72,7 @@ def trained_layers(model: nn.Module, *, keep: Collection[str] = ()) -> dict[str,
 
 
 def trained_preset(model: nn.Module) -> Preset | None:
-    """The preset that a model was trained for; None where it does not round.
+    """Finds the preset that a model was trained for; None where it does not round.
 
     Raises ExportError where its layers were trained for several.
     """
@@ -183,7 +183,7 @@ class _Writing:
         output: str,
         attributes: Mapping[str, int] | None = None,
     ) -> ir.Value:
-        """What a new node before `node` makes."""
+        """Puts a new node before `node`, and gives what it makes."""
         onnx_ir = import_extra("onnx_ir", extra="onnx")
         made: ir.Value = onnx_ir.val(output)
         name = f"{output}_{kind}"

@@ -39,7 +39,7 @@ def verify_int8(
     truth: nn.Module | None = None,
     factor: float = NOISE_FACTOR,
 ) -> Report:
-    """The verdict on an int8 ONNX file beside the model, or the float32 file, that it was made of.
+    """Judges an int8 ONNX file beside the model, or the float32 file, that it was made of.
 
     reference: a torch model in any form, or a runner of the float32 file. candidate: a runner of
     the int8 file. inputs: as in verify; those of the kind that the ranges were taken on. Where it
@@ -71,7 +71,7 @@ def _float32_file(
     batches: list[Batch],
     folder: Path,
 ) -> Path:
-    """The file that the int8 file is, but for the rounding: the reference's, or made of it."""
+    """Finds or makes the float32 file of the same net: the reference's, or made of it."""
     if isinstance(reference, OnnxRunner):
         return reference.path
     source = truth if truth is not None else reference
@@ -93,7 +93,7 @@ def _float32_file(
 
 
 def lost_in_file(float32: Path, int8: Path, batches: Sequence[Batch]) -> list[LostChannels]:
-    """The layers of which the int8 file rounds most input channels to 0, on these batches.
+    """Finds the layers of which the int8 file rounds most input channels to 0, on these batches.
 
     By the steps in the file: a channel that stays below half a step is 0.
     """

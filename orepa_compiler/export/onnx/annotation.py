@@ -58,7 +58,7 @@ def annotate(model: ir.Model, properties: Mapping[str, str], modules: Collection
 
 
 def _from_the_root(scopes: list[str], modules: Collection[str]) -> str:
-    """The path of the innermost module; "" is the root's.
+    """Joins the path of the innermost module; "" is the root's.
 
     torch names the child of a module whose forward was bound to it (module.forward = ...) from
     that module, and not from the root.

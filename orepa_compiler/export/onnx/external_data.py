@@ -167,7 +167,7 @@ def check_external(path: Path, model: ir.Model) -> None:
 
 
 def _needed_sizes(model: ir.Model) -> Iterator[tuple[str, int]]:
-    """Every file of weights, with the bytes that it must have at least."""
+    """Yields every file of weights, with the bytes that it must have at least."""
     ends: dict[str, int] = {}
     for tensor in external_tensors(model):
         end = (tensor.offset or 0) + (tensor.length or 0)

@@ -41,12 +41,12 @@ class ConvNode:
 
     @property
     def where(self) -> str:
-        """The torch module where it is known, else the node."""
+        """Names the torch module where it is known, else the node."""
         return self.module or self.name or self.output
 
 
 def torch_module(node: ir.Node) -> str | None:
-    """The path of the torch module that a node comes from, or None where the file does not say."""
+    """Reads which torch module a node comes from; None where the file does not say."""
     return node.metadata_props.get(MODULE_KEY)
 
 
@@ -113,7 +113,7 @@ def ints_of(node: ir.Node, name: str) -> tuple[int, ...]:
 
 
 def _weight_shape(value: ir.Value) -> tuple[int, ...]:
-    """The shape of a weight of the file; () for one that a node makes."""
+    """Gives the shape of a weight of the file; () for one that a node makes."""
     tensor = value.const_value if value.is_initializer() else None
     return () if tensor is None else tuple(int(size) for size in tensor.shape.numpy())
 
@@ -176,7 +176,7 @@ def _is_inner(total: ir.Value) -> bool:
 
 
 def _terms(node: ir.Node) -> Iterator[ir.Value]:
-    """The tensors that a tree of Add nodes adds up."""
+    """Yields the tensors that a tree of Add nodes adds up."""
     for value in node.inputs:
         if value is None:
             continue

@@ -128,7 +128,7 @@ def _check_weights(path: Path, message: Any) -> None:
 
 
 def _tensors(body: Any) -> Iterator[Any]:
-    """Every tensor of a graph or of a function, as onnx's messages."""
+    """Yields every tensor of a graph or of a function, as onnx's messages."""
     yield from getattr(body, "initializer", ())
     for node in body.node:
         for attribute in node.attribute:

@@ -32,7 +32,7 @@ def record_weights(path: Path) -> None:
 
 
 def check_weights(path: Path, model: ir.Model) -> int:
-    """How many weights are, bit by bit, those that were exported; 0 where none is recorded.
+    """Counts the weights that are, bit by bit, those that were exported; 0 where none is recorded.
 
     Raises ExportError, with the torch module that reads it, for the first weight that changed, that
     is missing, or that was not there.

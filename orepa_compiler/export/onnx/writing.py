@@ -192,7 +192,7 @@ class _Trained:
 def _trained(
     model: nn.Module, precision: str, calibration: Sequence[Any] | None, kept: Sequence[str]
 ) -> _Trained | None:
-    """What a model was trained with for int8; None where it does not round."""
+    """Collects what a model was trained with for int8; None where it does not round."""
     preset = trained_preset(model)
     if preset is None:
         return None
@@ -225,7 +225,7 @@ def _checked_preset(asked: str | None, precision: str, trained: _Trained | None)
 def _checked_names(
     batch: tuple[Any, ...], inputs: Sequence[str] | None, outputs: Sequence[str] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that were given, none where none were; ExportError for those that cannot be."""
+    """Checks the names that were given, none where none were; ExportError for impossible ones."""
     given = {"input_names": inputs, "output_names": outputs}
     for option, names in given.items():
         if isinstance(names, str):
@@ -296,7 +296,7 @@ def _model_properties(
 def _write(
     program: ExportedProgram, draft: Path, expected: Expected, properties: dict[str, str]
 ) -> Counts:
-    """What the written file holds, counted; ExportError where that is more than was traced."""
+    """Writes the file and counts what it holds; ExportError where that is more than was traced."""
     onnx_ir = import_extra("onnx_ir", extra="onnx")
     translated = _translate(program, expected.opset)
     model = translated.model

@@ -117,7 +117,7 @@ def _reason(error: RuntimeError) -> str:
 
 
 def _spec(path: Path, port: Any) -> TensorSpec:
-    """An input or output; an axis that is open is a symbol of its own, the first one `batch`."""
+    """Describes an input or output; an open axis is a symbol of its own, the first one `batch`."""
     kind = port.get_element_type().get_type_name()
     if kind not in _DTYPES:
         raise ExportError(

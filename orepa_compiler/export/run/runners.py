@@ -130,7 +130,7 @@ def _gpu(path: Path) -> torch.device:
 
 @contextmanager
 def _stream(device: torch.device) -> Iterator[int]:
-    """The handle of a stream that starts after the work so far, and is waited for at the end."""
+    """Opens a stream that starts after the work so far, and waits for it at the end."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     yield stream.cuda_stream

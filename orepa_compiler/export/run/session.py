@@ -56,7 +56,7 @@ _MOST_BYTES = 2**31 - 1
 
 
 def open_session(path: Path, provider: str) -> Any:
-    """An onnxruntime InferenceSession whose convs and matrix products all run on `provider`.
+    """Opens an onnxruntime InferenceSession whose convs and matrix products all run on `provider`.
 
     Raises NotRun where the provider is not there, or has no bfloat16; ExportError where the file
     cannot be read, and where the provider fell back to another one.
@@ -93,7 +93,7 @@ def _is_for_tensorrt(model: ir.Model) -> bool:
 
 
 def plain_session(path: Path, model: ir.Model) -> Any:
-    """A session on the CPU that runs `model`, whose weights lie beside `path`, as it is written.
+    """Opens a session on the CPU that runs `model`, with its weights beside `path`, as written.
 
     Raises ExportError where onnxruntime cannot load it.
     """
@@ -114,7 +114,7 @@ def plain_session(path: Path, model: ir.Model) -> Any:
 
 
 def run_session(session: Any, path: Path, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Every output of a session by name, on tensors in the order of its inputs."""
+    """Runs a session, and gives every output by name, on tensors in the order of its inputs."""
     names = [item.name for item in session.get_inputs()]
     arrays = [to_numpy(tensor) for tensor in tensors]
     pairs = zip(names, arrays, tensors, strict=True)
@@ -150,7 +150,7 @@ def check_provider(session: Any, provider: str) -> None:
 
 
 def placement(session: Any) -> dict[str, int]:
-    """How many nodes run on which provider; empty where onnxruntime does not tell."""
+    """Counts how many nodes run on which provider; empty where onnxruntime does not tell."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return {}
     counts: Counter[str] = Counter()
@@ -185,12 +185,12 @@ def _unreadable(path: Path, provider: str, model: ir.Model, error: Exception) ->
 
 
 def first_line(error: Exception) -> str:
-    """An error's message in one line."""
+    """Shortens an error's message to one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def spec_of(path: Path, item: Any) -> TensorSpec:
-    """An input or output of a session; raises ExportError where torch has no such type."""
+    """Describes an input or output of a session; ExportError where torch has no such type."""
     if item.type not in _DTYPES:
         raise ExportError(f"{path}: {item.name} is a {item.type}, which torch does not know")
     shape = tuple("?" if axis is None else axis for axis in item.shape)
@@ -198,13 +198,13 @@ def spec_of(path: Path, item: Any) -> TensorSpec:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's values; bfloat16, which numpy does not have, as its bits."""
+    """Gives the tensor's values; bfloat16, which numpy does not have, as its bits."""
     host = tensor.detach().cpu().contiguous()
     return host.view(torch.uint16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
 
 
 def to_ortvalue(array: np.ndarray, dtype: torch.dtype) -> Any:
-    """An OrtValue over the array, which must outlive it."""
+    """Makes an OrtValue over the array, which must outlive it."""
     value = import_extra("onnxruntime", extra="cpu").OrtValue
     if dtype != torch.bfloat16:
         return value.ortvalue_from_numpy(array)
@@ -213,7 +213,7 @@ def to_ortvalue(array: np.ndarray, dtype: torch.dtype) -> Any:
 
 
 def from_ortvalue(value: Any, dtype: torch.dtype) -> Tensor:
-    """A torch tensor with the OrtValue's values."""
+    """Makes a torch tensor with the OrtValue's values."""
     return (
         from_dlpack(value).clone() if dtype == torch.bfloat16 else torch.from_numpy(value.numpy())
     )

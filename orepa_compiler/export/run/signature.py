@@ -37,7 +37,7 @@ class TensorSpec:
 
 
 def text_of(value: torch.dtype | Iterable[int | str]) -> str:
-    """A type or a shape as a message shows it: float32, (batch, 3, 64, 64)."""
+    """Writes a type or a shape as a message shows it: float32, (batch, 3, 64, 64)."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return f"({', '.join(map(str, value))})"
@@ -46,7 +46,7 @@ def text_of(value: torch.dtype | Iterable[int | str]) -> str:
 def match_inputs(
     path: Path, specs: Sequence[TensorSpec], inputs: Sequence[Tensor], named: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors by input name, in the file's order.
+    """Matches the tensors with the file's inputs, by name, in the file's order.
 
     Raises ExportError where one is missing, unknown, of another type, or of a shape that does not
     fit.
@@ -66,7 +66,7 @@ def match_inputs(
 
 
 def _flat(inputs: Sequence[Any], count: int) -> Sequence[Any]:
-    """The tensors of nested arguments, in the order in which the export named its inputs.
+    """Lists the tensors of nested arguments, in the order in which the export named its inputs.
 
     Plain values are constants in the file. Where that does not come to `count` tensors, the
     arguments as they are.
@@ -76,7 +76,7 @@ def _flat(inputs: Sequence[Any], count: int) -> Sequence[Any]:
 
 
 def _check(path: Path, spec: TensorSpec, tensor: Tensor, sizes: dict[str, int]) -> None:
-    """sizes: what each symbol stands for, filled as the inputs come."""
+    """Checks a tensor. sizes: what each symbol stands for, filled as the inputs come."""
     if not isinstance(tensor, Tensor):
         raise ExportError(
             f"{path}: input {spec.name} is a {type(tensor).__name__}; pass a torch tensor"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def boundary_values(graph: ir.Graph) -> dict[str, str]:
-    """By torch module, the one tensor that its nodes make and others read.
+    """Finds, for each torch module, the one tensor that its nodes make and others read.
 
     A module with several such tensors, or with none, is left out: which one it returned is unknown.
     """
@@ -50,13 +50,13 @@ def boundary_values(graph: ir.Graph) -> dict[str, str]:
 
 
 def _prefixes(module: str | None) -> list[str]:
-    """layer1.0.conv1 lies in layer1, layer1.0 and itself; the root is left out."""
+    """Lists all that layer1.0.conv1 lies in: layer1, layer1.0 and itself, without the root."""
     parts = module.split(".") if module else []
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def onnx_outputs(path: Path, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """By torch module, its output inside the ONNX file on these inputs, on the CPU.
+    """Gives the output of each torch module inside the ONNX file on these inputs, on the CPU.
 
     The session runs the graph as it is written, without onnxruntime's optimizations.
     Raises ExportError where the file cannot be run.
