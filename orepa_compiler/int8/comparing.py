@@ -37,19 +37,19 @@ def verify_rounded(
     The tolerance of the outputs comes from values that fall on another step in float32.
     """
     kept: list[str] = []
-    is_file = isinstance(candidate, (OnnxRunner, OpenVINORunner))
-    if is_file:
+    file = candidate if isinstance(candidate, (OnnxRunner, OpenVINORunner)) else None
+    if file is not None:
         deploy = collapse(reference)
-        named = candidate.properties.get("orepa.keep_fp32", "").split()
+        named = file.properties.get("orepa.keep_fp32", "").split()
         places = kept_modules(deploy, named)
         kept = [layer for layer in rounded_layers(reference) if lies_in(layer, places)]
     with evaluation_mode(reference, candidate):
         written = with_float_maps(reference, kept)
         samples = take_samples(written, inputs, stress=stress)
         report = judge(with_flips(samples, written), candidate, factor=factor)
-    if not is_file or candidate.path.suffix != ".onnx":  # OpenVINO's own file has them otherwise
+    if file is None or file.path.suffix != ".onnx":  # OpenVINO's own file has them otherwise
         return report
-    row, note = _compared_integers(deploy, candidate.path, kept)
+    row, note = _compared_integers(deploy, file.path, kept)
     rows = report.rows if row is None else (row, *report.rows)
     return replace(report, rows=rows, notes=(*((note,) if note else ()), *report.notes))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,13 @@ def render_page(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "error": lambda value: "-" if value is None else f"{value:.1e}" if value else "0",
         "count": lambda value: "-" if value is None else f"{value:,}",
         "amount": _amount,
         "given": _given,
     }
+    environment.filters |= filters
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return str(template.render(page=page, marks=_MARKS, limit=LIMIT, **_drawn(page)))
 
