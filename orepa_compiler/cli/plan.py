@@ -49,6 +49,7 @@ def plan_command(
     check_there(checkpoint=checkpoint)
     # Only now torch and what the rest needs: a mistake above is told at once.
     from orepa_compiler.cli.given.models import check_it_runs, inputs_for, load_source, named_block
+    from orepa_compiler.cli.given.paths import check_where
     from orepa_compiler.cli.shown.plan_table import plan_text, summary_text
     from orepa_compiler.compiler import plan
     from orepa_compiler.model_source import check_options
@@ -64,6 +65,7 @@ def plan_command(
         check_it_runs(model, net, inputs)
     with announced("planning"):
         found = plan(net, block=chosen, where=where or None, inputs=inputs)
+    check_where(where or (), net, found)
     if json:
         typer.echo(found.to_json())
     else:
