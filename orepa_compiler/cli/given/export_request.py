@@ -106,7 +106,7 @@ class ExportRequest:
         """The batches that every form is compared on."""
         batch = self.batch or (1 if self.static_batch else 2)
         if self.data is None:
-            return [inputs_for(self.model, model, self.shapes, batch)]
+            return [inputs_for(self.model, model, self.shapes or self._of_the_crop(model), batch)]
         batches = self._load(self.data, batch, "--inputs", model)
         # A file with a fixed batch takes no smaller one.
         full = [given for given in batches if _size(given) == batch]
@@ -176,7 +176,12 @@ class ExportRequest:
             return []
         size = _size(like) if self.static_batch else CALIBRATION_BATCH
         batches = self._load(self.calibration, size, "--calibration", model)
-        batches = calibration_batches(batches, like)
+        try:
+            batches = calibration_batches(batches, like)
+        except ExportError as error:
+            if self.shapes or self.data is not None:
+                raise
+            raise ReparamError(f"{error}; give the shape of your data as --input-shape") from error
         if not self.static_batch:
             return batches
         full = [batch for batch in batches if _size(batch) == size]
@@ -186,6 +191,12 @@ class ExportRequest:
                 "asks for"
             )
         return full
+
+    def _of_the_crop(self, model: nn.Module) -> tuple[str, ...]:
+        """The shape that --crop makes of images: calibration data then fits the inputs."""
+        if self.images.crop is None:
+            return ()
+        return ("x".join(map(str, self.preprocessing(model).shape)),)
 
     def _load(self, source: str, batch: int, option: str, model: nn.Module) -> list[Batch]:
         images = self.preprocessing(model)
