@@ -188,14 +188,15 @@ class _Recorder:
         """The value with nodes in place of tensors, as a graph can hold it."""
         if isinstance(value, Tensor):
             return frame.nodes.get(id(value)) or self._parameter(frame, value)
-        if isinstance(value, dict):
-            return {str(key): self._arguments(frame, part) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            inside = [self._arguments(frame, part) for part in value]
-            return inside if isinstance(value, list) else tuple(inside)
-        if isinstance(value, PLAIN):
+        if isinstance(value, PLAIN) and not isinstance(value, tuple):
             return value
-        return [self._arguments(frame, part) for _, part in parts(value)] or repr(type(value))
+        held = [(key, self._arguments(frame, part)) for key, part in parts(value)]
+        if isinstance(value, dict):
+            return {str(key): part for key, part in held}
+        inside = [part for _, part in held]
+        if isinstance(value, (list, tuple)):
+            return inside if isinstance(value, list) else tuple(inside)
+        return inside or repr(type(value))
 
     def _parameter(self, frame: _Frame, tensor: Tensor) -> fx.Node | None:
         name = self.parameters.get(id(tensor))

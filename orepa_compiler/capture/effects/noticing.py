@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from orepa_compiler.capture.effects.nested import tensors
 from orepa_compiler.capture.effects.state import held_proxies
+from orepa_compiler.containers import mapped
 
 _FORM = {
     "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_meta",
@@ -75,11 +76,9 @@ class TensorsUsed(TorchFunctionMode):
         """The call, written into the graph, of what stands for tensors that hold unknown values."""
 
         def told(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return type(value)(map(told, value))
             return self.stand_ins.get(id(value), value)
 
-        args, kwargs = told(args), {key: told(value) for key, value in kwargs.items()}
+        args, kwargs = mapped((args, kwargs), told)
         if name == "__setitem__" and isinstance(args[0], fx.Proxy):
             args[0].__setitem__(*args[1:])
             return None
@@ -103,10 +102,9 @@ class TensorsUsed(TorchFunctionMode):
             return  # it is a node of the graph
         writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
         for index, value in enumerate((*args, *kwargs.values())):
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, Tensor):
-                    is_target = tensor is kwargs.get("out") or (writes and index == 0)
-                    self.used(tensor, is_target and id(tensor) not in self.made)
+            for tensor in tensors(value):
+                is_target = tensor is kwargs.get("out") or (writes and index == 0)
+                self.used(tensor, is_target and id(tensor) not in self.made)
 
 
 @contextmanager

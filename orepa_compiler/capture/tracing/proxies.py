@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from orepa_compiler.capture.tracing.kinds import WRITES, kind_of
+from orepa_compiler.containers import members
 
 # What `x += y` and its kin call: they write over their first operand.
 IN_PLACE_OPERATORS = (
@@ -302,8 +303,6 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
 def _find(found: list[Proxy], value: Any) -> None:
     if _isinstance(value, Proxy):
         found.append(value)
-    elif _isinstance(value, (list, tuple)):
-        for part in value:
-            _find(found, part)
-    elif _isinstance(value, dict):
-        _find(found, list(value.values()))
+        return
+    for part in members(value) or ():
+        _find(found, part)
