@@ -44,11 +44,21 @@ def generate_all(
     known = _compiled.get(model)
     if known is None or known.mode != mode or not _are_same(known.blocks, blocks):
         known = _compiled[model] = _compile(tuple(blocks), mode)
-    made = known.make()
+    made = [(_laid_out(weight), bias) for weight, bias in known.make()]
     if mode is not None:
         made = [(weight.clone(), None if b is None else b.clone()) for weight, b in made]
     pairs = zip(known.geometry, made, strict=True)
     return [replace(like, weight=weight, bias=bias) for like, (weight, bias) in pairs]
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """The weight with the strides of one that was made eagerly.
+
+    A compiled function may give any stride to an axis of length one. By these a conv decides how
+    its maps lie: it then puts channels last, where torch 2.13 is slower, and its backward of a
+    1 x 1 conv with stride 2 writes beyond its memory.
+    """
+    return weight.flatten().view(weight.shape) if weight.is_contiguous() else weight
 
 
 def _compile(blocks: tuple[SqueezableBlock, ...], mode: str | None) -> _Compiled:
