@@ -21,10 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from orepa_compiler.capture.arguments import Arguments, arguments_of, bound_forward
 from orepa_compiler.capture.effects.nested import PLAIN, parts, tensors
+from orepa_compiler.capture.operators import writes
 from orepa_compiler.capture.watching import tells_form, watching_functions
 
 # Reads of a tensor's form that sizes do not decide.
-_OF_ONE_CALL = {"requires_grad", "grad_fn", "is_leaf"}
+_OF_ONE_CALL = {"requires_grad", "grad_fn", "is_leaf", "is_inference"}
 
 
 @dataclass(frozen=True)
@@ -174,14 +175,14 @@ class _Recorder:
         touched = [*tensors(args), *tensors(list(kwargs.values()))]
         if not any(id(t) in frame.nodes or id(t) in self.parameters for t in touched):
             return  # made from constants alone
-        writes = name.endswith("_") and not name.endswith("__")
-        if not writes and not any(True for _ in tensors(output)):
+        is_write = writes(name)
+        if not is_write and not any(True for _ in tensors(output)):
             frame.asked_values = name
         node = frame.graph.call_function(
             function, self._arguments(frame, args), self._arguments(frame, kwargs)
         )
         frame.give_all(output, node)
-        if writes:
+        if is_write:
             frame.give(touched[0], node)  # x[...] = y gives nothing back and changes x
 
     def _arguments(self, frame: _Frame, value: Any) -> Any:
