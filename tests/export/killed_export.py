@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from orepa_compiler.export.onnx.program import trace_program
 from orepa_compiler.files import atomic
 
 KILLS = 20
-PAUSE_S = 0.02
+MOMENTS = 5  # in the move of two files: see stopped_export
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -36,23 +37,29 @@ def net(seed: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 1)).eval()
 
 
-def slowed_export(seed: int, target: Path, reached: int) -> None:
-    """The export, with a pause at each rename, so that a kill can come between two of them.
+def stopped_export(seed: int, target: Path, reached: int, moment: int) -> None:
+    """The export, standing still at one moment of the move into place, where it is killed.
 
-    reached: where a byte is written when the files are about to be moved into place.
+    The moments are before anything is moved, and before and after each of the two renames. reached:
+    where a byte is written at each of them.
     """
-    publish, replace = atomic._publish, os.replace
+    publish, replace, passed = atomic._publish, os.replace, count()
+
+    def pass_moment() -> None:
+        os.write(reached, b"m")
+        if next(passed) == moment:
+            signal.pause()
 
     def announced_publish(folder: Path, target: Path) -> None:
-        os.write(reached, b"p")
+        pass_moment()
         publish(folder, target)
 
-    def slow_replace(source: Path, target: Path) -> None:
-        time.sleep(PAUSE_S)
+    def announced_replace(source: Path, target: Path) -> None:
+        pass_moment()
         replace(source, target)
-        time.sleep(PAUSE_S)
+        pass_moment()
 
-    atomic._publish, os.replace = announced_publish, slow_replace  # type: ignore[assignment]
+    atomic._publish, os.replace = announced_publish, announced_replace  # type: ignore[assignment]
     export_onnx(net(seed), IMAGES, target)
 
 
@@ -68,27 +75,31 @@ def copy_pair(seed: int, draft: Path) -> None:
 
 def killed_once(number: int, target: Path, seconds: float, programs: dict[int, Any]) -> bool:
     """Whether the export was done before it was killed."""
+    # One in four is killed at any time, the others at each moment of the move in turn.
+    moment = number % MOMENTS if number % 4 else None
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            if number % 4:  # what comes before the files is the same each time
+            os.close(read)
+            if moment is not None:  # what comes before the files is the same each time
                 exporting.trace_program = lambda *args, **options: programs[number % 2]
                 exporting._write = lambda program, draft, *args: copy_pair(number % 2, draft)
-            slowed_export(number % 2, target, write)
+            stopped_export(number % 2, target, write, -1 if moment is None else moment)
             status = 0
         finally:
             os._exit(status)
     os.close(write)
-    if number % 4:  # most of them while the files are moved
-        os.read(read, 1)
-        time.sleep(random.uniform(0, 5 * PAUSE_S))
-    else:
+    if moment is None:
         time.sleep(random.uniform(0, seconds))
+    else:
+        for _ in range(moment + 1):
+            os.read(read, 1)
     os.kill(child, signal.SIGKILL)
+    ended = os.waitpid(child, 0)[1] == 0
     os.close(read)
-    return os.waitpid(child, 0)[1] == 0
+    return ended
 
 
 def held(target: Path) -> int | str:
