@@ -133,9 +133,9 @@ class Retracing:
         kept = self._lost(step, captured, other, wanted, what)
         parted = {owner for owner in asking if _may_part(captured, other, owner)}
         for edit in wanted.edits:
-            owner = touched_by(step, edit).owner
-            if owner in parted and _is_graph(step, edit):  # it would know one way alone
-                kept[owner] = f"{what} the forward of {owner or 'the model'} goes another way"
+            anew = touched_by(step, edit).owner if _is_graph(step, edit) else None
+            if anew is not None and anew in parted:  # it would know one way alone
+                kept[anew] = f"{what} the forward of {anew or 'the model'} goes another way"
         return kept
 
     def _lost(

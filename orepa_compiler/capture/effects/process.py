@@ -26,7 +26,8 @@ _QUESTIONS = {
 
 def questions_to_process(functions: Iterable[FunctionType]) -> frozenset[str]:
     """Names what functions ask the process, by torch's names or by names of their own."""
-    return _QUESTIONS & frozenset(name for function in functions for name in _named(function))
+    named = frozenset(name for function in functions for name in _named(function))
+    return named & _QUESTIONS
 
 
 def _named(function: FunctionType) -> Iterator[str]:
@@ -47,7 +48,7 @@ def process_answering_otherwise() -> Iterator[None]:
     """
     debug_mode = torch.get_deterministic_debug_mode()
     finds_anomalies = torch.is_anomaly_enabled()
-    tracing = not torch.jit.is_tracing()
+    tracing = not torch._C._is_tracing()
     compiling, exporting = not torch.compiler.is_compiling(), not torch.compiler.is_exporting()
     try:
         torch.set_deterministic_debug_mode(0 if debug_mode else 1)
