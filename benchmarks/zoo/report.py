@@ -38,7 +38,8 @@ thresholds, so their feature maps and head outputs are compared, for given boxes
 _FIGURES = """\
 ![Relative errors of all models, and their limits](zoo/errors.svg)
 
-Each dot is one check of one model. A dot to the right of the dashed line fails.
+For each check, the number of models with an error of that size. To the right of the dashed line a
+model fails.
 
 ![Spatial convs expanded by default, by family](zoo/families.svg)
 
