@@ -87,8 +87,8 @@ def plan(
     check_unrounded(model, "plan")
     check_inputs(inputs)
     options = _expansion_options(block=block, init=init, where=where, post_norm=post_norm)
-    recording = record_forwards(model, inputs)
     passes = _expansion(pipeline, options, None)
+    recording = record_forwards(model, inputs, modes=passes.modes)
     expanded, made = passes.run(meta_copy(model), recording=recording)
     return _costed(model, expanded, made, inputs=inputs, max_cost=max_cost)
 
@@ -142,9 +142,8 @@ def expand(
         check_plan(plan, init=init, post_norm=post_norm)
     passes = _expansion(pipeline, options, plan)
     if max_cost is not None:
-        dry, made = passes.run(
-            meta_copy(model), plan=plan, recording=record_forwards(model, inputs)
-        )
+        recording = record_forwards(model, inputs, modes=passes.modes)
+        dry, made = passes.run(meta_copy(model), plan=plan, recording=recording)
         plan = _costed(model, dry, made, inputs=inputs, max_cost=max_cost)
 
     def make(target: nn.Module, kept: Kept, batches: list[Batch] | None) -> Made:

@@ -73,6 +73,11 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
+    @property
+    def modes(self) -> frozenset[bool]:
+        """The modes that its passes capture a model in: True is train mode."""
+        return frozenset(step.training for step in self.passes if step.training is not None)
+
     def configured(self, **options: Any) -> Pipeline:
         """The pipeline with these options: each pass that is a dataclass takes those it has."""
         return Pipeline(tuple(_with_options(step, options) for step in self.passes))
