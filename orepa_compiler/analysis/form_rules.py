@@ -28,7 +28,7 @@ from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.analysis.elementwise import arithmetic
 from orepa_compiler.analysis.forms import NOTHING, Form, at_least, beside_channels, check_type
 from orepa_compiler.analysis.functional import conv_called, functional_conv
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture.constants import as_tensor
 from orepa_compiler.capture.memory import is_in_place
 from orepa_compiler.capture.tracing.proxies import write_
@@ -118,7 +118,7 @@ def _linear_rule(layer: nn.Module, operand: fx.Node) -> Rule:
         shape = layer.weight.shape
         channels = shape[0], shape[1] * layer.groups
         return _conv_rule(operand, channels, len(shape) - 2, layer.weight.dtype)
-    if isinstance(layer, LinearBlock):
+    if isinstance(layer, ConvBlock):
         channels, rank = (layer.in_channels, layer.out_channels), len(layer.kernel_size)
         return _conv_rule(operand, channels, rank, next(layer.parameters()).dtype)
     if is_tracked_instance_norm(layer):  # it takes a map without a batch too

@@ -10,7 +10,7 @@ from torch import nn
 from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.capture.forwards import Read
@@ -109,7 +109,7 @@ def absorb_norm(model: nn.Module, fold: AbsorbNorm | FoldConcatenation) -> nn.Mo
 
 def _own_class(module: nn.Module, path: str) -> nn.Module:
     """The conv of the user's class that a module is, or stands for."""
-    return _plain_conv(module, path) if isinstance(module, LinearBlock) else module
+    return _plain_conv(module, path) if isinstance(module, ConvBlock) else module
 
 
 def _fold_path(model: nn.Module, fold: FoldPath, conv: nn.Module) -> nn.Module:
@@ -157,7 +157,7 @@ def fold_block(model: nn.Module, capture: Capture, fold: FoldBlock) -> nn.Module
 
 def _plain_conv(block: nn.Module, path: str) -> nn.Module:
     """The conv that a block stands for, with its own geometry, kernel collapsed."""
-    if not isinstance(block, LinearBlock):
+    if not isinstance(block, ConvBlock):
         raise ReparamError(
             f"the plan does not fit: it collapses a block, here is a {type(block).__name__}",
             path=path,
