@@ -93,7 +93,7 @@ class ConvBlock(BranchSum):
         vars(self)["bias"] = value
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module; ReparamError for what fusers give a conv, and a block has no place for.
+        """Register as any module does; refuse what fusers give a conv and a block has no place for.
 
         A bias that is there may be exchanged.
         """
@@ -123,7 +123,7 @@ class ConvBlock(BranchSum):
         return plain_conv(self)
 
     def plain(self) -> nn.Module:
-        """That conv in the block's own precision. Raises NotLinear likewise."""
+        """Build that conv in the block's own precision. Raises NotLinear likewise."""
         return conv_with(conv_operator(self), self)
 
     def switch_to_deploy(self) -> None:
@@ -135,7 +135,7 @@ class ConvBlock(BranchSum):
     reparameterize = switch_to_deploy
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script asks of each module first."""
+        """Refuse, where torch.jit.script asks each module first."""
         raise ReparamError(
             "torch.jit.script cannot read a model in training form; script orepa.collapse(model)"
         )
@@ -182,7 +182,7 @@ REPARAM_CONVS: dict[int, type[ReparamConv]] = {1: ReparamConv1d, 2: ReparamConv2
 
 
 def squeezed(block: LinearBlock) -> ReparamConv:
-    """The squeezed form of a block: the same parameters, another forward."""
+    """Squeeze a block: the same parameters, and a forward that runs one conv."""
     cls = REPARAM_CONVS[len(block.kernel_size)]
     squeezed_block = cls.__new__(cls)
     squeezed_block.__dict__.update(block.__dict__)

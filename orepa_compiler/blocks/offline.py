@@ -101,7 +101,7 @@ def branch_norms(block: ConvBlock) -> Iterator[tuple[str, _BatchNorm]]:
 
 
 def features_cost(block: OfflineBlock) -> float:
-    """Multiply-accumulates of the branches on feature maps, in those of the conv alone."""
+    """Count what the branches cost on feature maps, as a multiple of what the conv costs alone."""
     macs = 0
     for branch in block.branches.values():
         assert isinstance(branch, OfflineBranch)
@@ -113,7 +113,7 @@ def features_cost(block: OfflineBlock) -> float:
 
 
 def _shifted(x: Tensor, layer: ConvOperator, norm: nn.Module) -> tuple[Tensor, ConvOperator]:
-    """What gives layer(x padded with s) by zero padding, s = norm(0): x - s, and a bias W s.
+    """Shift x so that zero padding does what padding with s = norm(0) would: x - s, bias W s.
 
     Only zeros need it; other paddings repeat what is inside.
     """
