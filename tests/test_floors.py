@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floor by floor, from the lowest, the files (.py) and folders. A new file goes on the lowest floor
 # that can hold it.
 FLOORS = (
-    ("errors", "choices", "naming", "dependencies", "progress", "files", "algebra"),
+    ("errors", "choices", "naming", "dependencies", "progress", "containers", "files", "algebra"),
     ("capture", "branches"),
     ("generation", "rewriting"),
     ("blocks",),
@@ -43,6 +43,7 @@ OPTIONAL = {
     "lightning",
     "matplotlib",
     "onnx",
+    "onnx_ir",
     "onnxruntime",
     "onnxscript",
     "onnxsim",

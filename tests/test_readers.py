@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -24,10 +25,16 @@ import orepa_compiler as orepa
 from orepa_compiler.checkpoints.reading import has_plan
 from orepa_compiler.checkpoints.weights import load_weights
 from orepa_compiler.errors import ReparamError
+from orepa_compiler.export.gates.counting import Counts
+from orepa_compiler.export.int8.dithering import rounding_steps
+from orepa_compiler.export.int8.integers import file_layers
 from orepa_compiler.export.manifest import Manifest
-from orepa_compiler.export.onnx.external_data import check_external, external_files
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.external_data import check_external, external_files, load_external
+from orepa_compiler.export.onnx.inspection import conv_nodes, foldable_norms_in_file, parallel_convs
+from orepa_compiler.export.onnx.reading import load_graph, values_of
 from orepa_compiler.export.onnx.weight_record import check_weights
+from orepa_compiler.export.run.signature import Interface
+from orepa_compiler.export.run.tapping import boundary_values
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.proving.certificate import Certificate
 from orepa_compiler.verification import take_samples
@@ -248,10 +255,117 @@ def test_external_data(
     graph = onnx.helper.make_graph(nodes, "g", [], [], [] if inner else [tensor])
     path = folder / "net.onnx"
     path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
-    model = load_graph(path)
-    files = only_our_errors(lambda: external_files(model))
-    for name in files or ():
-        assert (folder / name).resolve().is_relative_to(folder)
-    only_our_errors(lambda: check_external(path, model))
-    only_our_errors(lambda: check_weights(path, model))
+    model = only_our_errors(lambda: load_graph(path))
+    if model is not None:
+        for name in external_files(model):
+            assert (folder / name).resolve().is_relative_to(folder)
+        only_our_errors(lambda: check_external(path, model))
+        only_our_errors(lambda: check_weights(path, model))
+        only_our_errors(lambda: load_external(path, model))
     assert sorted(os.listdir(folder)) == ["a", "net.onnx", "w.bin"]
+
+
+@cache
+def graphs() -> tuple[bytes, bytes]:
+    """A file in float32 and one in int8."""
+    torch.manual_seed(0)
+    model, batch = (
+        nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1)),
+        torch.randn(2, 2, 4, 4),
+    )
+    options: Any = {"precision": "int8", "calibration": [batch]}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        plain = orepa.export_onnx(model.eval(), batch, path).read_bytes()
+        return plain, orepa.export_onnx(model, batch, path, **options).read_bytes()
+
+
+SPOILT_SIZES = st.lists(st.sampled_from([-1, 0, 1, 3, 2**40, 2**62]), max_size=5)
+
+
+def spoil_graph(model: onnx.ModelProto, data: Any) -> None:
+    """Changes one thing in a model: its types, sizes, names, attributes, edges or versions."""
+    node, weight = (data.draw(st.sampled_from(list(held))) for held in parts_of(model.graph))
+    attribute = node.attribute[0] if node.attribute else node.attribute.add(name="axis")
+    names = [w.name for w in model.graph.initializer] + ["", "x", model.graph.input[0].name]
+    name, how = data.draw(st.sampled_from(names)), data.draw(st.integers(0, 10))
+    if how == 0:
+        attribute.type = data.draw(st.integers(0, 14))
+    elif how == 1:
+        attribute.ints[:] = data.draw(SPOILT_SIZES)
+    elif how == 2:
+        del node.input[: data.draw(st.integers(0, 3))]
+    elif how == 3:
+        weight.dims[:] = data.draw(SPOILT_SIZES)
+    elif how == 4:
+        weight.data_type = data.draw(st.sampled_from([-3, 0, 2, 7, 8, 10, 16, 22, 99]))
+    elif how == 5:
+        weight.name = name
+    elif how == 6:
+        weight.raw_data = weight.raw_data[: data.draw(st.integers(0, 9))]
+    elif how == 7:
+        model.opset_import[0].version = data.draw(st.sampled_from([-1, 0, 99, 2**40]))
+    elif how == 8:
+        node.op_type = data.draw(st.sampled_from(["Conv", "Add", "BatchNormalization", "If"]))
+    elif how == 9:
+        node.output[:] = data.draw(st.sampled_from([[], [""], ["a", "a"], [name]]))
+    else:
+        model.graph.output.add(name=name)
+
+
+def parts_of(graph: onnx.GraphProto) -> tuple[Any, Any]:
+    return graph.node, graph.initializer
+
+
+def read_all(path: Path) -> None:
+    """All that reads a file without running it, each part on its own."""
+    model = only_our_errors(lambda: load_graph(path))
+    if model is not None:
+        only_our_errors(lambda: parallel_convs(model, conv_nodes(model)))
+        only_our_errors(lambda: foldable_norms_in_file(model))
+        only_our_errors(lambda: Counts.of_graph(model))
+        only_our_errors(lambda: Interface.of(model))
+        only_our_errors(lambda: boundary_values(model.graph))
+        only_our_errors(lambda: check_weights(path, model))
+        only_our_errors(lambda: list(file_layers(path)))
+        only_our_errors(lambda: rounding_steps(path))
+
+
+@fuzz
+@given(st.data())
+def test_onnx_graphs(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    content = data.draw(st.sampled_from(graphs()))
+    if data.draw(st.booleans()):
+        model = onnx.load_from_string(content)
+        for _ in range(data.draw(st.integers(1, 3))):
+            spoil_graph(model, data)
+        content = model.SerializeToString()
+    else:
+        spoilt_bytes = bytearray(content)
+        for _ in range(data.draw(st.integers(1, 4))):
+            spoilt_bytes[data.draw(st.integers(0, len(content) - 1))] = data.draw(
+                st.integers(0, 255)
+            )
+        content = bytes(spoilt_bytes[: data.draw(st.sampled_from([len(content)] * 4 + [99]))])
+    folder = tmp_path_factory.mktemp("graph")
+    path = folder / "net.onnx"
+    path.write_bytes(content)
+    read_all(path)
+    assert os.listdir(folder) == ["net.onnx"]
+
+
+def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
+    model = onnx.load_from_string(graphs()[0])
+    model.graph.initializer[1].name = name = model.graph.initializer[0].name
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(orepa.ExportError, match=rf"net.onnx: two weights have the name '{name}'"):
+        load_graph(tmp_path / "net.onnx")
+
+
+def test_a_weight_with_fewer_values_than_its_shape_is_refused(tmp_path: Path) -> None:
+    model = onnx.load_from_string(graphs()[1])
+    model.graph.initializer[0].dims[:] = [2**40]
+    onnx.save(model, tmp_path / "net.onnx")
+    held = load_graph(tmp_path / "net.onnx").graph.initializers.tensors()
+    with pytest.raises(orepa.ExportError, match=r"its values are no \w+ of shape \[10995"):
+        values_of(next(iter(held)))

@@ -28,21 +28,22 @@ VERBS: dict[str, Any] = {
 
 HEAD = """# Command line
 
-Five commands; `orepa-export` is `orepa export`, and `python -m orepa_compiler` is `orepa`. Results
-go to stdout, warnings and errors to stderr. All options are checked before anything runs.
+There are five commands. `orepa-export` is short for `orepa export`, and `python -m orepa_compiler`
+for `orepa`. Results go to stdout, warnings and errors to stderr. Options are checked before
+anything runs. Terms such as block, collapse and manifest are explained in the [glossary](words.md).
 
-A model is named by
+A model is named in one of these ways:
 
-| written as | is |
+| written as | means |
 |---|---|
-| `torchvision:resnet50`, `timm:resnet50.a1_in1k` | the library's model; its weights are random |
-| `path/to/file.py:build` | what the function `build()` returns; it may import its neighbours |
+| `torchvision:resnet50`, `timm:resnet50.a1_in1k` | the library's model, with random weights |
+| `path/to/file.py:build` | the model that `build()` returns; it may import from its folder |
 | `package.module:build` | the same, from an installed package or the current folder |
 
-`--pretrained` downloads the library's weights, `--checkpoint` reads yours.
+`--pretrained` downloads the library's weights; `--checkpoint` reads your own.
 
-Options that a project always gives stand in its `pyproject.toml`, for all commands that have them
-or for one; what is typed wins:
+A project can set options in its `pyproject.toml`, for every command that has them or for one
+command. Options given on the command line take precedence:
 
 ```toml
 [tool.orepa]
@@ -52,7 +53,7 @@ input-shape = ["3x160x160"]
 precision = "fp16"
 ```
 
-`orepa --install-completion` lets the shell complete commands and options.
+`orepa --install-completion` sets up shell completion for commands and options.
 """
 
 
@@ -77,7 +78,7 @@ def _section(name: str, command: Any) -> str:
     rows = "\n".join(_row(option, hints[option.name]) for option in options if option.name in hints)
     return (
         f"## {name}\n\n    {usage} [options]\n\n{text}\n\n```\n{examples}\n```\n\n"
-        f"| option | |\n|---|---|\n{rows}\n"
+        f"| option | meaning |\n|---|---|\n{rows}\n"
     )
 
 

@@ -17,16 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from orepa_compiler.capture.effects.nested import tensors
-from orepa_compiler.capture.tracing.kinds import READ, WRITES
+from orepa_compiler.capture.operators import OF_SHAPE, draws
+from orepa_compiler.capture.operators import writes as writes_by_name
+from orepa_compiler.capture.tracing.kinds import READ
 from orepa_compiler.capture.tracing.proxies import write_
 from orepa_compiler.errors import NotLinear
 
 # Of a map, without a look at its values: known to be that of the constant beside it.
 _FACTS = {"shape", "dtype", "device"}
-_FORM = {"dtype", "device", "shape", "ndim", "size", "dim"}
 _CASTS = {"to", "type_as"}
 _VIEWS = {"view", "reshape", torch.reshape}
-_RANDOM = ("rand", "dropout", "bernoulli", "normal_", "multinomial", "poisson")
 _PURE = {"torch", "_operator", "builtins", "math"}
 OF_NUMBERS = "of_numbers"  # the meta of a get_attr node that plain numbers were made for
 
@@ -105,16 +105,19 @@ def with_constants(nodes: Iterable[fx.Node], constants: frozenset[fx.Node]) -> t
 
 
 def reads_form(node: fx.Node) -> bool:
-    """Whether a node asks for the form of a map or a weight, and for none of its values."""
+    """Whether a node asks a map or a weight for what follows from its shape, dtype and device.
+
+    A rewritten layer answers the same; not so for its strides, or for whether it has gradients.
+    """
     if node.op == "call_method":
-        return node.target in _FORM
-    return node.target is READ and node.args[1] in _FORM
+        return node.target in OF_SHAPE
+    return node.target is READ and node.args[1] in OF_SHAPE
 
 
 def writes(node: fx.Node) -> bool:
     """Whether a call writes over its first operand, by its name: mul_, __setitem__, __iadd__."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in WRITES or (name.endswith("_") and not name.endswith("__"))
+    return writes_by_name(name)
 
 
 def writes_over_numbers(node: fx.Node) -> bool:
@@ -143,7 +146,7 @@ def _is_constant(node: fx.Node, found: set[fx.Node]) -> bool:
     if _is_fact(node) or _is_width(node):
         return True
     name = str(getattr(node.target, "__name__", node.target))
-    if writes(node) or not _is_pure(node) or any(word in name for word in _RANDOM):
+    if writes(node) or not _is_pure(node) or draws(name):
         return False
     operands = node.all_input_nodes
     if node.target in _CASTS:

@@ -21,10 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from orepa_compiler.capture.arguments import Arguments, arguments_of, bound_forward
 from orepa_compiler.capture.effects.nested import PLAIN, parts, tensors
+from orepa_compiler.capture.operators import writes
 from orepa_compiler.capture.watching import tells_form, watching_functions
 
 # Reads of a tensor's form that sizes do not decide.
-_OF_ONE_CALL = {"requires_grad", "grad_fn", "is_leaf"}
+_OF_ONE_CALL = {"requires_grad", "grad_fn", "is_leaf", "is_inference"}
 
 
 @dataclass(frozen=True)
@@ -174,28 +175,29 @@ class _Recorder:
         touched = [*tensors(args), *tensors(list(kwargs.values()))]
         if not any(id(t) in frame.nodes or id(t) in self.parameters for t in touched):
             return  # made from constants alone
-        writes = name.endswith("_") and not name.endswith("__")
-        if not writes and not any(True for _ in tensors(output)):
+        is_write = writes(name)
+        if not is_write and not any(True for _ in tensors(output)):
             frame.asked_values = name
         node = frame.graph.call_function(
             function, self._arguments(frame, args), self._arguments(frame, kwargs)
         )
         frame.give_all(output, node)
-        if writes:
+        if is_write:
             frame.give(touched[0], node)  # x[...] = y gives nothing back and changes x
 
     def _arguments(self, frame: _Frame, value: Any) -> Any:
         """The value with nodes in place of tensors, as a graph can hold it."""
         if isinstance(value, Tensor):
             return frame.nodes.get(id(value)) or self._parameter(frame, value)
-        if isinstance(value, dict):
-            return {str(key): self._arguments(frame, part) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            inside = [self._arguments(frame, part) for part in value]
-            return inside if isinstance(value, list) else tuple(inside)
-        if isinstance(value, PLAIN):
+        if isinstance(value, PLAIN) and not isinstance(value, tuple):
             return value
-        return [self._arguments(frame, part) for _, part in parts(value)] or repr(type(value))
+        held = [(key, self._arguments(frame, part)) for key, part in parts(value)]
+        if isinstance(value, dict):
+            return {str(key): part for key, part in held}
+        inside = [part for _, part in held]
+        if isinstance(value, (list, tuple)):
+            return inside if isinstance(value, list) else tuple(inside)
+        return inside or repr(type(value))
 
     def _parameter(self, frame: _Frame, tensor: Tensor) -> fx.Node | None:
         name = self.parameters.get(id(tensor))

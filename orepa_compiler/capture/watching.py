@@ -11,17 +11,10 @@ from torch.jit._fuser import optimized_execution
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from orepa_compiler.capture.operators import OF_FORM
+
 # Is told the name of a function, the function, its arguments and what it gave.
 Called = Callable[[str, Any, tuple[Any, ...], dict[str, Any], Any], None]
-
-# Reads of a tensor that tell its form and nothing of its values.
-_FORM = {
-    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse",
-    "is_quantized", "is_mkldnn", "is_nested", "requires_grad", "is_leaf", "grad_fn", "size", "dim",
-    "numel", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
-    "get_device", "ndimension", "nelement", "names", "storage_offset", "_version", "__len__",
-    "is_tensor",
-}  # fmt: skip
 
 
 @contextmanager
@@ -33,7 +26,7 @@ def watching_functions(called: Called) -> Iterator[None]:
 
 def tells_form(name: str) -> bool:
     """Whether a function reads the form of a tensor, and nothing of its values."""
-    return name.strip("_") in _FORM or name in _FORM
+    return name.strip("_") in OF_FORM or name in OF_FORM
 
 
 class _Functions(TorchFunctionMode):

@@ -139,7 +139,7 @@ def _stock(model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 
 
 def _plans(path: Path) -> dict[str, list[Plan]]:
-    """The plans of the file by the path of the module that they made; the model's own at ""."""
+    """Reads the plans of the file, by the path of the module they made; the model's own at ""."""
     with safe_open(path, framework="pt") as file:
         text = file.metadata()[PLAN_KEY]
     about = read_json(text, _About, what=f"{path}: its plan", error=CheckpointError)
@@ -159,7 +159,7 @@ def _plans(path: Path) -> dict[str, list[Plan]]:
 
 
 def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: contiguous, none sharing memory with another."""
+    """Copies the tensors as safetensors takes them: contiguous, none sharing memory."""
     seen: set[int] = set()
     separate: dict[str, Tensor] = {}
     for key, value in state.items():

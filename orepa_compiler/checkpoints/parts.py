@@ -19,7 +19,7 @@ Parts = Mapping[str, Sequence[Plan]]
 
 
 def planned_parts(model: nn.Module) -> dict[str, tuple[Plan, ...]]:
-    """Module path -> the plans that were recorded there; the model's own at "".
+    """Collects, by module path, the plans that were recorded there; the model's own at "".
 
     Raises CheckpointError where no plan tells how a block was made: what reads the file could not
     make it again.
@@ -45,7 +45,7 @@ def _made(model: nn.Module, path: str, plans: Sequence[Plan]) -> Iterator[nn.Mod
 
 
 def wrapper_of(stock: nn.Module, parts: Parts) -> str | None:
-    """The path of what the stock model is the inside of, so that it holds all parts; "" for itself.
+    """Finds the path at which the stock model stands in what held all parts; "" for itself.
 
     None where there is no such path.
     """
@@ -58,7 +58,7 @@ def wrapper_of(stock: nn.Module, parts: Parts) -> str | None:
 
 
 def inside(path: str, outer: str) -> str | None:
-    """A path seen from the module at another one; None where that is not around it."""
+    """Gives a path as seen from the module at another one; None where that is not around it."""
     start = f"{outer}." if outer else ""
     return "" if path == outer else path.removeprefix(start) if path.startswith(start) else None
 
@@ -74,7 +74,7 @@ def _has(model: nn.Module, path: str) -> bool:
 def made_again(
     stock: nn.Module, parts: Parts, keys: set[str], block: Block | Literal["auto"]
 ) -> nn.Module:
-    """The stock model after the plans of its parts, so that its keys are those of the file.
+    """Applies the plans of its parts to the stock model, so that its keys are those of the file.
 
     A part may have been made before the whole or after it, and no plan says which: the order that
     gives the keys is taken. Raises what the plans raise where none does.

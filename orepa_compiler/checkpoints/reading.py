@@ -43,7 +43,7 @@ def has_plan(path: str | Path) -> bool:
 def read_checkpoint(
     path: Path, allow_pickle: bool, *, otherwise: str = ", or pass --allow-pickle if you trust it"
 ) -> Any:
-    """What a safetensors file or a file of torch.save holds.
+    """Reads a safetensors file, or a file of torch.save.
 
     Objects of classes that stand beside the weights (options, paths, a callback's state) come as
     empty stand-ins: their classes are not imported and none of their code runs. With allow_pickle
@@ -61,12 +61,12 @@ def read_checkpoint(
 
 
 def stands_for(value: Any) -> str | None:
-    """The class of an object that was not unpickled; None for anything that was."""
+    """Names the class of an object that was not unpickled; None for anything that was."""
     return vars(value).get(_STANDS_FOR) if type(value) is OrderedDict else None
 
 
 def runs_code(path: Path, named: str, otherwise: str) -> CheckpointError:
-    """The error about weights inside an object whose class would have to be imported."""
+    """Words the error about weights inside an object whose class would have to be imported."""
     return CheckpointError(
         f"{path}: reading this pickle runs code (it names {named}); save model.state_dict() "
         f"instead{otherwise}"
@@ -96,7 +96,7 @@ def _without_code(path: Path, otherwise: str) -> Any:
 
 
 def _unknown_classes(path: Path) -> list[str]:
-    """The classes and functions that the file names and torch does not know to be safe."""
+    """Lists the classes and functions that the file names and torch does not know to be safe."""
     try:
         with torch.serialization.safe_globals(_numpy_values()):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -105,7 +105,7 @@ def _unknown_classes(path: Path) -> list[str]:
 
 
 def _stand_in(name: str) -> Callable[..., Any]:
-    """A class whose objects are empty and do nothing, whatever they are made of.
+    """Makes a class whose objects are empty and do nothing, whatever they are made of.
 
     An OrderedDict, because torch lets a pickle put items into nothing else.
     """
@@ -119,7 +119,7 @@ def _stand_in(name: str) -> Callable[..., Any]:
 
 
 def _numpy_values() -> list[Any]:
-    """What a number or an array of numpy in a pickle names: the best accuracy of a run, say."""
+    """Lists what a number or an array of numpy in a pickle names: a run's best accuracy, say."""
     scalar, rebuild = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
     types = [value for value in vars(np.dtypes).values() if isinstance(value, type)]
     # numpy 1 and numpy 2 write two names for the same.

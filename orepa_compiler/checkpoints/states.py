@@ -49,7 +49,7 @@ def find_state(
     *,
     otherwise: str = ", or pass --allow-pickle if you trust it",
 ) -> Found:
-    """The mapping from keys to tensors inside what a file held.
+    """Finds the mapping from keys to tensors inside what a file held.
 
     weights: the model's own, or their running average. Raises CheckpointError where the file has
     both, they differ and none was chosen; where it has not the one that was; and for no mapping.
@@ -104,7 +104,7 @@ def _plain(state: Any) -> Mapping[str, Any]:
 
 
 def fitted(found: Found, own: Iterable[str]) -> Found:
-    """The state_dict under the model's own names: a prefix before all of its keys is dropped.
+    """Gives the state_dict the model's own names: a prefix before all of its keys is dropped.
 
     own: the model's keys. A prefix is one or several whole parts of a path (`module.`, `model.`,
     `_orig_mod.module.`), and is dropped only where that makes keys fit.
@@ -124,19 +124,19 @@ def fitted(found: Found, own: Iterable[str]) -> Found:
 
 
 def _shared_part(state: Mapping[str, Any]) -> str | None:
-    """The first part of every key, with its dot, where they all begin with the same."""
+    """Finds the first part of every key, with its dot, where they all begin with the same."""
     first = {key.partition(".")[0] if "." in key else None for key in state}
     part = first.pop() if len(first) == 1 else None
     return None if part is None else f"{part}."
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor; None for anything else."""
+    """Gives the shape of a tensor; None for anything else."""
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def first_few(what: str, keys: Sequence[str]) -> str:
-    """How many keys there are of a kind, and the first of them, for a message."""
+    """Counts the keys of a kind and names the first of them, for a message."""
     shown = ", ".join(keys[:SHOWN_KEYS])
     more = ", ..." if len(keys) > SHOWN_KEYS else ""
     return f"{len(keys)} {what}" + (f" ({shown}{more})" if keys else "")

@@ -34,7 +34,7 @@ def load_training_form(
     *,
     block: Block | Literal["auto"] | None = None,
 ) -> tuple[nn.Module, Loaded]:
-    """The expanded model whose keys and shapes are those of the file, and what was read into it.
+    """Builds the expanded model with the keys and shapes of the file, and reads it in.
 
     block: which block the convs were expanded with; None tries each of the catalogue. `model` is
     not changed.
@@ -69,7 +69,7 @@ def load_training_form(
 
 
 def _paths(state: Mapping[str, Any]) -> list[str]:
-    """The outermost modules with branches, in the file's order."""
+    """Lists the outermost modules with branches, in the file's order."""
     inside = (key.partition(_BRANCHES)[0] for key in state if _BRANCHES in key)
     return list(dict.fromkeys(inside))
 

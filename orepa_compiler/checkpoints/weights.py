@@ -58,7 +58,7 @@ def load_weights(
     allow_pickle: bool = False,
     weights: Weights | None = None,
 ) -> Loaded:
-    """The weights of the file `path`, copied into `model`, and what was copied.
+    """Copies the weights of the file `path` into `model`, and says what was copied.
 
     Reads safetensors and torch.save files; takes the state_dict that stands under a key such as
     `state_dict`, `model_state_dict` or `model`, or the running average (`state_dict_ema`, ...), and
@@ -76,7 +76,7 @@ def load_weights(
 
 
 def put_into(model: nn.Module, path: Path, found: Found) -> Loaded:
-    """A state_dict that was found in a file, copied into `model` if every key and shape fits."""
+    """Copies a state_dict that was found in a file into `model` if every key and shape fits."""
     own = model.state_dict()
     found = fitted(found, own)
     if whole := [key for key, value in own.items() if _is_whole(found.state.get(key), value)]:
@@ -96,7 +96,7 @@ def _is_whole(given: Any, own: Any) -> bool:
 
 
 def misfit(model: nn.Module, state: Mapping[str, Any]) -> str:
-    """Which keys and shapes keep a state_dict out of a model, counted; "" where it fits."""
+    """Counts the keys and shapes that keep a state_dict out of a model; "" where it fits."""
     own = model.state_dict()
     wrong = [key for key in state if key in own and shape_of(state[key]) != shape_of(own[key])]
     # A trial on a copy lets the modules' own hooks rename keys, and leaves the model untouched.
@@ -126,7 +126,7 @@ def _remedy(state: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def _cast(state: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Said where copying changes the type: what the file holds is then not what runs."""
+    """Says where copying changes the type: what the file holds is then not what runs."""
 
     def types(values: Mapping[str, Any]) -> list[torch.dtype]:
         found = (v.dtype for v in values.values() if shape_of(v) and v.is_floating_point())

@@ -49,7 +49,7 @@ Version = Annotated[
     typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
 ]
 
-app = _typer("Trains conv nets with OREPA blocks, makes plain convs of them, and proves it.")
+app = _typer("Train conv nets with OREPA blocks, collapse them to plain convs, check the result.")
 export_app = _typer("")
 app.command("plan", epilog=EXIT_CODES)(plan_command)
 app.command("export", epilog=EXIT_CODES)(export_command)

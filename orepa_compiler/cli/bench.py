@@ -27,36 +27,35 @@ def bench_command(
         Path | None, typer.Argument(metavar="[ENGINE]", help="Its TensorRT engine.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="STOCK.onnx", help="What to compare it with.")
+        Path | None, typer.Option(metavar="STOCK.onnx", help="The file to compare with.")
     ] = None,
     against_engine: Annotated[
-        Path | None, typer.Option(metavar="STOCK.engine", help="The engine of that one.")
+        Path | None, typer.Option(metavar="STOCK.engine", help="The TensorRT engine of that file.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in one call.")] = 1,
-    rounds: Annotated[int, typer.Option(min=6, help="How often both are timed in turn.")] = ROUNDS,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per call.")] = 1,
+    rounds: Annotated[int, typer.Option(min=6, help="How often both files are timed.")] = ROUNDS,
     gate: Annotated[
         bool,
-        typer.Option(
-            "--gate", help="Exit with 1 for another node count, or where MODEL is slower."
-        ),
+        typer.Option("--gate", help="Exit with 1 if node counts differ or MODEL is slower."),
     ] = False,
     output: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """The latency of a collapsed model beside the stock one, both in turns, in one run.
+    """Compare the latency of a collapsed model and the stock one, timed alternately in one run.
 
-    On onnxruntime's CPU, on CUDA and on TensorRT where they are here; what cannot run says why.
+    On onnxruntime (CPU and CUDA), OpenVINO and TensorRT, if available; else the row says why not.
 
     Examples:
 
       orepa bench collapsed.onnx --against stock.onnx
-      orepa bench collapsed.onnx collapsed.engine --against stock.onnx --against-engine stock.engine
+      orepa bench a.onnx a.engine --against b.onnx --against-engine b.engine
       orepa bench nets/a.onnx --against nets/b.onnx --batch 8 --json latency.json
 
-    A model is within noise of the other where the 95 % interval of the ratio of their times,
-    round by round, holds 1. Stock nets of one architecture have its number of nodes: with --gate,
-    another number, or a backend on which MODEL is slower, is a mismatch.
+    The two are within noise if the 95 % interval of the ratio of their times,
+    round by round, contains 1. A collapsed net has as many nodes as the stock
+    one: with --gate, another number, or a backend on which MODEL is slower, is
+    a mismatch.
     """
     if against is None:
         raise ReparamError("nothing to compare with: give --against STOCK.onnx")

@@ -73,34 +73,32 @@ def export_command(
     ] = None,
     trt: Annotated[
         Path | None,
-        typer.Option(metavar="OUT.engine", help="Build an engine; its ONNX goes beside it."),
+        typer.Option(metavar="OUT.engine", help="Build a TensorRT engine, and its ONNX beside it."),
     ] = None,
     openvino: Annotated[
-        Path | None, typer.Option(metavar="OUT.xml", help="Write it for OpenVINO too, on CPUs.")
+        Path | None, typer.Option(metavar="OUT.xml", help="Write it for OpenVINO too (CPUs).")
     ] = None,
     input_shape: Shapes = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Of the inputs compared: 2, or 1 with --static-batch."),
+        typer.Option(min=1, help="Batch size of the comparisons: 2, or 1 with --static-batch."),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Of the artifacts.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Precision of the files.")] = "fp32",
     static_batch: Annotated[
-        bool, typer.Option("--static-batch", help="Fix the batch size in the artifacts.")
+        bool, typer.Option("--static-batch", help="Fix the batch size in the files.")
     ] = False,
     dynamic_size: Annotated[
         bool,
         typer.Option(
             "--dynamic-size",
-            help="Leave height and width open too; also checked at a second size.",
+            help="Make height and width dynamic too; checked at a second size.",
         ),
     ] = False,
     input_names: InputNames = None,
     output_names: OutputNames = None,
-    simplify: Annotated[
-        bool, typer.Option("--simplify", help="Run onnxsim over the ONNX.")
-    ] = False,
+    simplify: Annotated[bool, typer.Option("--simplify", help="Run onnxsim on the ONNX.")] = False,
     opset: Annotated[
-        int | None, typer.Option(help="Operator set of the ONNX file: 18 or newer; 20 by default.")
+        int | None, typer.Option(help="ONNX operator set: 18 or newer; 20 by default.")
     ] = None,
     keep_fp32: KeepFp32 = None,
     calibration: Calibration = None,
@@ -122,7 +120,7 @@ def export_command(
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="Called with each form of the model: a number, or a dict of them, comes out.",
+            help="Your function, called with each form of the model; returns a number or a dict.",
         ),
     ] = None,
     allow_pickle: Pickle = False,
@@ -132,21 +130,22 @@ def export_command(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """From a trained model to ONNX and TensorRT, each step checked against the one before it.
+    """Export a trained model to ONNX and TensorRT, checking each step against the one before.
 
     Examples:
 
       orepa-export timm:resnet18 --pretrained --onnx r18.onnx
-      orepa-export torchvision:resnet50 --checkpoint best.pth --weights ema --onnx r50.onnx
+      orepa-export nets.py:build --checkpoint a.pth --weights ema --onnx a.onnx
       orepa-export nets.py:build --onnx net.onnx --precision fp16 --json net.json
       orepa-export timm:resnet18 --trt r18.engine --compute-capability 8.9
-      orepa-export nets.py:build --trt net.engine --precision int8 --calibration images/
-      orepa-export timm:resnet18 --onnx r18.onnx --dynamic-size --input-names image
-      orepa-export nets.py:pair --onnx pair.onnx --input-shape 3x64x64 --input-shape 8
+      orepa-export nets.py:f --trt a.engine --precision int8 --calibration dir/
+      orepa-export timm:resnet18 --onnx r18.onnx --dynamic-size
+      orepa-export nets.py:g --onnx a.onnx --input-shape 3x64x64 --input-shape 8
 
-    An engine that was built and not run on a GPU does not count as checked: its row says "device
-    numerics: not run".
-    OUT.onnx.manifest.json, written beside the ONNX, lets orepa verify check it all again elsewhere.
+    An engine that was built but not run on a GPU does not count as checked:
+    its row says "device numerics: not run".
+    With OUT.onnx.manifest.json, written beside the ONNX, orepa verify repeats
+    the checks elsewhere.
     """
     other = trt or openvino
     target = onnx or (other and other.with_suffix(".onnx"))

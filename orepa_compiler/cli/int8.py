@@ -27,23 +27,24 @@ WORST = 3
 def int8_command(
     model: Model,
     calibration: Annotated[
-        str, typer.Option(metavar="DATA", help="Real inputs, as for --inputs of orepa export.")
+        str,
+        typer.Option(metavar="DATA", help="Real inputs, as for --inputs of orepa export."),
     ],
     checkpoint: Checkpoint = None,
     weights: Which = None,
     pretrained: Pretrained = False,
     input_shape: Shapes = None,
-    worst: Annotated[int, typer.Option(min=1, help="How many modules to keep in float32.")] = WORST,
+    worst: Annotated[int, typer.Option(min=1, help="How many modules to try in float32.")] = WORST,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """What int8 without training would lose: by module, and what each way out gives.
+    """Show what int8 without training would lose, by module, and what each remedy would give.
 
     Examples:
 
       orepa int8 torchvision:resnet18 --pretrained --calibration images/
-      orepa int8 nets.py:build --checkpoint net.safetensors --calibration data.py:batches
+      orepa int8 nets.py:build --checkpoint best.pth --calibration data.py:f
     """
     check_there(checkpoint=checkpoint)
     has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")

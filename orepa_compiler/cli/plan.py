@@ -25,18 +25,18 @@ def plan_command(
     weights: Which = None,
     num_classes: Classes = None,
     input_shape: Shapes = None,
-    block: Annotated[str, typer.Option(help="The block every conv becomes, or auto.")] = "auto",
+    block: Annotated[str, typer.Option(help="The block for every conv, or auto.")] = "auto",
     where: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Only convs on these paths; '!layer4.*' excludes."),
+        typer.Option(metavar="GLOB", help="Only convs on these paths; '!layer4.*' excludes some."),
     ] = None,
     summary: Annotated[
-        bool, typer.Option("--summary", help="One row for each stage of the net.")
+        bool, typer.Option("--summary", help="Print one row per stage of the net.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     debug: Debug = False,
 ) -> int:
-    """What expand would do to a model, and what it would leave alone and why. Changes nothing.
+    """Show what expand would do to a model, what it would leave alone, and why. Changes nothing.
 
     Examples:
 
@@ -49,6 +49,7 @@ def plan_command(
     check_there(checkpoint=checkpoint)
     # Only now torch and what the rest needs: a mistake above is told at once.
     from orepa_compiler.cli.given.models import check_it_runs, inputs_for, load_source, named_block
+    from orepa_compiler.cli.given.paths import check_where
     from orepa_compiler.cli.shown.plan_table import plan_text, summary_text
     from orepa_compiler.compiler import plan
     from orepa_compiler.model_source import check_options
@@ -64,6 +65,7 @@ def plan_command(
         check_it_runs(model, net, inputs)
     with announced("planning"):
         found = plan(net, block=chosen, where=where or None, inputs=inputs)
+    check_where(where or (), net, found)
     if json:
         typer.echo(found.to_json())
     else:

@@ -34,18 +34,18 @@ def verify_command(
         str, typer.Argument(metavar="A", help=f"{SIDES}. Or alone: FILE.manifest.json")
     ],
     candidate: Annotated[
-        str | None, typer.Argument(metavar="B", help="The same, compared against A.")
+        str | None, typer.Argument(metavar="B", help="The same kinds; compared with A.")
     ] = None,
     checkpoint_a: Checkpoint = None,
     checkpoint_b: Checkpoint = None,
     inputs: Inputs = None,
     input_shape: Shapes = None,
-    batch: Annotated[int, typer.Option(min=1, help="Of the inputs compared.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of the inputs.")] = 2,
     stress: Annotated[
         bool, typer.Option(help="Compare on random, constant, large and small inputs too.")
     ] = True,
     precision: Annotated[
-        Precision | None, typer.Option(help="What B was exported in, and must hold.")
+        Precision | None, typer.Option(help="The precision in which B was exported.")
     ] = None,
     allow_pickle: Pickle = False,
     json: Json = None,
@@ -53,13 +53,13 @@ def verify_command(
     report: Report = None,
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="PNG", help="Where it fails: the error over the feature map."),
+        typer.Option(metavar="PNG", help="If it fails, draw the error over the feature map."),
     ] = None,
     weights: Which = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Whether two models give the same outputs, with a tolerance derived from A's own precision.
+    """Check that two models give the same outputs, within a tolerance derived from A's precision.
 
     Examples:
 
@@ -70,8 +70,9 @@ def verify_command(
       orepa verify nets.py:trained r18.onnx@cuda --junit verified.xml
       orepa verify r18.onnx.manifest.json
 
-    A manifest, which orepa-export writes, is checked again: hashes, gates and numbers, and on a
-    machine with a GPU what was not run before.
+    Given a manifest that orepa-export wrote, it repeats the checks: hashes,
+    gates (counts of convs, norms and sums) and outputs; on a machine with a GPU
+    also what was not run before.
     """
     page, json = report_files(report, json)
     command = str(context.find_root().obj or "")

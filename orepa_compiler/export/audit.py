@@ -70,7 +70,7 @@ class HalfAudit:
 
     @property
     def advice(self) -> str:
-        """What to do, in one line."""
+        """Says what to do, in one line."""
         if not self.problems:
             return "nothing overflows or goes subnormal"
         if "" in self.keep:
@@ -80,7 +80,7 @@ class HalfAudit:
 
     @property
     def verdict(self) -> str:
-        """The result in one line."""
+        """Says the result in one line."""
         if not self.problems:
             largest = max((row.largest for row in self.rows), default=0.0)
             return f"{self.precision}: {self.advice} (largest magnitude {largest:.4g})"
@@ -106,7 +106,7 @@ class HalfAudit:
         return Group(Text(self.verdict), _table(shown), *below)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values that json.dumps takes."""
+        """Gives all of it as plain values that json.dumps takes."""
         return {
             "ok": bool(self),
             "verdict": self.verdict,
@@ -204,16 +204,16 @@ class Tally:
 
     @property
     def subnormal(self) -> float:
-        """The share of the values other than 0 that lie below the smallest normal number."""
+        """Computes the share of values other than 0 that lie below the smallest normal number."""
         return self.small / self.count if self.count else 0.0
 
     @property
     def loss(self) -> float:
-        """rms(x - cast(x)) / rms(x), of what does not overflow."""
+        """Computes rms(x - cast(x)) / rms(x), of what does not overflow."""
         return (self.error / self.power) ** 0.5 if self.power else 0.0
 
     def problem(self, dtype: torch.dtype) -> str:
-        """overflow, subnormal, or nothing."""
+        """Names what is wrong: overflow, subnormal, or nothing."""
         kind = torch.finfo(dtype)
         if self.largest > kind.max:
             return "overflow"
@@ -286,7 +286,7 @@ class _Watch(TorchDispatchMode):
 def _to_keep(
     rows: Iterable[AuditRow], borders: dict[tuple[str, str], Tally], dtype: torch.dtype
 ) -> Iterator[str]:
-    """For each problem the innermost module around it whose output the type can hold; once each.
+    """Finds, for each problem, the innermost module around it whose output the type holds.
 
     An empty path: there is none but the model itself.
     """

@@ -20,7 +20,7 @@ from torch import Tensor
 from orepa_compiler.errors import ExportError, ReparamError
 from orepa_compiler.export.gates.counting import Counts, node_count
 from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.run.openvino import OpenVINORunner
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.run.signature import TensorSpec
@@ -50,7 +50,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float], batch: int) -> Timing:
-        """The timing of calls on `batch` samples each."""
+        """Sums up the timing of calls on `batch` samples each."""
         median, p95 = np.percentile(seconds, [50, 95])
         return cls(1e3 * float(median), 1e3 * float(p95), batch / float(median), len(seconds))
 
@@ -78,7 +78,7 @@ class BenchRow:
 
     @property
     def verdict(self) -> str:
-        """What the ratio says, in words."""
+        """Says in words what the ratio tells."""
         if self.ratio is None or self.low is None or self.high is None:
             return f"not run: {self.reason}"
         if self.low <= 1 <= self.high:
@@ -100,7 +100,7 @@ class Bench:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What keeps model from being as fast as against: other node counts, a slower backend.
+        """Lists what keeps model from being as fast as against: node counts, a slower backend.
 
         Two files of the same architecture have the same number of nodes.
         """
@@ -140,7 +140,7 @@ class Bench:
         return Group(contents, Text(""), timings, Text(note), *problems)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values that json.dumps takes."""
+        """Gives all of it as plain values that json.dumps takes."""
         return {
             "files": [asdict(file) for file in self.files],
             "rows": [{**asdict(row), "verdict": row.verdict} for row in self.rows],
@@ -219,7 +219,7 @@ def bench(
 
 
 def contents_of(path: Path) -> Contents:
-    """How many nodes, convs and norms an ONNX file holds, and its size with its weights."""
+    """Counts the nodes, convs and norms of an ONNX file, and its size with its weights."""
     model = load_graph(path)
     counts = Counts.of_graph(model)
     files = [path, *(path.resolve().parent / name for name in external_files(model))]
@@ -235,7 +235,7 @@ def contents_of(path: Path) -> Contents:
 def timed(
     run: Callable[..., Any], inputs: Sequence[Any], batch: int, *, seconds: float = TIMED_S
 ) -> Timing:
-    """How long calls of one file take, without another beside it: as many as fill `seconds`."""
+    """Times calls of one file, without another beside it: as many as fill `seconds`."""
     calls = _calls(run, inputs, seconds)
     return Timing.of([_seconds(run, inputs) for _ in range(min(calls, MOST_CALLS))], batch)
 
@@ -272,7 +272,7 @@ def _measured(name: str, pair: tuple[Any, Any], batch: int, rounds: int, turn_s:
 
 
 def example_inputs(specs: Sequence[TensorSpec], batch: int) -> list[Tensor]:
-    """A random tensor for each input of a file; a symbolic first axis becomes `batch`."""
+    """Makes a random tensor for each input of a file; a symbolic first axis becomes `batch`."""
     generator = torch.Generator().manual_seed(0)
     tensors = []
     for spec in specs:
@@ -304,7 +304,7 @@ def _seconds(runner: Callable[..., Any], inputs: Sequence[Any]) -> float:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The interval that holds the median of what `values` are drawn from, in 95 % of all cases.
+    """Computes the interval that holds the median behind `values` in 95 % of all cases.
 
     The k-th smallest and the k-th largest, for the largest k with 2 P(Bin(n, 1/2) < k) <= 0.05.
     """

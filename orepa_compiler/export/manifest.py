@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.onnx.external_data import is_beside, sha256
+from orepa_compiler.export.onnx.external_data import sha256
+from orepa_compiler.export.onnx.reading import is_beside
 from orepa_compiler.files.atomic import staged
 from orepa_compiler.files.schemas import parsed, read_json
 
@@ -48,13 +49,13 @@ class FileRecord:
 
     @classmethod
     def of(cls, role: Role, path: Path, folder: Path) -> FileRecord:
-        """The record of a file that is there; one outside the folder goes by its last name."""
+        """Records a file that is there; one outside the folder goes by its last name."""
         name = Path(os.path.relpath(path, folder)).as_posix()
         name = name if is_beside(name) else path.name
         return cls(role, name, path.stat().st_size, sha256(path))
 
     def problem(self, folder: Path) -> str:
-        """What is wrong with the file beside a manifest in `folder`; "" where nothing is."""
+        """Says what is wrong with the file beside a manifest in `folder`; "" where nothing is."""
         path = folder / self.name
         what = f"{self.role} {path}"
         if not path.is_file():
@@ -92,7 +93,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
     def of(self, role: Role) -> list[FileRecord]:
-        """The files of one role."""
+        """Lists the files of one role."""
         return [file for file in self.files if file.role == role]
 
     def to_json(self) -> str:
@@ -101,7 +102,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Manifest:
-        """The manifest that to_json wrote. Raises ManifestError, naming `path`, for all else."""
+        """Reads the manifest that to_json wrote. Raises ManifestError, naming `path`."""
         what = str(path)
         data = parsed(text, what=what, error=ManifestError)
         written = data.get("orepa_manifest")
@@ -123,7 +124,7 @@ class Manifest:
 
 
 def manifest_path(onnx: Path) -> Path:
-    """Where the manifest of an ONNX file lies: model.onnx.manifest.json."""
+    """Says where the manifest of an ONNX file lies: model.onnx.manifest.json."""
     return onnx.with_name(onnx.name + _SUFFIX)
 
 
@@ -138,7 +139,7 @@ def make_manifest(
     options: Mapping[str, Any],
     checks: Iterable[Check],
 ) -> Manifest:
-    """The manifest, to lie at `path`, of files that are there."""
+    """Makes the manifest, to lie at `path`, of files that are there."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     records = tuple(FileRecord.of(role, file, path.parent) for role, file in files)
     return Manifest(now, records, options, tuple(checks))
@@ -151,7 +152,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest at `path`. Raises ManifestError where it is not there, or is none."""
+    """Reads the manifest at `path`. Raises ManifestError where it is not there, or is none."""
     if not path.is_file():
         raise ManifestError(f"{path}: no such manifest; orepa-export writes one beside the ONNX")
     try:
@@ -161,7 +162,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that an export depends on, where installed."""
+    """Collects the versions of Python and of the packages that an export depends on."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:

@@ -59,14 +59,14 @@ class Int8Loss:
 
     @property
     def verdict(self) -> str:
-        """The worst modules and what each form of the whole net has left, in one line."""
+        """Names the worst modules and what each form of the whole net has left, in one line."""
         modules = self.modules[: len(self.worst)]
         worst = [f"{one.path} {one.by_form[EACH_CHANNEL]:.0f} dB" for one in modules]
         wholes = [f"{whole.form} {whole.signal:.0f} dB" for whole in self.wholes]
         return f"int8 loses most in {', '.join(worst)}; of the whole net: {'; '.join(wholes)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values that json.dumps takes."""
+        """Gives all of it as plain values that json.dumps takes."""
         return asdict(self)
 
     def __rich__(self) -> Group:
@@ -148,7 +148,7 @@ def _with_one_step(model: nn.Module) -> nn.Module:
 
 
 def _module_losses(model: nn.Module, int8: nn.Module, batches: list[Batch]) -> dict[str, float]:
-    """dB of each layer that rounds, on what it gets in the float model."""
+    """Measures in dB what each layer that rounds loses, on what it gets in the float model."""
     sums: dict[str, list[float]] = {}
 
     def watch(path: str, layer: Rounded) -> Callable[[nn.Module, Any, Tensor], None]:

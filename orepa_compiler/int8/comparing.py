@@ -13,9 +13,9 @@ from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.int8.integers import check_integers
 from orepa_compiler.export.int8.trained import trained_layers
-from orepa_compiler.export.onnx.inspection import load_graph
 from orepa_compiler.export.onnx.precision import kept_modules, lies_in
-from orepa_compiler.export.onnx.weight_record import properties_of
+from orepa_compiler.export.run.openvino import OpenVINORunner
+from orepa_compiler.export.run.runners import OnnxRunner
 from orepa_compiler.quantization.flips import with_flips
 from orepa_compiler.quantization.layers import rounded_layers, with_float_maps
 from orepa_compiler.verification import Report, Row, judge, take_samples
@@ -27,29 +27,29 @@ def verify_rounded(
     candidate: Callable[..., Any],
     inputs: Any,
     *,
-    path: Path | None,
     factor: float,
     stress: bool,
 ) -> Report:
-    """The verdict on what was made of a model that rounds.
+    """Judges what was made of a model that rounds.
 
-    path: the ONNX file, whose integers, steps and ranges must be those of the model, all of them;
-    but those of layers that the file says it keeps in float32.
+    Of a runner of an ONNX file, its integers, steps and ranges must be those of the model, all of
+    them; but those of layers that the file says it keeps in float32.
     The tolerance of the outputs comes from values that fall on another step in float32.
     """
     kept: list[str] = []
-    if path is not None:
+    file = candidate if isinstance(candidate, (OnnxRunner, OpenVINORunner)) else None
+    if file is not None:
         deploy = collapse(reference)
-        named = properties_of(load_graph(path)).get("orepa.keep_fp32", "").split()
+        named = file.properties.get("orepa.keep_fp32", "").split()
         places = kept_modules(deploy, named)
         kept = [layer for layer in rounded_layers(reference) if lies_in(layer, places)]
     with evaluation_mode(reference, candidate):
         written = with_float_maps(reference, kept)
         samples = take_samples(written, inputs, stress=stress)
         report = judge(with_flips(samples, written), candidate, factor=factor)
-    if path is None:
+    if file is None or file.path.suffix != ".onnx":  # OpenVINO's own file has them otherwise
         return report
-    row, note = _compared_integers(deploy, path, kept)
+    row, note = _compared_integers(deploy, file.path, kept)
     rows = report.rows if row is None else (row, *report.rows)
     return replace(report, rows=rows, notes=(*((note,) if note else ()), *report.notes))
 
@@ -57,7 +57,7 @@ def verify_rounded(
 def _compared_integers(
     deploy: nn.Module, path: Path, kept: Sequence[str]
 ) -> tuple[Row | None, str]:
-    """A row that fails, or None and what there is to say."""
+    """Compares the integers: a row that fails, or None and what there is to say."""
     layers = trained_layers(deploy, keep=kept)
     try:
         count = check_integers(path, layers)

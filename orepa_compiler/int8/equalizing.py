@@ -77,7 +77,7 @@ def _equalize(model: nn.Module, pair: Pair, peaks: Mapping[str, Tensor]) -> None
 
 
 def _factor(peak: Tensor, reader: nn.Module) -> Tensor:
-    """s, (C,), powers of two; 1 where a channel, or what reads it, is zero."""
+    """Computes s, (C,), powers of two; 1 where a channel, or what reads it, is zero."""
     kernel = reader.weight
     assert isinstance(kernel, Tensor)
     groups = int(getattr(reader, "groups", 1))

@@ -34,7 +34,7 @@ Made = tuple[nn.Module, Plan]
 
 
 def quantized(model: nn.Module, recording: Recording, *, preset: Preset, where: Where) -> Made:
-    """The model, in place, with layers that round, and the plan with the reasons for the others.
+    """Puts layers that round into the model; the plan has the reasons for the others.
 
     Raises ReparamError where none rounds.
     """
@@ -48,7 +48,7 @@ def quantized(model: nn.Module, recording: Recording, *, preset: Preset, where: 
 
 
 def _made_anew(model: nn.Module, recording: Recording) -> Iterator[tuple[str, str]]:
-    """The layers whose deployed kernel is not their own scaled by output channel, and why."""
+    """Finds the layers whose deployed kernel is not their own scaled by output channel, and why."""
     skeleton = meta_copy(model)
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     steps = Pipeline((Collapse(),))
@@ -111,7 +111,7 @@ def _range(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
 
 
 def _widen(quantizers: Sequence[Quantizer], known: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """The range of what is new and of what was known."""
+    """Widens a known range by what is new."""
     for quantizer, (low, high) in zip(quantizers, known, strict=True):
         observer = quantizer.activation_post_process
         observer.min_val.copy_(torch.minimum(low, observer.min_val))
@@ -122,13 +122,13 @@ def _widen(quantizers: Sequence[Quantizer], known: Sequence[tuple[Tensor, Tensor
 
 
 def _weigh(quantizers: Sequence[Quantizer], part: float) -> None:
-    """How much of the next range counts."""
+    """Sets how much of the next range counts."""
     for quantizer in quantizers:
         quantizer.activation_post_process.averaging_constant = part
 
 
 def check_rounds(model: nn.Module) -> dict[str, Rounded]:
-    """The layers that round. Raises ReparamError where there is none."""
+    """Finds the layers that round. Raises ReparamError where there is none."""
     layers = rounded_layers(model)
     if not layers:
         raise ReparamError(

@@ -19,6 +19,10 @@ from orepa_compiler.capture import Capture, ancestors, capture
 from orepa_compiler.capture.arguments import WHOLE, Arguments, bound_forward, usual_arguments
 from orepa_compiler.capture.constants import OF_NUMBERS, constants_of
 from orepa_compiler.capture.effects.finding import seen_of
+from orepa_compiler.capture.effects.process import (
+    process_answering_otherwise,
+    questions_to_process,
+)
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import meta_copy, uncollected
 from orepa_compiler.capture.tracing.bytecode import defaults_of, functions_of, texts_in
@@ -107,21 +111,52 @@ class Retracing:
                 if "" in captured.graphs and "" not in captured.doubtful:
                     return Found({}, {"": f"it cannot be told what it does with {what}"})
                 continue
-            other = replace(other, kept={**captured.kept, **other.kept})
-            there = {_key(step, edit) for edit in step.plan(other).edits}
-            for edit in wanted.edits:
-                modules = _modules(step, edit)
-                if _key(step, edit) in there:
-                    continue
-                # Where its forward has no graph any more, nobody knows which of them it calls.
-                is_lost = any(
-                    owner in other.untraced and owner not in captured.untraced
-                    for module in modules for owner in ancestors(module)
-                )  # fmt: skip
-                if is_lost or any(map(other.calls.get, modules)):
-                    reason = f"with {what} the forward goes another way"
-                    kept |= dict.fromkeys(modules, reason)
-        return Found(kept, {})
+            kept |= self._lost(step, captured, other, wanted, f"with {what}")
+        return Found(kept | self._other_process(step, model, captured, wanted), {})
+
+    def _other_process(
+        self, step: Step, model: nn.Module, captured: Capture, wanted: Plan
+    ) -> dict[str, str]:
+        """What does not hold where torch is asked whether it traces, and the like."""
+        asking: dict[str, frozenset[str]] = {}
+        for owner in captured.graphs:
+            if questions := questions_to_process(functions_of(captured.module(owner))):
+                asking[owner] = questions
+        if not asking:
+            return {}
+        with process_answering_otherwise():
+            other = capture(
+                model, training=step.training, is_leaf=self.is_leaf, recording=self.recording
+            )
+        names = ", ".join(sorted(frozenset().union(*asking.values())))
+        what = f"where {names} is answered otherwise,"
+        kept = self._lost(step, captured, other, wanted, what)
+        parted = {owner for owner in asking if _may_part(captured, other, owner)}
+        for edit in wanted.edits:
+            anew = touched_by(step, edit).owner if _is_graph(step, edit) else None
+            if anew is not None and anew in parted:  # it would know one way alone
+                kept[anew] = f"{what} the forward of {anew or 'the model'} goes another way"
+        return kept
+
+    def _lost(
+        self, step: Step, captured: Capture, other: Capture, wanted: Plan, what: str
+    ) -> dict[str, str]:
+        """The modules of edits that a pass would not make in another capture, and runs there."""
+        kept: dict[str, str] = {}
+        other = replace(other, kept={**captured.kept, **other.kept})
+        there = {_key(step, edit) for edit in step.plan(other).edits}
+        for edit in wanted.edits:
+            modules = _modules(step, edit)
+            if _key(step, edit) in there:
+                continue
+            # Where its forward has no graph any more, nobody knows which of them it calls.
+            is_lost = any(
+                owner in other.untraced and owner not in captured.untraced
+                for module in modules for owner in ancestors(module)
+            )  # fmt: skip
+            if is_lost or any(map(other.calls.get, modules)):
+                kept |= dict.fromkeys(modules, f"{what} the forward goes another way")
+        return kept
 
     def _looks_again(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
         """What is not the same once the rewrite is in place and gradients are off."""
@@ -265,11 +300,20 @@ def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return flow
 
 
+def _may_part(captured: Capture, other: Capture, owner: str) -> bool:
+    """Whether a forward may go another way in another capture of the same model."""
+    graph = other.graphs.get(owner)
+    return graph is None or _form(graph) != _form(captured.graphs[owner])
+
+
 def _writes_anew(step: Step, edit: Edit) -> bool:
     """Whether an edit writes the forward of the model itself anew, from its graph."""
-    touched = touched_by(step, edit)
-    is_graph = not touched.modules or edit.options.get("kind") == "graph"
-    return touched.owner == "" and is_graph
+    return touched_by(step, edit).owner == "" and _is_graph(step, edit)
+
+
+def _is_graph(step: Step, edit: Edit) -> bool:
+    """Whether an edit writes the forward of its owner anew."""
+    return not touched_by(step, edit).modules or edit.options.get("kind") == "graph"
 
 
 def _blamed(step: Step, captured: Capture, owner: str, wanted: Plan) -> set[str]:

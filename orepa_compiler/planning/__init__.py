@@ -138,7 +138,8 @@ class Plan:
             for i in (0, 1)
         )
         parts.append(f"left alone {len(self.refusals)}")
-        return f"Plan: {', '.join(parts)}; their parameters {before:,} -> {after:,}{tail}"
+        changed = f"; their parameters {before:,} -> {after:,}" if self.edits else ""
+        return f"Plan: {', '.join(parts)}{changed}{tail}"
 
 
 def record_plan(model: nn.Module, plan: Plan) -> None:

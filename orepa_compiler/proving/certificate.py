@@ -54,7 +54,7 @@ class BlockCertificate:
 
     @property
     def reason(self) -> str:
-        """Why the block is not certified; "" where it is."""
+        """Says why the block is not certified; "" where it is."""
         if self.error is None:
             return f"{self.path}: did not run on these inputs: nothing was compared"
         if not self.error <= LIMIT:  # NaN too
@@ -85,7 +85,7 @@ class ForwardCertificate:
 
     @property
     def reason(self) -> str:
-        """Why the forward is not certified; "" where it is."""
+        """Says why the forward is not certified; "" where it is."""
         if self.stale:
             return (
                 f"{self.stale}: the deployed forward does not run it each time: it reaches what "
@@ -114,7 +114,7 @@ class Certificate:
 
     @property
     def verdict(self) -> str:
-        """One line: how many blocks, and the worst of them or the first that fails."""
+        """Says in one line how many blocks, and the worst of them or the first that fails."""
         if not self.blocks:
             return "NOT CERTIFIED: the collapse changed nothing, so there is no block to certify"
         reasons = [block.reason for block in self.blocks if block.reason]
@@ -134,7 +134,7 @@ class Certificate:
         return self.verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that json.dumps takes."""
+        """Gives plain values that json.dumps takes."""
         blocks = [{**asdict(block), "reason": block.reason} for block in self.blocks]
         forward = self.forward and {**asdict(self.forward), "reason": self.forward.reason}
         return {
@@ -146,12 +146,12 @@ class Certificate:
         }
 
     def to_json(self) -> str:
-        """What an ONNX file keeps under orepa.certificate."""
+        """Writes what an ONNX file keeps under orepa.certificate."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
-        """The certificate that to_json wrote. Raises ReparamError for anything else."""
+        """Reads the certificate that to_json wrote. Raises ReparamError for anything else."""
         what = "this is not a certificate"
         if text.lstrip().startswith("["):  # of an earlier version, which knew no forward
             return cls(tuple(read_json(text, list[BlockCertificate], what=what)))

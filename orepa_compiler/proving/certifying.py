@@ -59,7 +59,7 @@ def certify(model: nn.Module, deploy: nn.Module, inputs: Any) -> Certificate:
 def _forward(
     exact: nn.Module, precise: nn.Module, deploy: nn.Module, edits: list[Edit], batch: Any
 ) -> ForwardCertificate:
-    """The whole forwards, on one batch, and how often each block runs in them."""
+    """Compares the whole forwards on one batch, and counts how often each block runs in them."""
     places = [place_of(edit) for edit in edits]
     models = (exact, precise, value_copy(deploy).double())
     right, collapsed, deployed = (
@@ -143,7 +143,7 @@ def _run(precise: nn.Module, fold: Fold, arguments: Any) -> Any:
 def _error(
     expected: dict[str, Any], found: dict[str, Any]
 ) -> tuple[float, float | None, float | None]:
-    """The largest error of all outputs, on the border and inside where there is a map."""
+    """Measures the largest error of all outputs, on the border and inside where there is a map."""
     error, border, interior = 0.0, None, None
     if not expected or expected.keys() != found.keys():
         return float("inf"), None, None
@@ -200,7 +200,7 @@ def _tensors(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, Tens
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The first digits of the sha256 of names, dtypes, shapes and bytes."""
+    """Gives the first digits of the sha256 of names, dtypes, shapes and bytes."""
     hashed = hashlib.sha256()
     for name, tensor in tensors:
         host = tensor.detach().cpu().contiguous()

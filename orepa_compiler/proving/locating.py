@@ -52,7 +52,7 @@ def locate(
     precision: torch.dtype | None = None,
     factor: float = NOISE_FACTOR,
 ) -> Divergence | None:
-    """The first module of `reference` that the candidate computes otherwise; None where none does.
+    """Finds the first module of `reference` that the candidate computes otherwise, or None.
 
     max |found - truth| / max |truth|  >  WIDE * factor * max(noise, eps)
 
@@ -96,7 +96,7 @@ class _Point:
 def _found(
     reference: nn.Module, candidate: Any, batch: Batch, precision: torch.dtype | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model whose record tells what was folded, and the candidate's outputs by module."""
+    """Finds a model whose record tells what was folded, and the candidate's outputs by module."""
     if isinstance(candidate, OnnxRunner):
         deploy = collapse(reference, inputs=batch)
         tensors = [_typed(tensor, precision) for tensor in tensors_in(batch)]
@@ -114,7 +114,7 @@ def _found(
 
 
 def _comparable(reference: nn.Module, deploy: nn.Module) -> dict[str, _Point]:
-    """By path in the reference; what a collapse took apart or moved is left out."""
+    """Pairs outputs by path in the reference; what a collapse took apart or moved is left out."""
     edits = _edits(reference, deploy)
     gone = {path for edit in edits for path in _unsettled(edit)}
     points = {p: _Point(p, (p,)) for p, _ in reference.named_modules() if p not in gone}
@@ -128,7 +128,7 @@ def _comparable(reference: nn.Module, deploy: nn.Module) -> dict[str, _Point]:
 
 
 def _unsettled(edit: Edit) -> Iterator[str]:
-    """The modules whose own output an edit changes: those it folds, and a part of their owners.
+    """Finds the modules whose own output an edit changes: those it folds, and some owners.
 
     Where a norm lies outside the container of its conv, that container's output is another too.
     """
@@ -140,7 +140,7 @@ def _unsettled(edit: Edit) -> Iterator[str]:
 
 
 def _rewritten(path: str, reference: nn.Module, deploy: nn.Module) -> str:
-    """What a collapse put before a module in its owner's forward, where no module shows it."""
+    """Finds what a collapse put before a module in its owner's forward, unseen in modules."""
     for edit in _edits(reference, deploy):
         fold = fold_of(edit)
         if not isinstance(fold, FoldGraph):
@@ -182,7 +182,7 @@ def explain(
     precision: torch.dtype | None = None,
     factor: float = NOISE_FACTOR,
 ) -> Divergence | str:
-    """What locate finds, or one line that says why nothing can be found."""
+    """Gives what locate finds, or one line that says why nothing can be found."""
     if not isinstance(reference, nn.Module):
         return "the reference is no torch model: its modules cannot be told apart"
     try:
@@ -199,7 +199,7 @@ def explain(
 def explain_report(
     reference: Any, candidate: Any, inputs: Any, report: Report, *, precision: str | None = None
 ) -> Divergence | str:
-    """What explain gives on the batch of the report's worst row.
+    """Gives what explain finds on the batch of the report's worst row.
 
     inputs, precision: those that the report was made with.
     """

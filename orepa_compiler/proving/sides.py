@@ -24,15 +24,17 @@ Side = Callable[..., Any] | str | PathLike[str]
 
 
 def runner_of(side: Side) -> Callable[..., Any]:
-    """What a comparison calls: the side itself, or a runner of the file that it names.
+    """Gives what a comparison calls: the side itself, or a runner of the file that it names.
 
-    An ONNX file runs in onnxruntime on the CPU (OnnxRunner takes another provider), an .xml in
-    OpenVINO, an engine on the GPU. Raises ReparamError for any other file, and what the runners
-    raise.
+    An ONNX file runs in onnxruntime on the CPU (OnnxRunner takes another provider) or, as
+    FILE.onnx@openvino, in OpenVINO, as an .xml does; an engine on the GPU. Raises ReparamError for
+    any other file, and what the runners raise.
     """
     if not isinstance(side, (str, PathLike)):
         return side
     path = Path(side)
+    if path.name.endswith(".onnx@openvino"):
+        return OpenVINORunner(path.with_name(path.name.removesuffix("@openvino")))
     if path.suffix in ENGINES:
         return TensorRTRunner(path)
     if path.suffix == ".onnx":
@@ -93,10 +95,8 @@ def verify(
                 "the reference rounds to int8: it is its own truth, in its own precision; leave "
                 "out truth= and precision="
             )
-        is_file = isinstance(candidate, (str, PathLike)) and Path(candidate).suffix == ".onnx"
-        path = Path(candidate) if is_file else None  # type: ignore[arg-type]
         other = runner_of(candidate)
-        return verify_rounded(reference, other, inputs, path=path, factor=factor, stress=stress)
+        return verify_rounded(reference, other, inputs, factor=factor, stress=stress)
     if precision == "int8":
         if stress:
             raise ReparamError(

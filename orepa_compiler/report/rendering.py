@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def check_extra() -> None:
 
 
 def write_page(page: Page, path: str | Path) -> Path:
-    """The path of the page, written whole or not at all: one file, no script, no network.
+    """Writes the page, whole or not at all: one file, no script, no network. Returns its path.
 
     Raises MissingPackage without jinja2 and matplotlib, ExportError where it cannot be written.
     """
@@ -45,7 +45,7 @@ def write_page(page: Page, path: str | Path) -> Path:
 
 
 def render_page(page: Page) -> str:
-    """The text of the page. Whatever it shows of the user's (paths, names, notes) is escaped.
+    """Gives the text of the page. Whatever it shows of the user's (paths, names, notes) is escaped.
 
     Raises MissingPackage without jinja2 and matplotlib.
     """
@@ -54,17 +54,32 @@ def render_page(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "error": lambda value: "-" if value is None else f"{value:.1e}" if value else "0",
         "count": lambda value: "-" if value is None else f"{value:,}",
         "amount": _amount,
+        "given": _given,
     }
+    environment.filters |= filters
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return str(template.render(page=page, marks=_MARKS, limit=LIMIT, **_drawn(page)))
 
 
+def _given(options: Mapping[str, Any]) -> dict[str, str]:
+    """Leaves out the options that were not given, and writes the values of the others."""
+    shown: dict[str, str] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            shown |= _given(value)
+        elif isinstance(value, (list, tuple)) and value:
+            shown[name] = ", ".join(map(str, value))
+        elif value is not None and value is not False and value not in ("", [], ()):
+            shown[name] = "yes" if value is True else str(value)
+    return shown
+
+
 def _amount(value: int | None) -> str:
-    """A number in at most seven characters, as a phone has room for."""
+    """Writes a number in at most seven characters, as a phone has room for."""
     if value is None:
         return "-"
     for unit, size in ((" G", 1e9), (" M", 1e6)):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from orepa_compiler.capture.effects.state import OWN
+from orepa_compiler.containers import items, made_again
 
 _DEEPEST = 4
 
@@ -58,9 +59,8 @@ def hold_new(model: nn.Module, holdings: list[Holding]) -> None:
 def _modules_in(value: Any, depth: int = 0) -> Iterator[tuple[tuple[Any, ...], nn.Module]]:
     if isinstance(value, nn.Module):
         yield (), value
-    elif depth < _DEEPEST and isinstance(value, (list, tuple, dict)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in items:
+    elif depth < _DEEPEST:
+        for key, part in items(value) or ():
             for keys, module in _modules_in(part, depth + 1):
                 yield (key, *keys), module
 
@@ -72,7 +72,6 @@ def _replaced(value: Any, keys: tuple[Any, ...], module: nn.Module) -> Any:
     key, *rest = keys
     part = _replaced(value[key], tuple(rest), module)
     if isinstance(value, tuple):
-        parts = [part if index == key else old for index, old in enumerate(value)]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return made_again(value, [part if i == key else old for i, old in enumerate(value)])
     value[key] = part
     return value

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from orepa_compiler.containers import members
 
 _Contents = tuple[Any, Any]  # a dict, list or set, and a copy of what was in it
 
@@ -44,20 +47,20 @@ def restoring(model: nn.Module) -> Iterator[None]:
 
 def _remember(value: Any, contents: dict[int, _Contents]) -> None:
     """Keep what a container holds, and the containers in it."""
-    if not isinstance(value, (dict, list, set, tuple)) or id(value) in contents:
+    held = members(value)
+    if held is None or id(value) in contents:
         return
-    copied = list(value.items()) if isinstance(value, dict) else list(value)
-    contents[id(value)] = (value, copied)
-    for inner in value.values() if isinstance(value, dict) else value:
+    contents[id(value)] = (value, list(value.items()) if isinstance(value, dict) else held)
+    for inner in held:
         _remember(inner, contents)
 
 
 def _put_back(held: Any, copied: list[Any]) -> None:
     """Give a container back what it held, in the order it had."""
-    if isinstance(held, tuple):
+    if isinstance(held, (tuple, frozenset)):
         return
     held.clear()
-    if isinstance(held, list):
+    if isinstance(held, (list, deque)):
         held.extend(copied)
     else:
         held.update(copied)

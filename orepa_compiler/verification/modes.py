@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
+from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.undoing import Snapshot
 
 
@@ -46,7 +47,7 @@ def _evaluating(root: nn.Module) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
     try:
         try:
-            root.eval()
+            _to_eval(root)
         finally:
             undo += snapshot.changes()
             del snapshot  # the copies of what did not change are free again
@@ -56,6 +57,22 @@ def _evaluating(root: nn.Module) -> Iterator[None]:
             put_back()
         for child, flag in before:
             child.training = flag
+
+
+def _to_eval(root: nn.Module) -> None:
+    """Puts a model in eval mode; a program of torch.export stays in the one it was exported in.
+
+    Raises ReparamError where a module in it refuses eval().
+    """
+    try:
+        root.eval()
+    except NotImplementedError as error:
+        if isinstance(root, fx.GraphModule):  # as torch.export gives it: the mode is in its graph
+            return
+        raise ReparamError(
+            f"a {type(root).__name__} cannot be put in eval mode: {error} Where a part of it is a "
+            "program of torch.export, compare the model that the program was exported from"
+        ) from error
 
 
 def _switches(module: nn.Module) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from orepa_compiler.containers import is_named_tuple, mapped, shown
 from orepa_compiler.errors import ReparamError
 
 Form = Literal["tensor", "sequence", "fields", "mapping"]
@@ -60,16 +62,25 @@ def others_in(value: Any) -> Iterator[Any]:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested value with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, change) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
-    return value
+    """Makes the same nested value with every tensor changed, wherever tensors_in finds it."""
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return change(part)
+        if isinstance(part, nn.Module):  # a list of a model's may hold one
+            return part
+        if fields := _fields(part):
+            made = copy.copy(part)
+            for name in fields:  # also of a frozen dataclass
+                object.__setattr__(made, name, map_tensors(getattr(part, name), change))
+            return made
+        if pytree.tree_is_leaf(part):
+            return part
+        return pytree.tree_map(
+            lambda child: map_tensors(child, change), part, is_leaf=lambda child: child is not part
+        )
+
+    return mapped(value, changed)
 
 
 def is_comparable(leaf: Any) -> bool:
@@ -110,17 +121,13 @@ def kind_name(value: Any) -> str:
 def _walk(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     if value is None:
         return
-    fields = _fields(value)
-    if isinstance(value, Mapping):
-        parts = list(value.items())
-    elif fields:
+    parts = shown(value)
+    if (fields := _fields(value)) and not isinstance(value, Mapping):
         parts = [(name, getattr(value, name)) for name in fields]
-    elif isinstance(value, (list, tuple)):
-        parts = list(enumerate(value))
-    elif pytree.tree_is_leaf(value):
+    elif parts is None and pytree.tree_is_leaf(value):
         yield path, _as_tensor(value)
         return
-    else:
+    elif parts is None:
         parts = registered_children(value)
     for key, part in parts:
         yield from _walk(part, (*path, key))
@@ -160,7 +167,7 @@ def _as_tensor(leaf: Any) -> Any:
 
 
 def _fields(value: Any) -> tuple[str, ...]:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if is_named_tuple(value):
         return tuple(value._fields)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple(field.name for field in dataclasses.fields(value))

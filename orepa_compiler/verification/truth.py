@@ -25,7 +25,7 @@ from orepa_compiler.verification.evaluation import (
 )
 from orepa_compiler.verification.nesting import is_comparable, is_smooth, map_tensors
 from orepa_compiler.verification.outputs.decisions import Decision
-from orepa_compiler.verification.summation import FoldedSums
+from orepa_compiler.verification.summation import OtherSums
 
 # How many errors a noise floor is measured on, at least. The largest of few is luck: with a single
 # output, right candidates came to 13 times the noise of one evaluation, and 1.3 times that of 64.
@@ -42,9 +42,9 @@ ROUNDINGS_OF_FLOAT64 = 2
 # and so many eps: what changes its value meanwhile is not decided clearly.
 SHAKES, SHAKEN_EPS = 8, 8.0
 
-# In one of so many of those evaluations norms behind convs are added up as a fold does it: that
-# takes each conv twice.
-FOLDED_SUMS = 2
+# In one of so many of those evaluations norms behind convs are added up as a fold does, and means
+# by running sums: the first takes each conv twice.
+OTHER_SUMS = 2
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -112,7 +112,7 @@ def truth_of(
     count = _evaluations(expected, module, working) - len(noisy)
     sides = _noisy_sides(source, module, working, max(count, 0), is_first=not is_own)
     for number, side in enumerate(sides):
-        with nullcontext() if number % FOLDED_SUMS else FoldedSums():
+        with nullcontext() if number % OTHER_SUMS else OtherSums():
             watched.append(_checked(expected, evaluate(side, batches, follows=follows)))
     decisions = _decisions(outputs, watched) if follows else ()
     unclear = _unclear(expected, outputs, decisions, (source, module, working), batches)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import numpy_helper
@@ -17,8 +18,8 @@ from orepa_compiler.cli.given.engine_options import profile
 from orepa_compiler.cli.run import stages
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.latency import Bench, BenchRow, Contents, Timing
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module
-from orepa_compiler.export.onnx.weight_record import properties_of
+from orepa_compiler.export.onnx.inspection import torch_module
+from orepa_compiler.export.onnx.reading import load_graph
 
 NETS = """
 import torch
@@ -142,7 +143,7 @@ def test_the_audit_is_a_step_and_its_advice_helps(capsys: pytest.CaptureFixture[
     assert "keep in float32: --keep-fp32 2" in " ".join(out.split())
     code, _, err = run(export_main, f"{hot} --keep-fp32 2 --json net.json", capsys)
     assert (code, err) == (0, [])
-    properties = {e.key: e.value for e in load_graph(Path("net.onnx")).metadata_props}
+    properties = load_graph(Path("net.onnx")).metadata_props
     assert properties["orepa.keep_fp32"] == "2"
     steps = {step["step"]: step for step in json.loads(Path("net.json").read_text())["steps"]}
     assert steps["audit half"]["audit"]["kept"] == ["2"]
@@ -230,7 +231,7 @@ def test_an_int8_file_is_checked_again_by_its_samples(capsys: pytest.CaptureFixt
     again, before = (s["report"]["rows"] for s in (steps["onnx on the CPU"], first["check onnx"]))
     assert [row["noise"] for row in again] == [row["noise"] for row in before]
     assert again[0]["error"] > 1e-4
-    model = load_graph(Path("net.onnx"))
+    model = onnx.load("net.onnx")
     name = next(node.input[1] for node in model.graph.node if node.op_type == "QuantizeLinear")
     scale = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     scale.CopyFrom(numpy_helper.from_array(8 * numpy_helper.to_array(scale), name))
@@ -247,8 +248,8 @@ def test_the_int8_preset_is_in_the_file_and_beside_it(
 ) -> None:
     line = f"{INT8} --calibration images --report net.html {option}"
     assert run(export_main, line, capsys)[0] == 0
-    model = load_graph(Path("net.onnx"))
-    assert properties_of(model)["orepa.int8_preset"] == preset
+    assert load_graph(Path("net.onnx")).metadata_props["orepa.int8_preset"] == preset
+    model = onnx.load("net.onnx")
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     rounded = {weights[n.input[2]].dtype for n in model.graph.node if n.op_type == "QuantizeLinear"}
     assert rounded == ({np.dtype("uint8")} if preset == "cpu" else {np.dtype("int8")})
@@ -291,7 +292,7 @@ def test_a_simplified_file_with_its_weights_beside_it_is_checked_again(
     monkeypatch.setattr("orepa_compiler.export.onnx.writing.EMBED_LIMIT_BYTES", 100)
     assert run(export_main, f"{EXPORT} --simplify", capsys)[0] == 0
     (weights,) = Path().glob("net.onnx.*.data")
-    modules = [torch_module(n) for n in load_graph(Path("net.onnx")).graph.node]
+    modules = [torch_module(n) for n in load_graph(Path("net.onnx")).graph]
     assert modules == ["0", "2", "3"]
     code, steps = rechecked(capsys)
     assert (code, steps["weights file"]["verdict"]) == (0, "pass")

@@ -103,6 +103,12 @@ class Timed(nn.Conv2d):
     def forward(self, image, time):
         return super().forward(image) * time[:, None, None, None]
 
+class Named(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 4, 1)
+    def forward(self, image):
+        return {"logits": super().forward(image), "maps": [image, None]}
+
 def at_times():
     return {"image": torch.randn(2, 3, 8, 8), "time": torch.rand(2)}
 
@@ -182,6 +188,9 @@ WRONG: list[tuple[str, str, str]] = [
     ("orepa", "plan nets.py:tiny --num-classes 3", "--num-classes goes with a name of torchvis"),
     ("orepa", "plan nets.py:tiny --checkpoint gone.pth", "gone.pth: there is no such file"),
     ("orepa", "plan nets.py:tiny --weights ema", "--weights: there is no --checkpoint"),
+    ("orepa", "plan nets.py:tiny --where [", "--where [: matches none of the"),
+    ("orepa", "plan nets.py:tiny --where 0 --where 0.gone", "--where 0.gone: matches none of the"),
+    ("orepa", "plan nets.py:tiny --where !gone", "--where !gone: matches none of the"),
     ("orepa", "plan nets.py:tiny --input-shape 16", "give the right --input-shape"),
     ("orepa", "bench a.onnx", "give --against STOCK.onnx"),
     ("orepa", "bench a.onnx --against b.onnx", "a.onnx: there is no such file"),
@@ -270,6 +279,21 @@ WRONG: list[tuple[str, str, str]] = [
     ),
     ("export", f"{TINY} --inputs nets.py:labels", "does not run on inputs of shape (2,)"),
     ("export", f"{TINY} --input-names a,b", "names 2 inputs, and the model takes 1; give one name"),
+    (
+        "export",
+        f"{TINY} --output-names a,b",
+        "names 2 outputs, and the model returns 1 (output)",
+    ),
+    (
+        "export",
+        f"{TINY} --input-names output",
+        "output: 'output' is the name of an output",
+    ),
+    (
+        "export",
+        "nets.py:Named --onnx out.onnx --input-shape 3x8x8 --output-names a",
+        "--output-names a: the model returns its outputs by name (logits, maps.0)",
+    ),
     (
         "export",
         "nets.py:Sound --onnx out.onnx --input-shape 3x8 --dynamic-size",
@@ -399,9 +423,21 @@ def test_the_state_dict_of_an_expanded_model_is_enough(exported: Exported) -> No
 def test_images_and_a_data_loader_with_labels_are_inputs(exported: Exported) -> None:
     assert exported(f"nets.py:tiny --inputs cats --crop 16 --resize 20 {EXPORT}")[1] == []
     _, err = exported(f"nets.py:tiny --inputs stray --onnx out.onnx --crop 16 {EXPORT}")
-    assert err == ["--inputs stray: 1 other file is ignored (notes.txt, ...)"]
+    assert err == ["--inputs stray: 1 other file is ignored (notes.txt)"]
     exported(f"nets.py:tiny --inputs nets.py:labelled {EXPORT}")
     exported(f"nets.py:tiny --precision int8 --calibration nets.py:labelled {EXPORT}")
+
+
+def test_calibration_images_give_the_inputs_their_size(
+    exported: Exported, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "nets.py:tiny --onnx out.onnx --precision int8 --calibration"
+    exported(f"{line} cats --crop 16")
+    (value,) = orepa.OnnxRunner("out.onnx").inputs
+    assert tuple(value.shape)[1:] == (3, 16, 16)
+    code, _, err = run(export_main, f"{line} good.npy", capsys)
+    assert (code, len(err)) == (2, 1)
+    assert err[0].endswith("of any first axis; give the shape of your data as --input-shape")
 
 
 def test_half_models_and_keyword_dict_and_whole_number_inputs(exported: Exported) -> None:

@@ -15,8 +15,7 @@ import torch
 
 from orepa_compiler.cli import export_main, main
 from orepa_compiler.export.latency import contents_of
-from orepa_compiler.export.onnx.inspection import load_graph
-from orepa_compiler.export.onnx.weight_record import properties_of
+from orepa_compiler.export.onnx.reading import load_graph
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -141,8 +140,8 @@ def test_the_counts_are_the_same_wherever_they_are_shown(
         == f"{counted.convs} convs, 0 sums of maps, {counted.norms} norms, {counted.nodes} nodes"
     )
     graph = load_graph(Path("net.onnx"))
-    assert counted.nodes == len(graph.graph.node)
-    assert properties_of(graph)["orepa.convs"] == str(counted.convs)
+    assert counted.nodes == len(graph.graph)
+    assert graph.metadata_props["orepa.convs"] == str(counted.convs)
     shown = {(convs, norms) for convs, _, norms in counts("net.html")[1:]}
     assert shown == {(str(counted.convs), str(counted.norms))}
 

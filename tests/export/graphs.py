@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from orepa_compiler.export.onnx.inspection import MODULE_KEY
 
 WIDE = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
 POINT = {"kernel_shape": [1, 1]}
+
+
+def module_of(node: onnx.NodeProto) -> str | None:
+    """The torch module that a node of onnx's own message names."""
+    return next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), None)
+
+
+def set_metadata(message: onnx.NodeProto | onnx.ModelProto, entries: dict[str, str]) -> None:
+    """Replaces the metadata of one of onnx's own messages."""
+    del message.metadata_props[:]
+    for key, value in entries.items():
+        message.metadata_props.add(key=key, value=value)
+
+
+def read(made: onnx.ModelProto) -> ir.Model:
+    """The model as the package has it in memory."""
+    return ir.from_proto(made)
 
 
 def conv(source: str, output: str, **attributes: object) -> onnx.NodeProto:

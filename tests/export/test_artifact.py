@@ -12,9 +12,9 @@ import pytest
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.gates.artifact import Expected, check_artifact
 from orepa_compiler.export.gates.counting import Counts
-from orepa_compiler.export.onnx.annotation import set_properties
 from orepa_compiler.export.onnx.inspection import MODULE_KEY
 from orepa_compiler.export.onnx.program import trace_program
+from tests.export.graphs import set_metadata
 from tests.export.nets import SmallNet, images
 
 Change = Callable[[onnx.ModelProto], None]
@@ -75,11 +75,11 @@ def fix_output_batch(model: onnx.ModelProto) -> None:
 
 
 def drop_module(model: onnx.ModelProto) -> None:
-    set_properties(model.graph.node[0], {})
+    set_metadata(model.graph.node[0], {})
 
 
 def misplace_module(model: onnx.ModelProto) -> None:
-    set_properties(model.graph.node[0], {MODULE_KEY: "block.2"})
+    set_metadata(model.graph.node[0], {MODULE_KEY: "block.2"})
 
 
 def read_a_missing_tensor(model: onnx.ModelProto) -> None:

@@ -17,10 +17,10 @@ from orepa_compiler.errors import ExportError
 from orepa_compiler.export import export_onnx
 from orepa_compiler.export.gates.artifact import check_collapsed
 from orepa_compiler.export.gates.counting import Counts, check_counts
-from orepa_compiler.export.onnx.inspection import conv_nodes, load_graph
+from orepa_compiler.export.onnx.inspection import conv_nodes
 from orepa_compiler.export.onnx.program import trace_program
-from orepa_compiler.export.onnx.weight_record import properties_of
-from tests.export.graphs import WIDE, add, conv, model, norm
+from orepa_compiler.export.onnx.reading import load_graph
+from tests.export.graphs import WIDE, add, conv, model, norm, read
 from tests.export.nets import Returns, SmallNet, images
 
 Change = Callable[[onnx.ModelProto], None]
@@ -67,21 +67,21 @@ def test_a_graph_is_counted_like_its_program(exported: dict[str, Path]) -> None:
     for file in exported.values():
         graph = load_graph(file)
         assert Counts.of_graph(graph) == Counts(3, 1, 0)
-        assert Counts.recorded(properties_of(graph)) == Counts(3, 1, 0)
+        assert Counts.recorded(graph.metadata_props) == Counts(3, 1, 0)
 
 
 def test_what_is_added_to_a_feature_map_must_depend_on_the_input() -> None:
     made = model(conv("x", "a", **WIDE), add("a", "x", "b"), norm("b", "c"))
-    assert Counts.of_graph(made) == Counts(1, 1, 1)
+    assert Counts.of_graph(read(made)) == Counts(1, 1, 1)
     constant = model(conv("x", "a", **WIDE), add("a", "bn.0", "b"))
-    assert Counts.of_graph(constant) == Counts(1, 0, 0)
+    assert Counts.of_graph(read(constant)) == Counts(1, 0, 0)
     vectors = model(
         helper.make_node("GlobalAveragePool", ["x"], ["p"]),
         helper.make_node("Flatten", ["p"], ["v"]),
         add("v", "v", "w"),
         outputs=("p",),
     )
-    assert Counts.of_graph(vectors).sums == 0
+    assert Counts.of_graph(read(vectors)).sums == 0
 
 
 def shortcut(graph: onnx.ModelProto) -> None:
@@ -130,7 +130,9 @@ def test_a_file_with_more_than_its_model_is_not_collapsed(
 ) -> None:
     graph = load_graph(exported["fp32"])
     check_collapsed(graph, conv_nodes(graph))
-    change(graph)
+    changed = onnx.load(exported["fp32"])
+    change(changed)
+    graph = read(changed)
     with pytest.raises(ExportError, match=message):
         check_collapsed(graph, conv_nodes(graph))
 
@@ -203,7 +205,7 @@ def test_what_torch_writes_otherwise_is_no_fault(
     net: nn.Module, counts: Counts | None, tmp_path: Path
 ) -> None:
     graph = load_graph(export_onnx(net.eval(), images(), tmp_path / "net.onnx"))
-    assert Counts.recorded(properties_of(graph)) == Counts.of_graph(graph)
+    assert Counts.recorded(graph.metadata_props) == Counts.of_graph(graph)
     assert counts in (None, Counts.of_graph(graph))
 
 

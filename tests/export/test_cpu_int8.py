@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import orepa_compiler as orepa
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.inspection import torch_module
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.quantization.quantizers import LARGEST
 from tests.export.nets import SmallNet, images
 
@@ -19,7 +20,7 @@ def test_its_form_is_that_of_cpus_and_its_outputs_are_near(net: SmallNet, tmp_pa
     path = tmp_path / "net.onnx"
     options = {"precision": "int8", "calibration": [images(8)], "int8_preset": "cpu"}
     orepa.export_onnx(net, images(), path, **options)  # type: ignore[arg-type]
-    model = load_graph(path)
+    model = onnx.load(path)
     weights = {
         tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer
     }
@@ -39,10 +40,10 @@ def test_what_is_kept_in_float_has_a_float_kernel(net: SmallNet, tmp_path: Path)
     path = tmp_path / "net.onnx"
     options = {"precision": "int8", "calibration": [images()], "int8_preset": "cpu"}
     orepa.export_onnx(net, images(), path, keep_fp32="block*", **options)  # type: ignore[arg-type]
-    nodes = load_graph(path).graph.node
-    made = {output: node.op_type for node in nodes for output in node.output}
+    nodes = load_graph(path).graph
+    made = {output: node.op_type for node in nodes for output in node.outputs}
     kernels = {
-        torch_module(n): made.get(n.input[1]) for n in nodes if n.op_type in ("Conv", "Gemm")
+        torch_module(n): made.get(n.inputs[1]) for n in nodes if n.op_type in ("Conv", "Gemm")
     }
     assert kernels["block.0"] is None
     assert kernels["conv1"] == kernels["fc"] == "DequantizeLinear"

@@ -9,22 +9,18 @@ import pytest
 from onnx import TensorProto, helper
 
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.onnx.inspection import (
-    conv_nodes,
-    foldable_norms_in_file,
-    load_graph,
-    parallel_convs,
-    walk,
-)
-from tests.export.graphs import POINT, WIDE, add, conv, model, norm
+from orepa_compiler.export.onnx.inspection import conv_nodes, foldable_norms_in_file, parallel_convs
+from orepa_compiler.export.onnx.reading import load_graph
+from tests.export.graphs import POINT, WIDE, add, conv, model, norm, read
 
 
 def pairs(made: onnx.ModelProto) -> list[tuple[str, str]]:
-    return [(a.name, b.name) for a, b in parallel_convs(made, conv_nodes(made))]
+    model = read(made)
+    return [(a.name, b.name) for a, b in parallel_convs(model, conv_nodes(model))]
 
 
 def test_a_conv_node_is_read_with_its_types_and_its_reach() -> None:
-    (node,) = conv_nodes(model(conv("x", "a", strides=[2, 2], group=2, **WIDE)))
+    (node,) = conv_nodes(read(model(conv("x", "a", strides=[2, 2], group=2, **WIDE))))
     assert (node.name, node.module, node.input, node.weight) == ("a", "layer.a", "x", "a.w")
     assert (node.input_type, node.weight_type) == ("FLOAT", "FLOAT")
     assert (node.weight_shape, node.strides, node.group) == ((4, 2, 3, 3), (2, 2), 2)
@@ -34,7 +30,7 @@ def test_a_conv_node_is_read_with_its_types_and_its_reach() -> None:
 
 def test_a_dilated_conv_reaches_further() -> None:
     attributes = {"kernel_shape": [3, 1], "pads": [2, 0, 2, 0], "dilations": [2, 2]}
-    (node,) = conv_nodes(model(conv("x", "a", **attributes)))
+    (node,) = conv_nodes(read(model(conv("x", "a", **attributes))))
     assert node.reach == ((-2, 2), (0, 0))
     assert node.dilated
 
@@ -47,12 +43,14 @@ def test_convs_inside_a_branch_body_are_found() -> None:
         [helper.make_tensor_value_info("a", TensorProto.FLOAT, None)],
     )
     choice = helper.make_node("If", ["flag"], ["y"], then_branch=body, else_branch=body)
-    graph = helper.make_graph([choice], "net", [], [])
-    assert [node.op_type for node in walk(graph)] == ["If", "Conv", "Conv"]
+    made = read(helper.make_model(helper.make_graph([choice], "net", [], [])))
+    assert [node.op_type for node in made.graph.all_nodes()] == ["If", "Conv", "Conv"]
+    assert [node.name for node in conv_nodes(made)] == ["a", "a"]
 
 
 def test_a_norm_straight_after_a_conv_is_foldable() -> None:
-    assert foldable_norms_in_file(model(conv("x", "a", **WIDE), norm("a", "b"))) == ["b"]
+    made = read(model(conv("x", "a", **WIDE), norm("a", "b")))
+    assert foldable_norms_in_file(made) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,7 @@ def test_a_norm_straight_after_a_conv_is_foldable() -> None:
     ids=["before the conv", "after an activation", "the conv is read twice", "it is an output"],
 )
 def test_other_norms_are_not(made: onnx.ModelProto) -> None:
-    assert foldable_norms_in_file(made) == []
+    assert foldable_norms_in_file(read(made)) == []
 
 
 def test_parallel_convs_that_are_added_up_are_found() -> None:
@@ -113,7 +111,7 @@ def test_a_graph_that_contradicts_itself_is_refused() -> None:
     false = helper.make_tensor_value_info("a.w", TensorProto.FLOAT, [4, 4, 9, 9])
     made.graph.value_info.append(false)
     with pytest.raises(ExportError, match="the ONNX graph contradicts itself"):
-        conv_nodes(made)
+        conv_nodes(read(made))
 
 
 def test_no_such_file(tmp_path: Path) -> None:

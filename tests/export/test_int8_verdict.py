@@ -16,7 +16,6 @@ import orepa_compiler as orepa
 from orepa_compiler.cli import main
 from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export.int8.verdict import lost_in_file
-from orepa_compiler.export.onnx.inspection import load_graph
 from orepa_compiler.testing import assert_equivalent
 from tests.export.nets import SmallNet, far_apart, images
 from tests.norms import randomise_norms
@@ -74,7 +73,7 @@ def test_a_wrong_model_and_wrong_weights_fail(trained: nn.Module, files: tuple[P
 
 def shuffled(int8: Path) -> Path:
     """The file with the weights of its first conv in another order."""
-    model = load_graph(int8)
+    model = onnx.load(int8)
     weight = next(t for t in model.graph.initializer if t.name.endswith("weight_quantized"))
     values = onnx.numpy_helper.to_array(weight)
     weight.CopyFrom(onnx.numpy_helper.from_array(np.roll(values, 1, 0), weight.name))

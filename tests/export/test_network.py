@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import NetworkSummary, inspect_network
 from orepa_compiler.export.gates.network import check_network, parse_error, parse_network
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.reading import load_graph
 from tests.export.graphs import POINT, WIDE, add, conv, model, norm
 
 tensorrt_rtx = pytest.importorskip("tensorrt_rtx")

@@ -12,8 +12,9 @@ from torch import nn
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export.gates.artifact import check_precision
-from orepa_compiler.export.onnx.inspection import conv_nodes, load_graph
+from orepa_compiler.export.onnx.inspection import conv_nodes
 from orepa_compiler.export.onnx.precision import cast, kept_modules, lies_in
+from orepa_compiler.export.onnx.reading import load_graph
 from tests.export.nets import SmallNet, images
 
 

@@ -18,7 +18,8 @@ from orepa_compiler.export.int8.dithering import with_int8_noise
 from orepa_compiler.export.int8.quantization import calibration_batches, check_quantized
 from orepa_compiler.export.onnx import writing as exporting
 from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.inspection import torch_module
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.verification import judge, take_samples
 from tests.export.nets import SmallNet, images
 
@@ -31,20 +32,20 @@ def int8(net: SmallNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_multiplies_reads_int8_and_every_node_keeps_its_module(int8: Path) -> None:
     graph = load_graph(int8).graph
-    kinds = [node.op_type for node in graph.node]
+    kinds = [node.op_type for node in graph]
     # Three convs and the linear layer: an input and a weight each.
     assert kinds.count("DequantizeLinear") == 8
     assert kinds.count("QuantizeLinear") == 4
-    places = {torch_module(n) for n in graph.node if n.op_type == "DequantizeLinear"}
+    places = {torch_module(n) for n in graph if n.op_type == "DequantizeLinear"}
     # What block.0 reads goes to the residual sum too, in the model's own forward.
     assert places == {"conv1", "", "block.0", "block.2", "fc"}
-    properties = {entry.key: entry.value for entry in load_graph(int8).metadata_props}
+    properties = load_graph(int8).metadata_props
     assert properties["orepa.precision"] == "int8"
     assert os.listdir(int8.parent) == ["net.onnx"]
 
 
 def test_weights_have_a_scale_for_each_output_channel_and_biases_stay_float(int8: Path) -> None:
-    weights = {tensor.name: tensor for tensor in load_graph(int8).graph.initializer}
+    weights = {tensor.name: tensor for tensor in onnx.load(int8).graph.initializer}
     assert list(weights["conv1.weight_scale"].dims) == [8]
     assert weights["conv1.weight_quantized"].data_type == onnx.TensorProto.INT8
     assert weights["conv1.bias"].data_type == onnx.TensorProto.FLOAT
@@ -59,7 +60,7 @@ def test_modules_that_are_kept_are_not_quantized(net: SmallNet, tmp_path: Path) 
         calibration=[images()],
         keep_fp32="block*",
     )
-    nodes = load_graph(path).graph.node
+    nodes = load_graph(path).graph
     places = {torch_module(n) for n in nodes if n.op_type == "DequantizeLinear"}
     assert places == {"conv1", "fc"}
     with pytest.raises(ExportError, match=r"^conv1: node .*Conv\): the inputs that are int8 are"):
@@ -78,7 +79,7 @@ def test_the_error_is_that_of_rounding_and_a_wrong_scale_is_seen(
     assert row.error is not None
     assert 1e-4 < row.noise < 2e-2
     assert row.error < 4 * row.noise
-    model = load_graph(int8)
+    model = onnx.load(int8)
     scale = next(t for t in model.graph.initializer if t.name == "conv1.weight_scale")
     scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * 2, scale.name))
     onnx.save(model, tmp_path / "wrong.onnx")
@@ -106,7 +107,7 @@ def float_weight(model: onnx.ModelProto) -> None:
 def test_what_tensorrt_does_not_take_is_refused(
     int8: Path, tmp_path: Path, change: Callable[[onnx.ModelProto], None], said: str
 ) -> None:
-    model = load_graph(int8)
+    model = onnx.load(int8)
     change(model)
     onnx.save(model, tmp_path / "net.onnx")
     with pytest.raises(ExportError, match=said):

@@ -15,7 +15,8 @@ from orepa_compiler.errors import ExportError
 from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export.onnx import writing as exporting
 from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.inspection import torch_module
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.onnx.simplification import agree, check_same, simplify_file
 from tests.export.nets import SmallNet, images
 
@@ -23,11 +24,11 @@ onnxsim = pytest.importorskip("onnxsim")
 
 
 def named_nodes(path: Path) -> list[tuple[str, str | None]]:
-    return [(node.op_type, torch_module(node)) for node in load_graph(path).graph.node]
+    return [(node.op_type, torch_module(node)) for node in load_graph(path).graph]
 
 
 def properties(path: Path) -> dict[str, str]:
-    return {entry.key: entry.value for entry in load_graph(path).metadata_props}
+    return load_graph(path).metadata_props
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,11 @@ from orepa_compiler.errors import ExportError
 from orepa_compiler.export import OnnxRunner, export_onnx
 from orepa_compiler.export.onnx import sizes, writing
 from orepa_compiler.export.onnx.images import renamed, size_symbols
-from orepa_compiler.export.onnx.inspection import load_graph
 from tests.export.nets import DictNet, Returns, SmallNet, images
 
 
 def axes(path: Path) -> dict[str, list[str | int]]:
-    graph = load_graph(path).graph
+    graph = onnx.load(path).graph
     return {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
@@ -162,7 +162,7 @@ def test_outputs_that_the_model_names_keep_their_names(tmp_path: Path) -> None:
 
 def test_the_second_size_lies_in_the_range_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     value = SimpleNamespace(name="image")
-    held = SimpleNamespace(graph=SimpleNamespace(input=[value]))
+    held = SimpleNamespace(graph=SimpleNamespace(inputs=[value]))
     monkeypatch.setattr(sampling, "load_graph", lambda path: held)
     shapes = ((1, 3, 8, 8), (2, 3, 16, 16), (4, 3, 24, 32))
     for profile in (shapes, {"image": shapes}):

@@ -13,13 +13,13 @@ from orepa_compiler.errors import ExportError
 from orepa_compiler.export import export_onnx
 from orepa_compiler.export.onnx import writing as exporting
 from orepa_compiler.export.run.tapping import boundary_values, onnx_outputs
-from tests.export.graphs import POINT, WIDE, add, conv, model
+from tests.export.graphs import POINT, WIDE, add, conv, model, read
 from tests.export.nets import images
 
 
 def test_a_module_is_the_one_tensor_that_others_read() -> None:
     made = model(conv("x", "a", **WIDE), conv("x", "b", **POINT), add("a", "b", "c"))
-    values = boundary_values(made.graph)
+    values = boundary_values(read(made).graph)
     assert (values["layer.a"], values["layer.b"]) == ("a", "b")
     # Two tensors leave `layer`: which one it returned is unknown.
     assert "layer" not in values

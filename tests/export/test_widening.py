@@ -10,7 +10,8 @@ from torch import nn
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export import build_engine, export_onnx, inspect_network
 from orepa_compiler.export.onnx import writing as exporting
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.inspection import torch_module
+from orepa_compiler.export.onnx.reading import load_graph
 from tests.export.nets import images
 
 pytest.importorskip("tensorrt_rtx")
@@ -21,7 +22,7 @@ NET = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 3), nn.H
 @pytest.mark.usefixtures("no_gpu")
 def test_a_hardswish_net_is_built_in_bfloat16(tmp_path: Path) -> None:
     path = export_onnx(NET, images(), tmp_path / "net.onnx", precision="bf16", keep_fp32="3")
-    nodes = [(node.op_type, torch_module(node)) for node in load_graph(path).graph.node]
+    nodes = [(node.op_type, torch_module(node)) for node in load_graph(path).graph]
     assert nodes[:5] == [
         ("Conv", "0"),
         ("Cast", "1"),
@@ -45,4 +46,4 @@ def test_without_it_tensorrt_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_float16_needs_no_casts(tmp_path: Path) -> None:
     path = export_onnx(NET, images(), tmp_path / "net.onnx", precision="fp16")
-    assert "Cast" not in {node.op_type for node in load_graph(path).graph.node}
+    assert "Cast" not in {node.op_type for node in load_graph(path).graph}

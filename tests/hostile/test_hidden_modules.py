@@ -138,6 +138,20 @@ class Hidden(Pair):
         return self.quiet(self.conv(x))
 
 
+class HiddenInSet(Pair):
+    """Nothing but a set that is no child's holds the norm's second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = {self.norm}
+
+    def forward(self, x: Any) -> Any:
+        y = self.conv(x)
+        for norm in self.held if float(y.detach().sum()) < 1e9 else ():
+            y = norm(y)
+        return y
+
+
 class OnlyHidden(nn.Module):
     """The conv and its norm are in a list alone: no parameter of the model is theirs."""
 
@@ -259,6 +273,7 @@ FORMS = {
     "dict of the world": Form(InGlobal),
     "bound forward": Form(Bound),
     "set": Form(Iterated),
+    "set, in a forward without a graph": Form(HiddenInSet),
 }
 
 test_exact_or_refused = exact_or_refused(FORMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +64,23 @@ class ByType(Pair):
         return self.conv(x[0]) if isinstance(x, list) else self.norm(self.conv(x))
 
 
+@dataclass(slots=True)
+class Sample:
+    image: Tensor
+    scale: Tensor
+
+
+class BySlots(Pair):
+    """Its argument keeps its tensors where no __dict__ shows them."""
+
+    def forward(self, sample: Sample) -> Any:
+        return self.norm(self.conv(sample.image * sample.scale))
+
+
+def sample(scale: float) -> Sample:
+    return Sample(images(), torch.tensor(scale, dtype=torch.float64))
+
+
 class Unconcerned(Pair):
     """Takes several kinds of arguments, and goes one way with all of them."""
 
@@ -107,6 +125,11 @@ FORMS = {
     "not given": Form(ByGiven, calls=called({"raw": None})),
     "function": Form(ByFunction, calls=called({"between": torch.tanh})),
     "list": Form(ByType, calls=(lambda m: m(images()), lambda m: m([images()]))),
+    "slots": Form(
+        BySlots,
+        inputs=(sample(1.0),),
+        calls=(lambda m: m(sample(1.0)), lambda m: m(sample(2.0))),
+    ),
     "unconcerned": Form(
         Unconcerned,
         calls=(lambda m: m(images()), lambda m: m(list(images()), Mode.RAW, (2.0,))),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.jit import is_tracing
 
-from tests.hostile.forms import SIZE, Form, Pair, images
+from tests.hostile.forms import SIZE, Branches, Form, Pair, images
 from tests.hostile.judging import exact_or_refused
 
 
@@ -36,6 +38,55 @@ class DefaultType(Pair):
     def forward(self, x: Any) -> Any:
         y = self.conv(x)
         return self.norm(y) if torch.get_default_dtype() == torch.float32 else y
+
+
+def asking(asks: Callable[[], bool], *, is_raw: bool = True) -> Callable[[], nn.Module]:
+    """Leaves the norm out, or goes on alike, where the process answers yes."""
+
+    class Asking(Pair):
+        def forward(self, x: Any) -> Any:
+            y = self.conv(x)
+            if asks():
+                return y if is_raw else F.relu(self.norm(y))
+            return self.norm(y)
+
+    return Asking
+
+
+class AsksBetweenBranches(Branches):
+    """Its forward is written anew, from the graph of one way."""
+
+    def forward(self, x: Any) -> Any:
+        y = self.large(x) + self.small(x)
+        return self.norm(y) * (2 if torch.are_deterministic_algorithms_enabled() else 1)
+
+
+class TracedOtherwise(Pair):
+    """Asks torch.jit.trace's own question, by a name of its own, in a function of its own."""
+
+    def forward(self, x: Any) -> Any:
+        return self.conv(x) if is_exported() else self.norm(self.conv(x))
+
+
+def is_exported() -> bool:
+    return is_tracing() or torch.compiler.is_exporting()
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def by_jit(model: nn.Module) -> Any:
+    return torch.jit.trace(model, (images(),), check_trace=False)(images())
+
+
+def by_export(model: nn.Module) -> Any:
+    return torch.export.export(model, (images(),)).module()(images())
 
 
 class SetsTraining(Pair):
@@ -285,6 +336,21 @@ FORMS = {
     "default type": Form(DefaultType),
     "autocast": Form(
         Autocast, inputs=images().float(), calls=modes(half, of=torch.float32), double=False
+    ),
+    "deterministic": Form(
+        asking(torch.are_deterministic_algorithms_enabled), calls=modes(deterministic)
+    ),
+    "deterministic, written anew": Form(AsksBetweenBranches, calls=modes(deterministic)),
+    "anomalies": Form(asking(torch.is_anomaly_enabled), calls=modes(torch.autograd.detect_anomaly)),
+    "jit.is_tracing": Form(TracedOtherwise, calls=(lambda m: m(images()), by_jit)),
+    "compiler.is_exporting": Form(
+        asking(torch.compiler.is_exporting), calls=(lambda m: m(images()), by_export)
+    ),
+    "is_tracing, and goes on alike": Form(
+        asking(torch.jit.is_tracing, is_raw=False),
+        calls=(lambda m: m(images()), by_jit),
+        norms=0,
+        blocks=1,
     ),
     "sets its training": Form(SetsTraining),
     "counter": Form(Counter),

@@ -101,7 +101,24 @@ def halves(m: Any, x: Any) -> Any:
     return m.norm(torch.cat([first, second], 1))
 
 
+def mask_in_place(m: Any, x: Any) -> Any:
+    y = m.large(x)
+    mask = seen = y.detach() > 0
+    seen &= x > 0
+    return m.norm(y + m.small(x)) * mask
+
+
+def shifted_in_place(m: Any, x: Any) -> Any:
+    y = m.large(x)
+    factor = seen = (y.detach() > 0).long()
+    seen <<= 1
+    return m.norm(y + m.small(x)) * factor
+
+
 FORMS = {
+    "a mask by &=": form(mask_in_place),
+    "an integer by <<=": form(shifted_in_place),
+    "einsum of the input": writes(lambda x, y: torch.einsum("nchw->nwhc", x).relu_()),
     "relu_ of the input": writes(lambda x, y: x.relu_()),
     "F.relu in place": writes(lambda x, y: F.relu(x, inplace=True)),
     "relu_ of a view": writes(lambda x, y: x.view(SIZE, -1).relu_()),

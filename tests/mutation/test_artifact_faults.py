@@ -19,10 +19,12 @@ from orepa_compiler.errors import ExportError, NotRun
 from orepa_compiler.export import OnnxRunner
 from orepa_compiler.export.gates.artifact import check_collapsed, check_precision
 from orepa_compiler.export.onnx import writing as exporting
-from orepa_compiler.export.onnx.inspection import MODULE_KEY, conv_nodes, load_graph, torch_module
+from orepa_compiler.export.onnx.inspection import MODULE_KEY, conv_nodes
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.onnx.weight_record import check_weights
 from orepa_compiler.proving.locating import explain_report
 from orepa_compiler.verification.divergence import Divergence
+from tests.export.graphs import module_of
 from tests.mutation.artifacts import CONV, RESNET, STRIDED, images, trained
 
 pytestmark = pytest.mark.zoo
@@ -51,7 +53,7 @@ def changed(source: Path, folder: Path, change: Change) -> Path:
 
 
 def conv(model: onnx.ModelProto, module: str) -> onnx.NodeProto:
-    return next(n for n in model.graph.node if n.op_type == "Conv" and torch_module(n) == module)
+    return next(n for n in model.graph.node if n.op_type == "Conv" and module_of(n) == module)
 
 
 def on_array(module: str, number: int, change: Callable[[np.ndarray], np.ndarray]) -> Change:
@@ -83,14 +85,14 @@ def flip_lowest_bit(array: np.ndarray) -> np.ndarray:
 
 def operator(module: str, old: str, new: str) -> Change:
     def apply(model: onnx.ModelProto) -> None:
-        (node,) = (n for n in model.graph.node if torch_module(n) == module and n.op_type == old)
+        (node,) = (n for n in model.graph.node if module_of(n) == module and n.op_type == old)
         node.op_type = new
 
     return apply
 
 
 def drop_sum(model: onnx.ModelProto) -> None:
-    node = next(n for n in model.graph.node if n.op_type == "Add" and torch_module(n) == "layer2.0")
+    node = next(n for n in model.graph.node if n.op_type == "Add" and module_of(n) == "layer2.0")
     node.input[1] = node.input[0]
 
 
@@ -132,7 +134,7 @@ def test_the_right_file_passes_every_check(resnet: nn.Module, file: Path) -> Non
     runner = OnnxRunner(file)
     assert orepa.verify(resnet, runner, X, stress=True)
     graph = load_graph(file)
-    assert check_weights(file, graph) == len(graph.graph.initializer)
+    assert check_weights(file, graph) == len(graph.graph.initializers)
     check_collapsed(graph, conv_nodes(graph))
     check_precision(conv_nodes(graph), "FLOAT")
     assert sum(runner.placement.values()) > 15

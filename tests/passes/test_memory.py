@@ -84,6 +84,15 @@ def test_no_kernel_is_left_in_a_block(block: Any, has_inputs: bool) -> None:
     assert all(store.is_empty for store in found)
 
 
+@pytest.mark.parametrize("block", ["auto", "OREPA"])
+def test_no_kernel_is_left_in_a_block_that_rounds(block: str) -> None:
+    images = torch.randn(2, WIDTH, 4, 4)
+    expanded = orepa.expand(net(2), block=block, inputs=images, quantize="int8")
+    found = list(stores(expanded))
+    assert len(found) >= 2
+    assert all(store.is_empty for store in found)
+
+
 def test_collapse_leaves_no_kernel_in_the_model_that_it_is_given() -> None:
     expanded = orepa.expand(net(2)).eval()
     orepa.collapse(expanded, inputs=torch.randn(2, WIDTH, 4, 4))

@@ -19,7 +19,6 @@ from orepa_compiler.cli import export_main
 from orepa_compiler.export.int8.integers import check_integers, file_layers
 from orepa_compiler.export.int8.quantization import check_quantized
 from orepa_compiler.export.int8.trained import trained_layers
-from orepa_compiler.export.onnx.inspection import load_graph
 from orepa_compiler.quantization.quantizers import PRESETS
 from tests.quantization.nets import (
     FORMS,
@@ -74,7 +73,7 @@ def test_the_file_holds_the_integers_that_were_trained(
 
 def test_it_is_in_the_form_that_tensorrt_takes(file: Path) -> None:
     check_quantized(file)
-    weights = {tensor.name: tensor for tensor in load_graph(file).graph.initializer}
+    weights = {tensor.name: tensor for tensor in onnx.load(file).graph.initializer}
     assert weights["stem.0.bias"].data_type == onnx.TensorProto.FLOAT
     assert weights["stem.0.weight_quantized"].data_type == onnx.TensorProto.INT8
     assert "stem.0.weight" not in weights
@@ -115,7 +114,7 @@ def _change(model: onnx.ModelProto, name: str, function: Callable[[Any], Any]) -
 def test_a_file_that_is_not_what_was_trained_fails(
     model: nn.Module, file: Path, tmp_path: Path, change: Change, said: str
 ) -> None:
-    graph = load_graph(file)
+    graph = onnx.load(file)
     change(graph)
     path = tmp_path / "net.onnx"
     onnx.save(graph, path)
@@ -155,6 +154,23 @@ def test_what_is_kept_in_float_is_not_quantized(
         report = orepa.verify(reference, path, images())
         assert report, report
         assert max(row.error for row in report.rows) < 1e-5
+
+
+def test_what_is_kept_in_float_is_read_for_openvino_too(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model = trained(orepa.fake_quantize(linear_blocks(), preset="cpu", inputs=images()))
+    path = tmp_path / "net.onnx"
+    orepa.export_onnx(orepa.collapse(model), images(), path, precision="int8", keep_fp32="head*")
+    own = orepa.write_openvino(path, tmp_path / "net.xml")
+    assert orepa.OpenVINORunner(own).properties["orepa.keep_fp32"] == "head"
+    for candidate in (f"{path}@openvino", orepa.OnnxRunner(path), own):
+        report = orepa.verify(model, candidate, images())
+        assert report, report
+    graph = onnx.load(path)
+    change_steps(graph)
+    onnx.save(graph, path)
+    report = orepa.verify(model, f"{path}@openvino", images())
+    assert "the steps of its kernel are not the trained ones" in report.verdict
 
 
 def test_a_layer_that_was_left_in_float_stays_so(tmp_path: Path) -> None:

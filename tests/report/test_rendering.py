@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,16 @@ def test_the_missing_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackage, match=rf"package {package}; .*orepa-compiler\[report\]"):
         render_page(empty_page())
+
+
+def test_options_that_were_not_given_are_left_out() -> None:
+    options = {
+        **{"onnx": "net.onnx", "engine": None, "keep_fp32": [], "batch": 0, "tf32": False},
+        **{"shapes": ["3x8x8", "8"], "images": {"crop": None, "resize": 8}, "simplify": True},
+    }
+    page = full_page()
+    assert page.manifest is not None
+    page = replace(page, manifest=replace(page.manifest, options=options))
+    text = " ".join(Balanced(section(render_page(page), "manifest")).texts)
+    shown = " ".join(text.partition("Options that were given")[2].partition("Versions")[0].split())
+    assert shown == "onnx net.onnx batch 0 shapes 3x8x8, 8 resize 8 simplify yes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -132,3 +133,28 @@ def test_it_comes_back_when_its_own_eval_raises() -> None:
         pytest.fail("must not start")
     assert model.training
     assert torch.equal(model.weight, weight)
+
+
+def exported() -> tuple[nn.Module, nn.Module]:
+    """A net, and the program of torch.export that was made of it."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    return net, torch.export.export(net, (torch.randn(2, 3, 8, 8),)).module()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, where it is copied
+def test_a_program_of_torch_export_is_compared_in_the_mode_that_it_was_exported_in() -> None:
+    net, program = exported()
+    images = torch.randn(2, 3, 8, 8)
+    assert orepa.verify(net, program, images)
+    assert orepa.verify(program, net, images)
+    other = deepcopy(net)  # the program holds the very weights of the net
+    with torch.no_grad():
+        other.get_parameter("0.weight")[0] *= 1.01
+    assert not orepa.verify(other, program, images)
+
+
+def test_a_program_inside_of_a_model_is_refused_with_what_to_do() -> None:
+    net, program = exported()
+    whole = nn.Sequential(program, nn.ReLU())
+    with pytest.raises(orepa.ReparamError, match=r"a Sequential cannot be put in eval mode: .*not"):
+        orepa.verify(nn.Sequential(net, nn.ReLU()), whole, torch.randn(2, 3, 8, 8))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orepa_compiler.verification import verify_callables
-from orepa_compiler.verification.summation import FoldedSums
+from orepa_compiler.verification.summation import OtherSums
 from orepa_compiler.verification.truth import _noisy_sides
 from tests.norms import randomise_norms
 
@@ -64,7 +66,7 @@ def test_a_norm_behind_a_conv_is_added_up_as_one() -> None:
     model, folded, x = long_sum(0)
     with torch.no_grad():
         plain, one = model(x), folded(x)
-        with FoldedSums():
+        with OtherSums():
             other = model(x)
             # Only what stands right behind a conv, in eval mode, and in a wide type.
             behind = model.get_submodule("1")(plain.relu())
@@ -74,14 +76,14 @@ def test_a_norm_behind_a_conv_is_added_up_as_one() -> None:
         assert torch.allclose(plain, other, atol=1e-5)
         small, half = x.bfloat16(), model.bfloat16()
         right = half(small)
-        with FoldedSums():
+        with OtherSums():
             assert torch.equal(half(small), right)
     layers = nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6, affine=False)
     flat = nn.Sequential(*layers).double().eval()
     randomise_norms(flat)
     y = torch.randn(2, 4, 9).double()
     right = flat(y)
-    with FoldedSums(), torch.no_grad():
+    with OtherSums(), torch.no_grad():
         assert torch.allclose(flat(y), right, rtol=1e-12)
         assert not torch.equal(flat(y), right)
         flat[1].train()
@@ -105,3 +107,74 @@ def test_the_statistics_of_a_norm_are_rounded_anew_too() -> None:
         if before.is_floating_point():
             assert not torch.equal(before, after)
             assert torch.allclose(before, after, rtol=eps, atol=0)
+
+
+# Means over maps
+
+
+class Mean(nn.Module):
+    """A mean over a map, times 1 + wrong."""
+
+    def __init__(self, wrong: float = 0.0) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) * (1 + self.wrong)
+
+
+class PlaceByPlace(Mean):
+    """A mean that adds up eight places at a time, as a loop over vectors does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total, *parts = x.flatten(2).split(8, -1)
+        for part in parts:
+            total = total + part
+        return total.sum(-1) / x[0, 0].numel()
+
+
+@pytest.mark.parametrize("pool", [Mean(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())])
+def test_a_mean_may_be_added_up_place_by_place(pool: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), pool).eval()
+    x = torch.full((2, 3, 96, 96), 0.7)
+    right = nn.Sequential(*model[:2], PlaceByPlace())
+    report = verify_callables(model, right, x)
+    assert report, report
+    assert not verify_callables(model, nn.Sequential(*model[:2], Mean(wrong=3e-4)), x)
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda x: x.mean(),
+        lambda x: x.mean((2, 3)),
+        lambda x: torch.mean(x, dim=(-1, -2), keepdim=True),
+        lambda x: torch.mean(x, (1, 3)),
+        lambda x: x.mean(-2, keepdim=True),
+        lambda x: x.mean(dim=0),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: F.adaptive_avg_pool2d(x, (1, 1)),
+        lambda x: F.adaptive_avg_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x[0], 1),
+        lambda x: F.adaptive_avg_pool1d(x.flatten(2), 1),
+        lambda x: F.adaptive_avg_pool3d(x[None], 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_mean_in_another_order_is_the_same_mean(mean: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(3, 4, 65, 9).to(dtype)
+    with OtherSums():
+        found = mean(x)
+    right = mean(x)
+    assert (found.shape, found.dtype) == (right.shape, right.dtype)
+    torch.testing.assert_close(found, right, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_means_of_many_terms_are_rounded_otherwise_and_of_few_alike() -> None:
+    x = torch.full((1, 2, 100, 100), 0.7)
+    with OtherSums():
+        many, few = x.mean((2, 3)), x[..., :8, :8].mean((2, 3))
+    assert (many - 0.7).abs().min() > 10 * (x.mean((2, 3)) - 0.7).abs().max()
+    assert torch.equal(few, x[..., :8, :8].mean((2, 3)))

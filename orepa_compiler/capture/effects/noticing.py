@@ -13,18 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from orepa_compiler.capture.effects.nested import tensors
 from orepa_compiler.capture.effects.state import held_proxies
+from orepa_compiler.capture.operators import OF_FORM, draws, writes
+from orepa_compiler.containers import mapped
 
-_FORM = {
-    "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_meta",
-    "requires_grad", "stride", "layout", "is_complex", "__len__", "_version", "is_inference",
-    "is_cuda", "is_cpu", "grad_fn", "is_leaf", "ndimension", "nelement", "get_device", "itemsize",
-    "element_size", "is_contiguous", "is_sparse", "is_quantized", "names",
-}  # fmt: skip
-_WRITING = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "data",
-            "set_"}  # fmt: skip
+# Beside what writes: a property set, and what hands out the memory of a tensor to be written.
+_SETTING = {"__set__", "data"}
 # What makes a tensor of plain numbers, the same at each call.
 _OF_NUMBERS = {"tensor", "arange", "linspace", "full", "zeros", "ones", "eye"}
-_RANDOM = ("rand", "dropout", "bernoulli", "normal", "uniform", "multinomial", "poisson", "empty")
 
 
 class TensorsUsed(TorchFunctionMode):
@@ -63,7 +58,7 @@ class TensorsUsed(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":  # a property such as Tensor.shape
             name = getattr(getattr(func, "__self__", None), "__name__", name)
-        if name not in _FORM:
+        if name not in OF_FORM:
             self._look(name, args, kwargs)
             if self.stand_ins and any(id(t) in self.stand_ins for t in tensors((args, kwargs))):
                 return self._standing_in(func, name, args, kwargs)
@@ -75,11 +70,9 @@ class TensorsUsed(TorchFunctionMode):
         """The call, written into the graph, of what stands for tensors that hold unknown values."""
 
         def told(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return type(value)(map(told, value))
             return self.stand_ins.get(id(value), value)
 
-        args, kwargs = told(args), {key: told(value) for key, value in kwargs.items()}
+        args, kwargs = mapped((args, kwargs), told)
         if name == "__setitem__" and isinstance(args[0], fx.Proxy):
             args[0].__setitem__(*args[1:])
             return None
@@ -89,7 +82,8 @@ class TensorsUsed(TorchFunctionMode):
     def _remember(self, name: str, made: Any, args: Any, kwargs: Any) -> None:
         """What was made, and whether of plain numbers alone."""
         given = list(tensors((args, kwargs)))
-        is_plain = (bool(given) or name in _OF_NUMBERS) and not any(r in name for r in _RANDOM)
+        is_unknown = "empty" in name or draws(name)
+        is_plain = (bool(given) or name in _OF_NUMBERS) and not is_unknown
         is_plain = is_plain and all(id(t) in self.of_numbers for t in given)
         for tensor in tensors(made):
             self.made[id(tensor)] = tensor
@@ -101,12 +95,11 @@ class TensorsUsed(TorchFunctionMode):
     def _look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(True for _ in held_proxies((args, kwargs))):
             return  # it is a node of the graph
-        writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+        is_write = writes(name) or name in _SETTING
         for index, value in enumerate((*args, *kwargs.values())):
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, Tensor):
-                    is_target = tensor is kwargs.get("out") or (writes and index == 0)
-                    self.used(tensor, is_target and id(tensor) not in self.made)
+            for tensor in tensors(value):
+                is_target = tensor is kwargs.get("out") or (is_write and index == 0)
+                self.used(tensor, is_target and id(tensor) not in self.made)
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.capture.effects.state import is_state, slots_of, variables_of
+from orepa_compiler.capture.effects.state import is_state, variables_of
 from orepa_compiler.capture.positions import is_hidden, is_iterator, position_of, puts_back
 from orepa_compiler.capture.tracing.bytecode import contents_of, functions_of, is_of_torch, names_in
+from orepa_compiler.containers import members, slots_of
 
 # How many objects, one hanging on the other, are looked into from a module on.
 _DEPTH = 4
@@ -149,14 +150,12 @@ class Remembered:
         if isinstance(value, Tensor):
             self._remember_tensor(value)
             return []
-        if isinstance(value, dict):
-            self._mappings.append((value, dict(value)))
-            return list(value.values())
-        if isinstance(value, (list, set, deque)):
-            self._sequences.append((value, list(value)))
-            return list(value)
-        if isinstance(value, (tuple, frozenset)):
-            return list(value)
+        if (held := members(value)) is not None:
+            if isinstance(value, dict):
+                self._mappings.append((value, dict(value)))
+            elif isinstance(value, (list, set, deque)):
+                self._sequences.append((value, held))
+            return held
         if isinstance(value, partial):
             return [value.func, *value.args, *value.keywords.values()]
         if isinstance(value, MethodType):

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.positions import is_hidden, position_of
 from orepa_compiler.capture.tracing.bytecode import contents_of, defaults_of, is_of_torch, names_in
+from orepa_compiler.containers import attributes, items
 
 OWN = ("_parameters", "_buffers", "_modules")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -130,30 +131,17 @@ def held_values(value: Any, depth: int = 0) -> Iterator[nn.Module | Tensor]:
 
 def _parts(value: Any) -> list[tuple[Any, Any]] | None:
     """What a container or an object of the user's holds; None for what is compared by identity."""
-    if isinstance(value, dict):
-        return [(key if isinstance(key, _PLAIN) else id(key), part) for key, part in value.items()]
-    if isinstance(value, (list, tuple, deque)):
-        return list(enumerate(value))
+    if (held := items(value)) is not None:
+        return [(key if isinstance(key, _PLAIN) else id(key), part) for key, part in held]
     if isinstance(value, (UserDict, UserList)):
         return _parts(value.data)
     if isinstance(value, (set, frozenset)):
-        return [(id(part), None) for part in value]
+        return [(id(part), part) for part in value]
     if isinstance(value, (nn.Module, type, ModuleType, FunctionType, MethodType, partial)):
         return None
     if is_of_torch(type(value).__module__) or is_hidden(value):
         return None
-    slots = [name for cls in type(value).__mro__ for name in slots_of(cls)]
-    if not slots and not hasattr(value, "__dict__"):
-        return None
-    attributes = [*getattr(value, "__dict__", {}).items()]
-    return attributes + [(n, getattr(value, n)) for n in slots if hasattr(value, n)]
-
-
-def slots_of(cls: type) -> tuple[str, ...]:
-    """The attributes that a class of the user's keeps in slots."""
-    slots = vars(cls).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    return attributes(value)
 
 
 def variables_of(cls: type) -> list[tuple[str, Any]]:

@@ -29,11 +29,6 @@ _ATTRIBUTES = {
     **dict.fromkeys(("T", "mT", "H", "mH", "data", "real", "imag"), Tensor),
 }
 _NUMBERS = (bool, int, float)
-# Methods that write over their first operand, beside those that end in an underscore.
-WRITES = {
-    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
-    "__ipow__", "__iand__", "__ior__", "__ixor__",
-}  # fmt: skip
 READ = getattr  # while a forward is traced, the name means another function
 
 

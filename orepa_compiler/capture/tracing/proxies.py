@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from orepa_compiler.capture.tracing.kinds import WRITES, kind_of
+from orepa_compiler.capture.operators import writes
+from orepa_compiler.capture.tracing.kinds import kind_of
+from orepa_compiler.containers import members
 
 # What `x += y` and its kin call: they write over their first operand.
 IN_PLACE_OPERATORS = (
@@ -28,6 +30,11 @@ IN_PLACE_OPERATORS = (
     operator.ifloordiv,
     operator.imod,
     operator.ipow,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+    operator.ilshift,
+    operator.irshift,
 )
 # Functions that make a tensor of numbers. They take no stand-in, so fx alone does not see them.
 _FACTORIES = (
@@ -112,7 +119,8 @@ class Proxy(fx.Proxy):
     ) -> Any:
         """A function that is given a stand-in, as a node; also where it writes over a tensor."""
         args, kwargs = tuple(args or ()), dict(kwargs or {})
-        if args and _isinstance(args[0], Tensor) and _writes(orig_method):
+        name = str(_getattr(orig_method, "__name__", ""))
+        if args and _isinstance(args[0], Tensor) and writes(name):
             found: list[Proxy] = []
             _find(found, (args[1:], kwargs))
             written = found[0].tracer.written_over(args[0])
@@ -171,12 +179,6 @@ def _hangs_on_input(node: fx.Node) -> bool:
         seen.update(new)
         open_ends += new
     return False
-
-
-def _writes(function: Any) -> bool:
-    """Whether a function of torch writes over its first operand, by its name."""
-    name = str(_getattr(function, "__name__", ""))
-    return name in WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def _in_place(function: Callable[..., object]) -> Callable[[Proxy, object], fx.Proxy]:
@@ -302,8 +304,6 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
 def _find(found: list[Proxy], value: Any) -> None:
     if _isinstance(value, Proxy):
         found.append(value)
-    elif _isinstance(value, (list, tuple)):
-        for part in value:
-            _find(found, part)
-    elif _isinstance(value, dict):
-        _find(found, list(value.values()))
+        return
+    for part in members(value) or ():
+        _find(found, part)

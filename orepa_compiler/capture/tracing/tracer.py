@@ -15,6 +15,7 @@ from orepa_compiler.capture.constants import OF_NUMBERS
 from orepa_compiler.capture.effects.finding import Effects, Surroundings
 from orepa_compiler.capture.tracing.kinds import kind_of, kind_of_leaf
 from orepa_compiler.capture.tracing.proxies import Proxy
+from orepa_compiler.containers import items, made_again
 
 # Gives what a child returns, from its path as the caller sees it and the arguments of the call:
 # containers and constants with the nodes of the child's graph in them, or OPAQUE.
@@ -204,15 +205,11 @@ class ChildrenAreLeaves(fx.Tracer):
         if isinstance(value, fx.Node):
             proxy.node.meta["kind"] = kind_of(value)
             return proxy
-        if not isinstance(value, (tuple, list, dict)):
+        if (held := items(value)) is None:
             return value
         proxy.node.meta["kind"] = type(value)
-        keys = value if isinstance(value, dict) else range(len(value))
-        parts = {key: self._unpacked(self._item(proxy, key), value[key]) for key in keys}
-        if isinstance(value, dict):
-            return parts
-        is_named = hasattr(value, "_fields")
-        return type(value)(*parts.values()) if is_named else type(value)(parts.values())
+        parts = [self._unpacked(self._item(proxy, key), part) for key, part in held]
+        return made_again(value, parts)
 
     def _item(self, proxy: Proxy, key: Any) -> Any:
         return self.create_proxy("call_function", operator.getitem, (proxy, key), {})

@@ -19,47 +19,52 @@ Profile = dict[str, tuple[Shape, ...]] | tuple[Shape, ...]
 KeepFp32 = Annotated[
     list[str] | None,
     typer.Option(
-        "--keep-fp32", metavar="GLOB", help="Modules that stay in float32 (or out of int8)."
+        "--keep-fp32",
+        metavar="GLOB",
+        help="Modules to keep in float32 (or out of int8).",
     ),
 ]
 Calibration = Annotated[
     str | None,
     typer.Option(
-        metavar="PATH", help="For int8, and for the audit of fp16 and bf16: as for --inputs."
+        metavar="PATH",
+        help="Data for int8, or the audit of fp16 and bf16; as for --inputs.",
     ),
 ]
 Int8Preset = Annotated[
     Preset | None,
-    typer.Option(help="What int8 is for: tensorrt (default), or cpu for onnxruntime and OpenVINO."),
+    typer.Option(
+        help="What will run the int8: tensorrt (default), or cpu (onnxruntime, OpenVINO)."
+    ),
 ]
 TrtFlavor = Annotated[
-    Flavor, typer.Option(help="trt: TensorRT, on this GPU. rtx: TensorRT for RTX, also without.")
+    Flavor, typer.Option(help="trt: TensorRT, on this GPU. rtx: TensorRT for RTX, needs no GPU.")
 ]
 ComputeCapability = Annotated[
-    str | None, typer.Option(metavar="8.9", help="Build for this GPU; none is needed here.")
+    str | None, typer.Option(metavar="8.9", help="Build for such a GPU; this machine needs none.")
 ]
 MinShapes = Annotated[
     list[str] | None,
-    typer.Option(metavar="[NAME:]NxCxHxW", help="Smallest the engine takes; a batch of 1."),
+    typer.Option(metavar="[NAME:]NxCxHxW", help="Smallest shape of the engine; else a batch of 1."),
 ]
 OptShapes = Annotated[
     list[str] | None,
-    typer.Option(metavar="[NAME:]NxCxHxW", help="What it is tuned for; a batch of 8."),
+    typer.Option(metavar="[NAME:]NxCxHxW", help="Shape it is tuned for; else a batch of 8."),
 ]
 MaxShapes = Annotated[
     list[str] | None,
-    typer.Option(metavar="[NAME:]NxCxHxW", help="Largest it takes; a batch of 32."),
+    typer.Option(metavar="[NAME:]NxCxHxW", help="Largest shape of the engine; else a batch of 32."),
 ]
 Workspace = Annotated[
     float | None,
-    typer.Option("--workspace-gb", help="Most GiB that the engine's kernels may work in."),
+    typer.Option("--workspace-gb", help="GiB of memory that the engine's kernels may use."),
 ]
 Tf32 = Annotated[
-    bool, typer.Option("--tf32", help="Let float32 convs round their inputs to 10 bits.")
+    bool, typer.Option("--tf32", help="Allow TF32: float32 convs round inputs to 10 bits.")
 ]
 TimingCache = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Keep kernel timings here between builds (trt only)."),
+    typer.Option(metavar="FILE", help="Keep kernel timings in this file (trt only)."),
 ]
 
 

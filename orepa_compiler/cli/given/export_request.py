@@ -17,6 +17,7 @@ from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, ReparamError
 from orepa_compiler.export.int8.quantization import calibration_batches
 from orepa_compiler.export.onnx.precision import cast_tensors
+from orepa_compiler.export.onnx.program import returned_names
 from orepa_compiler.export.onnx.sizes import check_images, other_sizes
 from orepa_compiler.export.tensorrt.flavors import load_flavor
 from orepa_compiler.export.tensorrt.profiles import Shape
@@ -93,7 +94,7 @@ class ExportRequest:
         self._check_packages()
 
     def _check_packages(self) -> None:
-        packages = {"onnx": "onnx", "onnxscript": "onnx"}
+        packages = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx"}
         packages |= {"onnxsim": "simplify"} if self.simplify else {}
         packages |= {"openvino": "openvino"} if self.openvino else {}
         for package, extra in packages.items():
@@ -105,7 +106,7 @@ class ExportRequest:
         """The batches that every form is compared on."""
         batch = self.batch or (1 if self.static_batch else 2)
         if self.data is None:
-            return [inputs_for(self.model, model, self.shapes, batch)]
+            return [inputs_for(self.model, model, self.shapes or self._of_the_crop(model), batch)]
         batches = self._load(self.data, batch, "--inputs", model)
         # A file with a fixed batch takes no smaller one.
         full = [given for given in batches if _size(given) == batch]
@@ -113,20 +114,44 @@ class ExportRequest:
             raise ReparamError(f"--inputs {self.data}: holds no batch of {batch} samples")
         return full if self.static_batch else batches
 
-    def check_interface(self, model: nn.Module, batch: Batch) -> None:
-        """Raises ReparamError for more or fewer names than inputs, and for a size that is fixed."""
+    def check_interface(self, model: nn.Module, batch: Batch, given: Any) -> None:
+        """Raises ReparamError for names that do not fit the model, and for a size that is fixed.
+
+        given: what the model returned on the batch.
+        """
         names, count = self.input_names, len(list(tensors_in(batch)))
         if names and len(names) != count:
             raise ReparamError(
                 f"--input-names {','.join(names)}: names {len(names)} inputs, and the model takes "
                 f"{count}; give one name for each"
             )
+        self._check_output_names(given)
         if self.dynamic_size:
             try:
                 check_images(batch)
                 next(other_sizes(model, batch))
             except ExportError as error:
                 raise ReparamError(str(error).replace("dynamic_size", "--dynamic-size")) from error
+
+    def _check_output_names(self, given: Any) -> None:
+        names, (own, is_named) = self.output_names, returned_names(given)
+        asked = f"--output-names {','.join(names)}"
+        if names and is_named:
+            raise ReparamError(
+                f"{asked}: the model returns its outputs by name ({', '.join(own)}), which is what "
+                "compares them; rename the keys in its forward, or leave it out"
+            )
+        if names and own and len(names) != len(own):
+            raise ReparamError(
+                f"{asked}: names {len(names)} outputs, and the model returns {len(own)} "
+                f"({', '.join(own)}); give one name for each"
+            )
+        for name in self.input_names:
+            if name in own and not names:
+                raise ReparamError(
+                    f"--input-names {','.join(self.input_names)}: {name!r} is the name of an "
+                    "output; give another, or --output-names"
+                )
 
     def preprocessing(self, model: nn.Module) -> Preprocessing:
         """How images become inputs of this model."""
@@ -151,7 +176,12 @@ class ExportRequest:
             return []
         size = _size(like) if self.static_batch else CALIBRATION_BATCH
         batches = self._load(self.calibration, size, "--calibration", model)
-        batches = calibration_batches(batches, like)
+        try:
+            batches = calibration_batches(batches, like)
+        except ExportError as error:
+            if self.shapes or self.data is not None:
+                raise
+            raise ReparamError(f"{error}; give the shape of your data as --input-shape") from error
         if not self.static_batch:
             return batches
         full = [batch for batch in batches if _size(batch) == size]
@@ -161,6 +191,12 @@ class ExportRequest:
                 "asks for"
             )
         return full
+
+    def _of_the_crop(self, model: nn.Module) -> tuple[str, ...]:
+        """The shape that --crop makes of images: calibration data then fits the inputs."""
+        if self.images.crop is None:
+            return ()
+        return ("x".join(map(str, self.preprocessing(model).shape)),)
 
     def _load(self, source: str, batch: int, option: str, model: nn.Module) -> list[Batch]:
         images = self.preprocessing(model)

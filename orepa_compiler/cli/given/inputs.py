@@ -83,8 +83,10 @@ def _files(path: Path, option: str) -> list[Path]:
         )
     strays = [file for file in visible if file not in set(found)]
     if strays:
-        line = f"{option} {path}: {len(strays)} other files are ignored ({strays[0].name}, ...)"
-        print(line if len(strays) > 1 else line.replace("files are", "file is"), file=sys.stderr)
+        name = strays[0].name
+        many = f"{len(strays)} other files are ignored ({name}, ...)"
+        told = many if len(strays) > 1 else f"1 other file is ignored ({name})"
+        print(f"{option} {path}: {told}", file=sys.stderr)
     return found
 
 

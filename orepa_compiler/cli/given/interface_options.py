@@ -14,11 +14,11 @@ from orepa_compiler.naming import problem
 
 InputNames = Annotated[
     str | None,
-    typer.Option(metavar="NAME,NAME", help="What the files call the inputs, in order."),
+    typer.Option(metavar="NAME,NAME", help="Names of the inputs in the files, in order."),
 ]
 OutputNames = Annotated[
     str | None,
-    typer.Option(metavar="NAME,NAME", help="What they call the outputs, in order."),
+    typer.Option(metavar="NAME,NAME", help="Names of the outputs, in order."),
 ]
 
 

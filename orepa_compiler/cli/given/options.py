@@ -47,67 +47,79 @@ Shapes = Annotated[
     typer.Option(
         "--input-shape",
         metavar="CxHxW",
-        help="Without the batch; once for each input; 16:int64 for whole numbers. Default: what "
-        "timm or torchvision trained the model at, else 3x224x224.",
+        help="Shape of an input, without the batch; repeat it for each input; 16:int64 for "
+        "integers. Default: the size at which timm or torchvision trained the model, else "
+        "3x224x224.",
     ),
 ]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="safetensors, torch.save, or what orepa.save wrote."),
+    typer.Option(
+        metavar="FILE", help="Weights, as safetensors, torch.save or orepa.save wrote them."
+    ),
 ]
 Which = Annotated[
     Weights | None,
-    typer.Option("--weights", help="Where a checkpoint holds both: the model's, or the average."),
+    typer.Option(
+        "--weights",
+        help="Which to take from a checkpoint that holds both: the model's, or their average.",
+    ),
 ]
 Expanded = Annotated[
     str | None,
-    typer.Option(metavar="BLOCK", help="A plain state_dict of a model expanded with this block."),
+    typer.Option(
+        metavar="BLOCK",
+        help="The checkpoint is a plain state_dict of a model expanded with this block.",
+    ),
 ]
 Pretrained = Annotated[
     bool,
-    typer.Option("--pretrained", help="Download the weights of timm or torchvision."),
+    typer.Option("--pretrained", help="Download the weights from timm or torchvision."),
 ]
 Classes = Annotated[
     int | None,
-    typer.Option("--num-classes", min=1, help="Of a model of timm or torchvision."),
+    typer.Option("--num-classes", min=1, help="Number of classes of a timm or torchvision model."),
 ]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write all numbers here, as JSON."),
+    typer.Option("--json", metavar="FILE", help="Write all results to this file, as JSON."),
 ]
 Report = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.html", help="Write a page with charts; any other ending: as JSON."),
+    typer.Option(metavar="FILE.html", help="Write a page with charts; any other ending: JSON."),
 ]
 Junit = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write the checks here, as JUnit XML.")
+    Path | None, typer.Option(metavar="FILE", help="Write the checks to this file, as JUnit XML.")
 ]
 Inputs = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
         help="Your own data: .npy, .npz (one array per input), a folder of those or of images, or "
-        "file.py:function that gives batches or a DataLoader.",
+        "file.py:function, which returns batches or a DataLoader.",
     ),
 ]
 Pickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Read checkpoints that run code. Only files you trust."),
+    typer.Option("--allow-pickle", help="Read checkpoints that can run code, if you trust them."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print warnings and errors only, on stderr.")
+    bool, typer.Option("--quiet", "-q", help="Print only warnings and errors, to stderr.")
 ]
 # How images become inputs; by default as timm or torchvision prepared them for the model.
 Resize = Annotated[
-    int | None, typer.Option(min=1, help="Of images: the shorter side, before the crop.")
+    int | None, typer.Option(min=1, help="For images: length of the shorter side before the crop.")
 ]
-Crop = Annotated[int | None, typer.Option(min=1, help="Of images: the square cut from the middle.")]
+Crop = Annotated[
+    int | None, typer.Option(min=1, help="For images: side of the square cut from the middle.")
+]
 Mean = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Of images, from 0 to 1: what is subtracted.")
+    str | None, typer.Option(metavar="R,G,B", help="For images, from 0 to 1: the mean to subtract.")
 ]
 Std = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Of images: what they are then divided by.")
+    str | None,
+    typer.Option(metavar="R,G,B", help="For images: the deviation to divide by."),
 ]
 
 

@@ -11,7 +11,7 @@ from orepa_compiler.cli.run.steps import Step, finite
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
 from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.files.atomic import staged
 from orepa_compiler.verification import Samples
 from orepa_compiler.verification.sample_file import save_samples

@@ -14,9 +14,10 @@ from orepa_compiler.export.gates.artifact import check_collapsed, check_precisio
 from orepa_compiler.export.gates.counting import Counts, node_count
 from orepa_compiler.export.gates.network import inspect_network
 from orepa_compiler.export.manifest import FileRecord, read_manifest
-from orepa_compiler.export.onnx.inspection import conv_nodes, load_graph
+from orepa_compiler.export.onnx.inspection import conv_nodes
 from orepa_compiler.export.onnx.precision import ELEMENT_TYPES
-from orepa_compiler.export.onnx.weight_record import check_weights, properties_of
+from orepa_compiler.export.onnx.reading import load_graph
+from orepa_compiler.export.onnx.weight_record import check_weights
 from orepa_compiler.export.run.openvino import OpenVINORunner
 from orepa_compiler.export.run.runners import OnnxRunner, TensorRTRunner
 from orepa_compiler.export.run.session import PRESET_KEY
@@ -78,7 +79,7 @@ class _Recheck:
         convs = conv_nodes(model)
         try:
             weights = check_weights(path, model)
-            kept = properties_of(model).get("orepa.keep_fp32", "").split()
+            kept = model.metadata_props.get("orepa.keep_fp32", "").split()
             check_precision(convs, ELEMENT_TYPES[self.manifest.options["precision"]], kept=kept)
             check_collapsed(model, convs)
         except ExportError as error:
@@ -88,7 +89,7 @@ class _Recheck:
 
     def certificate(self) -> Step:
         model = load_graph(self.path_of("onnx"))
-        text = properties_of(model).get(CERTIFICATE_KEY)
+        text = model.metadata_props.get(CERTIFICATE_KEY)
         if text is None:
             raise NotRun("the file holds no certificate")
         certificate = Certificate.from_json(text)
@@ -99,7 +100,7 @@ class _Recheck:
 
     def network(self) -> Step:
         path = self.path_of("onnx")
-        if properties_of(load_graph(path)).get(PRESET_KEY) == "cpu":
+        if load_graph(path).metadata_props.get(PRESET_KEY) == "cpu":
             raise NotRun("its int8 is for CPUs, which TensorRT does not parse")
         try:
             summary = inspect_network(path)

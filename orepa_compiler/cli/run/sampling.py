@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.export.audit import HALVES
 from orepa_compiler.export.int8.dithering import with_int8_noise
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.inspection import names_of
 from orepa_compiler.export.onnx.precision import PRECISIONS, cast, kept_modules, lies_in
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.onnx.sizes import other_sizes, resized
-from orepa_compiler.export.onnx.weight_record import properties_of
 from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.export.run.session import PRESET_KEY
 from orepa_compiler.quantization.flips import with_flips
@@ -58,7 +58,7 @@ def samples_for(
 
 def preset_advice(onnx: Path) -> str:
     """What to try where a CPU gives other numbers than an int8 file says; "" of another file."""
-    said = properties_of(load_graph(onnx))
+    said = load_graph(onnx).metadata_props
     if said.get("orepa.precision") != "int8" or said.get(PRESET_KEY) == "cpu":
         return ""
     return (
@@ -73,7 +73,7 @@ def second_size(
     """Gives the batch at another height and width, one that the engine takes where one is built."""
     if request.profile is None:
         return [next(other_sizes(deploy, first))]
-    names = [value.name for value in load_graph(request.onnx).graph.input]
+    names = names_of(load_graph(request.onnx).graph.inputs)
     ranges = request.profile if isinstance(request.profile, dict) else {names[0]: request.profile}
     images = iter(names)
 

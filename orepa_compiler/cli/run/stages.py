@@ -92,8 +92,9 @@ class _Export:
         )
         warn_of_random_weights(request.model, self.origin)
         self.inputs = request.inputs(self.model)
-        check_tensors(request.model, check_it_runs(request.model, self.model, self.inputs[0]))
-        request.check_interface(self.model, self.inputs[0])
+        given = check_it_runs(request.model, self.model, self.inputs[0])
+        check_tensors(request.model, given)
+        request.check_interface(self.model, self.inputs[0], given)
         self.is_trained = bool(rounded_layers(self.model))  # to round to int8
         self.calibration = request.calibrating(
             self.model, self.inputs[0], is_trained=self.is_trained

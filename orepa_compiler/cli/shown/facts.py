@@ -9,8 +9,7 @@ from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.run.steps import Step
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.gates.counting import Counts, node_count
-from orepa_compiler.export.onnx.inspection import load_graph
-from orepa_compiler.export.onnx.weight_record import properties_of
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.run.session import PRESET_KEY
 from orepa_compiler.export.run.signature import Interface
 from orepa_compiler.verification import Report
@@ -60,7 +59,7 @@ def file_facts(path: Path) -> list[Fact]:
         return []
     held = Interface.of(model)
     return [
-        ("int8 preset", (properties_of(model).get(PRESET_KEY, ""),)),
+        ("int8 preset", (model.metadata_props.get(PRESET_KEY, ""),)),
         ("opset", (str(held.opset),)),
         ("inputs", held.inputs),
         ("outputs", held.outputs),

@@ -33,7 +33,7 @@ def summary_text(plan: Plan) -> str:
 
 
 def _summary(plan: Plan) -> list[str]:
-    return [*textwrap.wrap(plan.summary(), WIDTH, subsequent_indent="  "), ""]
+    return textwrap.wrap(plan.summary(), WIDTH, subsequent_indent="  ")
 
 
 def _stage(path: str) -> str:
@@ -76,6 +76,7 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[s
     """The rows under one another; a long path stands on the line above its row."""
     if not rows:
         return
+    yield ""
     short = [row[0] for row in rows if len(row[0]) <= MOST_OF_PATH]
     widths = [max(map(len, (header[0], *short)))]
     widths += [max(len(row[i]) for row in (header, *rows)) for i in range(1, len(header))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -14,15 +14,20 @@ from torch.nn.modules.conv import _ConvNd
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.gates.counting import Counts, check_counts
+from orepa_compiler.export.onnx.annotation import axes_of
 from orepa_compiler.export.onnx.inspection import (
     ConvNode,
     conv_nodes,
     foldable_norms_in_file,
-    load_graph,
+    names_of,
     parallel_convs,
 )
 from orepa_compiler.export.onnx.precision import lies_in
 from orepa_compiler.export.onnx.program import named_outputs
+from orepa_compiler.export.onnx.reading import load_graph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Expected:
         output_names: tuple[str, ...] = (),
         dynamic_size: bool = False,
     ) -> Expected:
-        """What the export of a traced model must hold; inputs, output_names: as they were given."""
+        """Says what the export of a traced model must hold; inputs, output_names: as given."""
         return cls(
             counts=Counts.of_program(program),
             outputs=named_outputs(program, output_names, inputs),
@@ -122,7 +127,7 @@ def _check_modules(convs: list[ConvNode], expected: Expected) -> None:
             )
 
 
-def check_collapsed(model: Any, convs: list[ConvNode], counts: Counts | None = None) -> None:
+def check_collapsed(model: ir.Model, convs: list[ConvNode], counts: Counts | None = None) -> None:
     """Raises ExportError where a norm or a parallel conv is left that a collapse folds.
 
     Also where the file holds other convs, or more sums or norms, than `counts`: by default what
@@ -143,24 +148,23 @@ def check_collapsed(model: Any, convs: list[ConvNode], counts: Counts | None = N
             f"({len(pairs)} such pairs); call orepa.collapse(model) and export again",
             path=first.where,
         )
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    wanted = counts or Counts.recorded(properties)
+    wanted = counts or Counts.recorded(model.metadata_props)
     if wanted is not None:
         check_counts(Counts.of_graph(model), wanted)
 
 
-def _check_interface(model: Any, expected: Expected) -> None:
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+def _check_interface(model: ir.Model, expected: Expected) -> None:
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
     if opset != expected.opset:
         raise ExportError(
             f"the file has operator set {opset}, not {expected.opset}; pass opset={opset} or none"
         )
-    outputs = tuple(value.name for value in model.graph.output)
+    outputs = tuple(names_of(model.graph.outputs))
     if outputs != expected.outputs:
         raise ExportError(
             f"the file returns {', '.join(outputs)}, but the model {', '.join(expected.outputs)}"
         )
-    inputs = tuple(value.name for value in model.graph.input)
+    inputs = tuple(names_of(model.graph.inputs))
     if expected.inputs and inputs != expected.inputs:
         raise ExportError(
             f"the file takes {', '.join(inputs)}, but was to take {', '.join(expected.inputs)}"
@@ -171,28 +175,27 @@ def _check_interface(model: Any, expected: Expected) -> None:
         _check_sizes(model.graph)
 
 
-def _check_batch(graph: Any) -> None:
-    for value in graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if dims and dims[0].dim_param != "batch":
+def _check_batch(graph: ir.Graph) -> None:
+    for value in graph.inputs:
+        axes = axes_of(value)
+        if axes and axes[0] != "batch":
             raise ExportError(
-                f"input {value.name}: its first axis is {dims[0].dim_param or dims[0].dim_value}, "
-                "not the symbol batch; pass dynamic_batch=False to export a fixed batch size"
+                f"input {value.name}: its first axis is {axes[0]}, not the symbol batch; pass "
+                "dynamic_batch=False to export a fixed batch size"
             )
-    for value in graph.output:
-        dims = value.type.tensor_type.shape.dim
-        if not any("batch" in dim.dim_param for dim in dims):
+    for value in graph.outputs:
+        axes = axes_of(value)
+        if not any("batch" in axis for axis in axes if isinstance(axis, str)):
             raise ExportError(
-                f"output {value.name}: its shape {[d.dim_param or d.dim_value for d in dims]} does "
-                "not depend on the batch size; pass dynamic_batch=False to export a fixed one"
+                f"output {value.name}: its shape {axes} does not depend on the batch size; pass "
+                "dynamic_batch=False to export a fixed one"
             )
 
 
-def _check_sizes(graph: Any) -> None:
-    for value in graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) in (4, 5) and not all(dim.dim_param for dim in dims[2:]):
+def _check_sizes(graph: ir.Graph) -> None:
+    for value in graph.inputs:
+        sizes = axes_of(value)[2:]
+        if len(sizes) in (2, 3) and not all(isinstance(size, str) and size for size in sizes):
             raise ExportError(
-                f"dynamic_size: input {value.name} has sizes "
-                f"{[d.dim_param or d.dim_value for d in dims[2:]]} in the file; leave it out"
+                f"dynamic_size: input {value.name} has sizes {sizes} in the file; leave it out"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -17,8 +17,12 @@ from torch.fx import Node
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.onnx.inspection import walk
+from orepa_compiler.export.onnx.inspection import input_names, output_names
 from orepa_compiler.export.onnx.program import CONVS, count_convs, operator_name, program_nodes
+from orepa_compiler.export.onnx.reading import inferred
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Of a feature map: images, channels, and at least one axis of positions. The bias of a linear layer
 # is added to two axes, and arithmetic on shapes has one.
@@ -61,25 +65,25 @@ class Counts:
 
     @classmethod
     def of_program(cls, program: ExportedProgram) -> Counts:
-        """What a traced model runs: the most that a file of it may hold."""
+        """Counts what a traced model runs: the most that a file of it may hold."""
         norms = sum(_is_norm(node) for node in program_nodes(program))
         return cls(count_convs(program), _program_sums(program), norms)
 
     @classmethod
-    def of_graph(cls, model: Any, *, translated: bool = False) -> Counts:
-        """What an ONNX graph holds.
+    def of_graph(cls, model: ir.Model, *, translated: bool = False) -> Counts:
+        """Counts what an ONNX graph holds.
 
         translated: without what stands for another operator of torch's program, as the sum in a
         group norm does: what is left is to be compared with that program.
         """
-        nodes = [n for n in walk(model.graph) if not (translated and _stands_for_another(n))]
+        nodes = [n for n in model.graph.all_nodes() if not (translated and _stands_for_another(n))]
         kinds = [node.op_type for node in nodes]
         sums = _graph_sums(model, [node for node in nodes if node.op_type == "Add"])
         return cls(kinds.count("Conv"), sums, kinds.count("BatchNormalization"))
 
     @classmethod
     def recorded(cls, properties: dict[str, str]) -> Counts | None:
-        """What export_onnx wrote into a file's metadata; None where it did not."""
+        """Reads the counts that export_onnx wrote into a file's metadata; None where it did not."""
         if not properties.keys() >= set(_KEYS.values()):
             return None
         return cls(**{name: int(properties[key]) for name, key in _KEYS.items()})
@@ -88,13 +92,13 @@ class Counts:
         return f"{self.convs} convs, {self.sums} sums of maps, {self.norms} norms"
 
     def properties(self) -> dict[str, str]:
-        """The metadata that says so."""
+        """Gives the metadata that says so."""
         return {key: str(getattr(self, name)) for name, key in _KEYS.items()}
 
 
-def node_count(model: Any) -> int:
-    """How many nodes a graph holds, those inside If and Loop bodies included."""
-    return sum(1 for _ in walk(model.graph))
+def node_count(model: ir.Model) -> int:
+    """Counts the nodes of a graph, those inside If and Loop bodies included."""
+    return sum(1 for _ in model.graph.all_nodes())
 
 
 def check_counts(found: Counts, wanted: Counts) -> None:
@@ -121,10 +125,9 @@ def _is_norm(node: Node) -> bool:
     return name in _NORMS or (name == _INSTANCE_NORM and node.args[5] is False)
 
 
-def _stands_for_another(node: Any) -> bool:
+def _stands_for_another(node: ir.Node) -> bool:
     wanted = _ORIGINS.get(node.op_type)
-    text = next((entry.value for entry in node.metadata_props if entry.key == _ORIGIN_KEY), "")
-    found = _ORIGIN.search(text)
+    found = _ORIGIN.search(node.metadata_props.get(_ORIGIN_KEY, ""))
     return bool(wanted and found and f"{found[1]}::{found[2]}" not in wanted)
 
 
@@ -153,19 +156,24 @@ def _adds_up(node: Node, computed: set[Node]) -> bool:
     return name in _SUMS and sum(term in computed for term in node.args) > 1
 
 
-def _graph_sums(model: Any, adds: list[Any]) -> int:
-    onnx = import_extra("onnx", extra="onnx")
-    typed = onnx.shape_inference.infer_shapes(model).graph
-    infos = (*typed.input, *typed.output, *typed.value_info)
-    small = {v.name for v in infos if _is_no_map(v.type.tensor_type, onnx.TensorProto)}
-    weights = {tensor.name for tensor in model.graph.initializer}
-    computed = {value.name for value in model.graph.input} - weights
-    for node in walk(model.graph):
-        if computed.intersection(node.input):
-            computed.update(node.output)
-    return sum(node.output[0] not in small and computed.issuperset(node.input) for node in adds)
+def _graph_sums(model: ir.Model, adds: list[ir.Node]) -> int:
+    typed = inferred(model).graph
+    values = (*typed.inputs, *(value for node in typed for value in node.outputs))
+    small = {value.name for value in values if value.type is not None and _is_no_map(value)}
+    computed = {value.name for value in model.graph.inputs} - {*model.graph.initializers}
+    for node in model.graph.all_nodes():
+        if computed.intersection(input_names(node)):
+            computed.update(output_names(node))
+    return sum(
+        not small.intersection(output_names(node)) and computed.issuperset(input_names(node))
+        for node in adds
+    )
 
 
-def _is_no_map(tensor: Any, types: Any) -> bool:
-    is_float = tensor.elem_type in (types.FLOAT, types.FLOAT16, types.BFLOAT16, types.DOUBLE)
-    return not is_float or (tensor.HasField("shape") and len(tensor.shape.dim) < MAP_RANK)
+def _is_no_map(value: ir.Value) -> bool:
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
+    types = onnx_ir.DataType
+    is_float = value.dtype in (types.FLOAT, types.FLOAT16, types.BFLOAT16, types.DOUBLE)
+    is_tensor = isinstance(value.type, onnx_ir.TensorType)
+    has_few_axes = value.shape is not None and len(value.shape) < MAP_RANK
+    return has_few_axes or not (is_float and is_tensor)

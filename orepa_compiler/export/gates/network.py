@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.gates.artifact import check_collapsed
@@ -14,11 +14,14 @@ from orepa_compiler.export.gates.counting import MAP_RANK, Counts
 from orepa_compiler.export.onnx.inspection import (
     ConvNode,
     conv_nodes,
-    load_graph,
+    output_names,
     torch_module,
-    walk,
 )
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.tensorrt.flavors import Flavor, error_log, load_flavor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # ONNX's name of an element type -> TensorRT's.
 _TYPE_NAMES = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16"}
@@ -70,7 +73,7 @@ class ParsedNetwork:
 
 
 def inspect_network(onnx: Path | str, *, flavor: Flavor = "auto") -> NetworkSummary:
-    """What TensorRT parses `onnx` into, after the gates that build_engine applies.
+    """Parses `onnx` with TensorRT and counts what it became, after build_engine's gates.
 
     Raises ExportError where the file cannot be parsed or is not collapsed.
     """
@@ -80,7 +83,7 @@ def inspect_network(onnx: Path | str, *, flavor: Flavor = "auto") -> NetworkSumm
 
 
 def parse_network(tensorrt: ModuleType, source: Path) -> ParsedNetwork:
-    """The network of an ONNX file, strongly typed, after the gates.
+    """Parses an ONNX file into a TensorRT network, strongly typed, and checks it.
 
     Raises ExportError where TensorRT cannot parse it, or where check_network refuses it.
     """
@@ -147,7 +150,7 @@ def _is_add(tensorrt: ModuleType, layer: Any) -> bool:
     return bool(layer.op == tensorrt.ElementWiseOperation.SUM)
 
 
-def check_network(summary: NetworkSummary, source: Path, model: Any) -> None:
+def check_network(summary: NetworkSummary, source: Path, model: ir.Model) -> None:
     """Raises ExportError where the network differs from its ONNX file, or is not collapsed."""
     convs = conv_nodes(model)
     check_collapsed(model, convs)
@@ -158,7 +161,8 @@ def check_network(summary: NetworkSummary, source: Path, model: Any) -> None:
             f"{source}: the ONNX convs read {dict(wanted)}, but those of TensorRT's network "
             f"{dict(summary.dtypes)}; the engine would not have the precision of the file"
         )
-    restored = {n.output[0] for n in walk(model.graph) if n.op_type == "DequantizeLinear"}
+    nodes = [node for node in model.graph.all_nodes() if node.op_type == "DequantizeLinear"]
+    restored = {name for node in nodes for name in output_names(node)}
     quantized = sum(conv.input in restored for conv in convs)
     if summary.quantized != quantized:
         raise ExportError(
@@ -167,8 +171,8 @@ def check_network(summary: NetworkSummary, source: Path, model: Any) -> None:
         )
 
 
-def _check_counts(summary: NetworkSummary, source: Path, model: Any) -> None:
-    counts, kinds = Counts.of_graph(model), [node.op_type for node in walk(model.graph)]
+def _check_counts(summary: NetworkSummary, source: Path, model: ir.Model) -> None:
+    counts, kinds = Counts.of_graph(model), [node.op_type for node in model.graph.all_nodes()]
     if summary.convs != counts.convs:
         raise ExportError(
             f"{source}: the ONNX graph has {counts.convs} Conv nodes, but TensorRT's network "
@@ -188,12 +192,12 @@ def _dtypes(convs: list[ConvNode]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(Counter(names).items()))
 
 
-def parse_error(parser: Any, source: Path, model: Any) -> ExportError:
-    """The parser's first error: the torch module, the node, the reason and what helps."""
+def parse_error(parser: Any, source: Path, model: ir.Model) -> ExportError:
+    """Words the parser's first error: the torch module, the node, the reason and what helps."""
     if not parser.num_errors:
         return ExportError(f"{source}: TensorRT cannot parse the file and gives no reason")
     error = parser.get_error(0)
-    description, nodes = error.desc(), model.graph.node
+    description, nodes = error.desc(), model.graph
     is_known = 0 <= error.node() < len(nodes)
     module = torch_module(nodes[error.node()]) if is_known else None
     text = f"{error.code()} {description}"

@@ -16,7 +16,7 @@ Inputs = Tensor | tuple[Any, ...] | Sequence[Any]
 
 
 def first_batch(inputs: Inputs) -> tuple[Any, ...]:
-    """The positional arguments of the first batch in `inputs`.
+    """Takes the positional arguments of the first batch in `inputs`.
 
     inputs: a tensor, a tuple of positional arguments, or a list of such batches.
     """
@@ -51,7 +51,7 @@ def check_ready(model: nn.Module) -> None:
 
 
 def norm_left_reason(model: nn.Module, norm: str, count: int) -> str:
-    """What is said of a norm straight after a conv: to collapse, or why the collapse left it."""
+    """Words what to do about a norm after a conv: to collapse, or why the collapse left it."""
     what = f"a BatchNorm straight after a conv ({count} of them)"
     plans = [p for p in recorded_plans(model) if any(e.done_by == "collapse" for e in _told(p))]
     if not plans:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.int8.quantization import QUANTIZED
+from orepa_compiler.export.int8.quantization import QUANTIZED, restoring_node
 from orepa_compiler.export.int8.trained import TrainedLayer, output_axis
 from orepa_compiler.export.onnx.external_data import load_external
-from orepa_compiler.export.onnx.inspection import load_graph, makers, torch_module, walk
+from orepa_compiler.export.onnx.inspection import torch_module
+from orepa_compiler.export.onnx.reading import load_graph, values_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -27,35 +30,36 @@ class FileLayer:
 
 
 def file_layers(path: Path) -> Iterator[FileLayer]:
-    """Every node of an ONNX file that multiplies int8 by int8."""
-    onnx = import_extra("onnx", extra="onnx")
+    """Reads every node of an ONNX file that multiplies int8 by int8."""
     model = load_graph(path)
     load_external(path, model)
-    values = {tensor.name: tensor for tensor in model.graph.initializer}
-    made = makers(model.graph)
-
-    def read(name: str) -> np.ndarray:
-        array: np.ndarray = onnx.numpy_helper.to_array(values[name])
-        return array
-
-    for node in walk(model.graph):
-        sources = [made.get(name) for name in node.input[:2]]
-        if node.op_type not in QUANTIZED or not all(map(_is_restored, sources)):
+    for node in model.graph.all_nodes():
+        sources = [restoring_node(value) for value in node.inputs[:2]]
+        if node.op_type not in QUANTIZED or len(sources) != 2:
             continue
         maps, kernel = sources
-        assert maps is not None
-        assert kernel is not None
-        integers = read(kernel.input[0])
+        if maps is None or kernel is None:
+            continue
+        integers = _read(path, kernel, 0)
         integers = integers.T if output_axis(node) else integers
         layer = TrainedLayer(
-            *(integers, read(kernel.input[1])),
-            *(np.float32(read(maps.input[1]).item()), read(maps.input[2])),
+            *(integers, _read(path, kernel, 1)),
+            *(np.float32(_read(path, maps, 1).item()), _read(path, maps, 2)),
         )
-        yield FileLayer(node.name, torch_module(node), layer)
+        yield FileLayer(node.name or "", torch_module(node), layer)
+
+
+def _read(path: Path, node: ir.Node, index: int) -> np.ndarray:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None or value.const_value is None:
+        raise ExportError(
+            f"{path}: node {node.name} ({node.op_type}): its input {index} is no weight of the file"
+        )
+    return values_of(value.const_value)
 
 
 def check_integers(path: Path, layers: Mapping[str, TrainedLayer]) -> int:
-    """How many integers the file at `path` shares with the layers, which are all that it has.
+    """Counts the integers that the file at `path` shares with the layers, all that it has.
 
     Raises ExportError for the first layer whose kernel, steps, or range of maps is another one.
     """
@@ -77,7 +81,7 @@ def check_integers(path: Path, layers: Mapping[str, TrainedLayer]) -> int:
 
 
 def difference(trained: TrainedLayer, found: TrainedLayer) -> str:
-    """In what a layer of a file is not the trained one; "" where they are equal."""
+    """Says in what a layer of a file is not the trained one; "" where they are equal."""
     if trained.integers.shape != found.integers.shape:
         return f"its kernel is {found.integers.shape}, and was trained as {trained.integers.shape}"
     wrong = int((trained.integers != found.integers).sum())
@@ -91,7 +95,3 @@ def difference(trained: TrainedLayer, found: TrainedLayer) -> str:
             f"trained with {trained.step:.6g} and {trained.point}"
         )
     return "" if trained.point.dtype == found.point.dtype else "its maps are of another type"
-
-
-def _is_restored(source: Any) -> bool:
-    return source is not None and source.op_type == "DequantizeLinear"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -14,11 +14,15 @@ from orepa_compiler.choices import Preset
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import load_graph, makers, torch_module, walk
+from orepa_compiler.export.onnx.inspection import names_of, torch_module
 from orepa_compiler.export.onnx.precision import lies_in
 from orepa_compiler.export.onnx.program import quiet
+from orepa_compiler.export.onnx.reading import load_graph, values_of
 from orepa_compiler.export.onnx.rewriting import replace_file
 from orepa_compiler.export.run.session import to_numpy
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # What multiplies: all else is as fast in the precision that its neighbours have.
 QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -41,7 +45,7 @@ _CPU = {"WeightSymmetric": True, "ActivationSymmetric": False}
 def calibration_batches(
     calibration: Sequence[Any] | None, batch: tuple[Any, ...]
 ) -> list[tuple[Any, ...]]:
-    """The batches of calibration data as tuples of arguments, each of the kind of `batch`.
+    """Gives the batches of calibration data as tuples of arguments, each of the kind of `batch`.
 
     Raises ExportError where there are none, and for one whose number of tensors, types or shapes
     (but for the first axis) are not those of `batch`.
@@ -92,13 +96,14 @@ def quantize_file(
     quantization = import_extra("onnxruntime.quantization", extra="cpu")
     kinds = quantization.QuantType
     model = load_graph(path)
-    kept = [node.name for node in walk(model.graph) if lies_in(torch_module(node), keep)]
+    nodes = model.graph.all_nodes()
+    kept = [node.name or "" for node in nodes if lies_in(torch_module(node), keep)]
     candidate = path.with_name(f"quantized-{path.name}")
     with quiet():
         quantization.quantize_static(
             str(path),
             str(candidate),
-            _reader(quantization, [value.name for value in model.graph.input], batches),
+            _reader(quantization, names_of(model.graph.inputs), batches),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED) if preset == "tensorrt" else None,
             per_channel=True,
@@ -139,16 +144,12 @@ def check_quantized(
 
     Modules in `keep` must not read it at all; nor any but those that were trained for it.
     """
-    onnx = import_extra("onnx", extra="onnx")
-    model = load_graph(path)
-    made = makers(model.graph)
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     count = 0
-    for node in walk(model.graph):
+    for node in load_graph(path).graph.all_nodes():
         if node.op_type not in QUANTIZED:
             continue
-        sources = [made.get(name) for name in node.input]
-        restored = [s is not None and s.op_type == "DequantizeLinear" for s in sources]
+        sources = [restoring_node(value) for value in node.inputs]
+        restored = [source is not None for source in sources]
         wanted = [True, True] + [False] * (len(restored) - 2)
         is_float = (
             lies_in(torch_module(node), keep)
@@ -169,14 +170,8 @@ def check_quantized(
                 f"{wanted} (input, weight, bias)",
                 path=torch_module(node),
             )
-        for source in (s for s, is_restored in zip(sources, restored, strict=True) if is_restored):
-            assert source is not None
-            points = [weights[name] for name in source.input[2:] if name in weights]
-            if (
-                preset == "tensorrt"
-                and len(source.input) > 2
-                and (not points or onnx.numpy_helper.to_array(points[0]).any())
-            ):
+        for source in (source for source in sources if source is not None):
+            if preset == "tensorrt" and not _has_no_zero_point(source):
                 raise ExportError(
                     f"node {source.name} has a zero point that is not 0, which TensorRT refuses",
                     path=torch_module(node),
@@ -185,3 +180,18 @@ def check_quantized(
         raise ExportError(
             f"nothing to quantize: no {', '.join(QUANTIZED)} outside of what is kept in float32"
         )
+
+
+def restoring_node(value: ir.Value | None) -> ir.Node | None:
+    """Finds the DequantizeLinear node that makes a value; None where another node does."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _has_no_zero_point(node: ir.Node) -> bool:
+    """Whether the zero point of a DequantizeLinear node is left out, or 0."""
+    points = node.inputs[2:]
+    if not points:
+        return True
+    tensor = points[0].const_value if points[0] is not None else None
+    return tensor is not None and not values_of(tensor).any()

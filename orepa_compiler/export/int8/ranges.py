@@ -47,7 +47,7 @@ class LostChannels:
 def lost_channels(
     model: nn.Module, batches: Sequence[tuple[Any, ...]], *, keep: Collection[str] = ()
 ) -> list[LostChannels]:
-    """The layers of which int8, with ranges taken on these batches, loses most input channels."""
+    """Finds the layers of which int8, with ranges of these batches, loses most input channels."""
     peaks = input_peaks(model, batches, keep=keep)
     total = sum(weight.numel() for weight in model.parameters()) or 1
     found = [_lost(path, peak, model.get_submodule(path), total) for path, peak in peaks.items()]
@@ -58,7 +58,7 @@ def lost_channels(
 def input_peaks(
     model: nn.Module, batches: Sequence[tuple[Any, ...]], *, keep: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Of each conv and linear layer, the largest magnitude of each input channel on the batches."""
+    """Measures the largest magnitude of each input channel of convs and linear layers."""
     peaks: dict[str, Tensor] = {}
 
     def watch(path: str) -> Callable[[nn.Module, Any], None]:
@@ -102,7 +102,7 @@ def _lost(path: str, peak: Tensor, layer: nn.Module, total: int) -> LostChannels
 
 
 def advice(found: Sequence[LostChannels]) -> str:
-    """What these layers do to the file, and what keeping them in float32 would cost; "" of none."""
+    """Says what these layers do to the file, and what keeping them in float32 costs; "" of none."""
     if not found:
         return ""
     paths = ", ".join(repr(layer.path) for layer in found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,11 +19,16 @@ from orepa_compiler.choices import Preset
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, ReparamError
 from orepa_compiler.export.int8.quantization import QUANTIZED
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module, walk
+from orepa_compiler.export.onnx.external_data import external_files, load_external
+from orepa_compiler.export.onnx.inspection import ints_of, torch_module
 from orepa_compiler.export.onnx.precision import lies_in
-from orepa_compiler.export.onnx.rewriting import replace_file, save_like
+from orepa_compiler.export.onnx.reading import load_graph, values_of
+from orepa_compiler.export.onnx.rewriting import replace_file, save_model
 from orepa_compiler.quantization.layers import Rounded, rounded_layers
 from orepa_compiler.quantization.quantizers import check_range, preset_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class TrainedLayer:
     @classmethod
     @torch.no_grad()
     def of(cls, layer: Rounded, path: str) -> TrainedLayer:
-        """What a layer was trained with. Raises ExportError where its maps have no range."""
+        """Reads what a layer was trained with. Raises ExportError where its maps have no range."""
         try:
             check_range(layer.input_quantizer, path)
         except ReparamError as error:
@@ -58,7 +63,7 @@ class TrainedLayer:
 
 
 def trained_layers(model: nn.Module, *, keep: Collection[str] = ()) -> dict[str, TrainedLayer]:
-    """What the file is to hold of each layer that rounds, without those that are kept in float."""
+    """Collects what the file is to hold of each layer that rounds and is not kept in float."""
     return {
         path: TrainedLayer.of(layer, path)
         for path, layer in rounded_layers(model).items()
@@ -67,7 +72,7 @@ def trained_layers(model: nn.Module, *, keep: Collection[str] = ()) -> dict[str,
 
 
 def trained_preset(model: nn.Module) -> Preset | None:
-    """The preset that a model was trained for; None where it does not round.
+    """Finds the preset that a model was trained for; None where it does not round.
 
     Raises ExportError where its layers were trained for several.
     """
@@ -83,14 +88,14 @@ def write_trained(path: Path, layers: Mapping[str, TrainedLayer]) -> None:
     Raises ExportError for a layer that has no node of its own in the graph, and for one whose node
     does not multiply by its kernel.
     """
-    onnx = import_extra("onnx", extra="onnx")
-    before, model = load_graph(path), onnx.load(path)
-    writing = _Writing(model)
-    for node in model.graph.node:
+    model = load_graph(path)
+    beside = bool(external_files(model))
+    load_external(path, model)
+    writing = _Writing(model.graph)
+    for node in list(model.graph):
         place = torch_module(node)
         if node.op_type in QUANTIZED and place is not None and place in layers:
             writing.quantize(node, place, layers[place])
-        writing.nodes.append(node)
     missing = [place for place in layers if place not in writing.written]
     if missing:
         raise ExportError(
@@ -98,9 +103,9 @@ def write_trained(path: Path, layers: Mapping[str, TrainedLayer]) -> None:
             "file comes from it: the forward does not call it; leave it out of fake_quantize",
             path=missing[0],
         )
-    writing.finish()
+    _drop_unread(model.graph)
     candidate = path.with_name(f"quantized-{path.name}")
-    save_like(before, model, candidate)
+    save_model(model, candidate, beside=beside)
     replace_file(path, candidate)
 
 
@@ -109,90 +114,100 @@ _KINDS = " or ".join((", ".join(QUANTIZED[:-1]), QUANTIZED[-1]))
 
 @dataclass
 class _Writing:
-    """A graph on its way. nodes: those so far, in order; made: the names of rounded values."""
+    """A graph on its way. made: the rounded values, by what they are made of."""
 
-    model: Any
-    nodes: list[Any] = field(default_factory=list)
-    made: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    graph: ir.Graph
+    made: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self.weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self.new: list[Any] = []
-
-    def quantize(self, node: Any, place: str, layer: TrainedLayer) -> None:
-        kernel = node.input[1]
-        if kernel not in self.weights:
+    def quantize(self, node: ir.Node, place: str, layer: TrainedLayer) -> None:
+        """Lets a node read the integers and the rounded maps of a layer."""
+        maps, kernel = node.inputs[:2]
+        assert maps is not None
+        if kernel is None or kernel.const_value is None:
             raise ExportError(
                 f"node {node.name} ({node.op_type}) reads a kernel that is made in the graph, so "
                 "it is not what was trained",
                 path=place,
             )
         axis = output_axis(node)
-        onnx = import_extra("onnx", extra="onnx")
-        values = onnx.numpy_helper.to_array(self.weights[kernel])
+        values = values_of(kernel.const_value)
         integers = layer.integers if axis == 0 else layer.integers.T
         by_axis = [-1 if index == axis else 1 for index in range(values.ndim)]
         wanted = integers * layer.steps.reshape(by_axis) if values.ndim == integers.ndim else None
         if wanted is None or wanted.shape != values.shape or not np.allclose(values, wanted, 1e-5):
             raise ExportError(
-                f"node {node.name} ({node.op_type}) multiplies by {kernel}, which is not the "
+                f"node {node.name} ({node.op_type}) multiplies by {kernel.name}, which is not the "
                 "kernel that this layer was trained with",
                 path=place,
             )
-        node.input[0] = self._maps(node.input[0], layer)
-        node.input[1] = self._kernel(kernel, integers, layer.steps, axis)
+        rounded = self._maps(node, maps, layer), self._kernel(node, kernel, integers, layer, axis)
+        for index, value in enumerate(rounded):
+            node.replace_input_with(index, value)
         self.written.add(place)
 
-    def _kernel(self, name: str, integers: np.ndarray, steps: np.ndarray, axis: int) -> str:
-        key = ("kernel", name, axis)
+    def _kernel(
+        self, node: ir.Node, kernel: ir.Value, integers: np.ndarray, layer: TrainedLayer, axis: int
+    ) -> ir.Value:
+        key = ("kernel", kernel.name, axis)
         if key not in self.made:
-            points = np.zeros(len(steps), np.int8)
+            name, points = kernel.name, np.zeros(len(layer.steps), np.int8)
             parts = [
                 self._constant(f"{name}_quantized", integers),
-                self._constant(f"{name}_scale", steps),
+                self._constant(f"{name}_scale", layer.steps),
                 self._constant(f"{name}_zero_point", points),
             ]
-            self.made[key] = self._node("DequantizeLinear", parts, f"{name}_dequantized", axis=axis)
+            self.made[key] = self._before(
+                node, "DequantizeLinear", parts, f"{name}_dequantized", {"axis": axis}
+            )
         return self.made[key]
 
-    def _maps(self, name: str, layer: TrainedLayer) -> str:
-        key = ("maps", name, layer.step.item(), layer.point.item(), layer.point.dtype)
+    def _maps(self, node: ir.Node, maps: ir.Value, layer: TrainedLayer) -> ir.Value:
+        key = ("maps", maps.name, layer.step.item(), layer.point.item(), layer.point.dtype)
         if key not in self.made:
             count = sum(other[:2] == key[:2] for other in self.made)
-            own = f"{name}_{count}" if count else name
+            own = f"{maps.name}_{count}" if count else maps.name
             scale = self._constant(f"{own}_scale", np.array(layer.step))
             point = self._constant(f"{own}_zero_point", layer.point)
-            rounded = self._node("QuantizeLinear", [name, scale, point], f"{own}_quantized")
-            restored = [rounded, scale, point]
-            self.made[key] = self._node("DequantizeLinear", restored, f"{own}_dequantized")
+            parts = [maps, scale, point]
+            rounded = self._before(node, "QuantizeLinear", parts, f"{own}_quantized")
+            parts = [rounded, scale, point]
+            self.made[key] = self._before(node, "DequantizeLinear", parts, f"{own}_dequantized")
         return self.made[key]
 
-    def _node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        onnx = import_extra("onnx", extra="onnx")
+    def _before(
+        self,
+        node: ir.Node,
+        kind: str,
+        inputs: Sequence[ir.Value],
+        output: str,
+        attributes: Mapping[str, int] | None = None,
+    ) -> ir.Value:
+        """Puts a new node before `node`, and gives what it makes."""
+        onnx_ir = import_extra("onnx_ir", extra="onnx")
+        made: ir.Value = onnx_ir.val(output)
         name = f"{output}_{kind}"
-        self.nodes.append(onnx.helper.make_node(kind, inputs, [output], name, **attributes))
-        return output
+        new = onnx_ir.node(kind, inputs, attributes, outputs=[made], name=name)
+        self.graph.insert_before(node, new)
+        return made
 
-    def _constant(self, name: str, values: np.ndarray) -> str:
-        onnx = import_extra("onnx", extra="onnx")
-        self.new.append(onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))
-        return name
-
-    def finish(self) -> None:
-        """Puts the new nodes and weights into the graph, without the weights nobody reads now."""
-        graph = self.model.graph
-        read = {name for node in self.nodes for name in node.input}
-        read |= {name for node in walk(graph) for name in node.input}
-        read |= {value.name for value in graph.output}
-        kept = [tensor for tensor in graph.initializer if tensor.name in read]
-        del graph.node[:], graph.initializer[:]
-        graph.node.extend(self.nodes)
-        graph.initializer.extend([*kept, *self.new])
+    def _constant(self, name: str, values: np.ndarray) -> ir.Value:
+        onnx_ir = import_extra("onnx_ir", extra="onnx")
+        tensor = onnx_ir.tensor(np.ascontiguousarray(values), name=name)
+        value: ir.Value = onnx_ir.val(name, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
 
 
-def output_axis(node: Any) -> int:
-    """Along which axis of its kernel the output channels of a node lie."""
+def _drop_unread(graph: ir.Graph) -> None:
+    """Takes out the weights that nobody reads."""
+    for name, value in list(graph.initializers.items()):
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            del graph.initializers[name]
+
+
+def output_axis(node: ir.Node) -> int:
+    """Tells along which axis of its kernel the output channels of a node lie."""
     if node.op_type == "Gemm":
-        return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+        return 0 if any(ints_of(node, "transB")) else 1
     return 1 if node.op_type == "MatMul" else 0

@@ -21,7 +21,8 @@ from orepa_compiler.compiler import collapse
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.int8.dithering import rounding_steps, with_int8_noise
 from orepa_compiler.export.int8.ranges import LostChannels, advice, is_named
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module, walk
+from orepa_compiler.export.onnx.inspection import input_names, torch_module
+from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.onnx.writing import export_onnx
 from orepa_compiler.export.run.runners import OnnxRunner
 from orepa_compiler.export.run.tapping import tapped
@@ -38,7 +39,7 @@ def verify_int8(
     truth: nn.Module | None = None,
     factor: float = NOISE_FACTOR,
 ) -> Report:
-    """The verdict on an int8 ONNX file beside the model, or the float32 file, that it was made of.
+    """Judges an int8 ONNX file beside the model, or the float32 file, that it was made of.
 
     reference: a torch model in any form, or a runner of the float32 file. candidate: a runner of
     the int8 file. inputs: as in verify; those of the kind that the ranges were taken on. Where it
@@ -70,7 +71,7 @@ def _float32_file(
     batches: list[Batch],
     folder: Path,
 ) -> Path:
-    """The file that the int8 file is, but for the rounding: the reference's, or made of it."""
+    """Finds or makes the float32 file of the same net: the reference's, or made of it."""
     if isinstance(reference, OnnxRunner):
         return reference.path
     source = truth if truth is not None else reference
@@ -92,17 +93,17 @@ def _float32_file(
 
 
 def lost_in_file(float32: Path, int8: Path, batches: Sequence[Batch]) -> list[LostChannels]:
-    """The layers of which the int8 file rounds most input channels to 0, on these batches.
+    """Finds the layers of which the int8 file rounds most input channels to 0, on these batches.
 
     By the steps in the file: a channel that stays below half a step is 0.
     """
     model = load_graph(float32)
     steps = rounding_steps(int8)
-    weights = {tensor.name for tensor in model.graph.initializer}
     read = [
-        (node, node.input[0])
-        for node in walk(model.graph)
-        if (node.name, 0) in steps and node.input[0] not in weights
+        (node, value.name or "")
+        for node in model.graph.all_nodes()
+        for value in node.inputs[:1]
+        if (node.name or "", 0) in steps and value is not None and value.const_value is None
     ]
     peaks: dict[str, np.ndarray] = {}
     for batch in batches:
@@ -110,19 +111,15 @@ def lost_in_file(float32: Path, int8: Path, batches: Sequence[Batch]) -> list[Lo
             axis = 1 if value.ndim > 2 else -1
             peak = value.abs().movedim(axis, 0).flatten(1).amax(1).double().numpy()
             peaks[name] = np.maximum(peaks.get(name, 0.0), peak)
-    sizes = _weight_sizes(model)
+    sizes = {name: t.size for name, t in model.graph.initializers.tensor_items()}
     total = sum(sizes.values()) or 1
     found = []
     for node, name in read:
         alive = peaks[name][peaks[name] > 0]
         if len(alive):
-            lost = int((alive < float(steps[node.name, 0][0].max()) / 2).sum())
+            lost = int((alive < float(steps[node.name or "", 0][0].max()) / 2).sum())
             spread = float(alive.max() / np.median(alive))
-            share = sum(sizes.get(part, 0) for part in node.input) / total
-            path = torch_module(node) or node.name
+            share = sum(sizes.get(part, 0) for part in input_names(node)) / total
+            path = torch_module(node) or node.name or ""
             found.append(LostChannels(path, lost, len(alive), spread, share))
     return [layer for layer in found if is_named(layer)]
-
-
-def _weight_sizes(model: Any) -> dict[str, int]:
-    return {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}

@@ -10,23 +10,26 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.reading import load_graph, values_of
 from orepa_compiler.files.atomic import locked
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _CHUNK = 1 << 20
 _HASH_DIGITS = 16
-_DIGITS_OF_A_SIZE = 16  # a petabyte
+# Weights up to this size stay in the file where the others lie beside it.
+SMALL_BYTES = 256
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Hashes a file with sha256, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -34,64 +37,43 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_beside(name: str) -> bool:
-    """Whether a path stays in the folder that it is taken from: not absolute, and without `..`."""
-    parts = name.replace("\\", "/").split("/")
-    is_absolute = name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":")
-    return bool(name) and "\0" not in name and not is_absolute and ".." not in parts
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Yields every tensor of an ONNX model whose values lie in another file."""
+    found: list[ir.ExternalTensor] = []
+
+    def keep(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+        found.append(tensor)
+        return tensor
+
+    _replace_external(model, keep)
+    yield from found
 
 
-@dataclass(frozen=True)
-class ExternalPart:
-    """Where the values of a tensor lie: in the file `location`; length 0 is up to its end."""
-
-    location: str
-    offset: int
-    length: int
-
-    @classmethod
-    def of(cls, tensor: Any) -> ExternalPart:
-        """What a tensor says. Raises ExportError for a path that leaves the folder, or no size."""
-        fields = {entry.key: entry.value for entry in tensor.external_data}
-        location = fields.get("location", "")
-        if not is_beside(location):
-            raise ExportError(
-                f"weight {tensor.name}: lies in {location!r}; external data lies in the folder of "
-                "the ONNX file: no absolute path, and none through .."
-            )
-        return cls(location, *(_size(tensor, fields, key) for key in ("offset", "length")))
+def _replace_external(
+    model: ir.Model, change: Callable[[ir.ExternalTensor], ir.TensorProtocol]
+) -> None:
+    """Puts another tensor in the place of each whose values lie in another file."""
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, onnx_ir.ExternalTensor):
+                value.const_value = change(value.const_value)
+    for node in model.graph.all_nodes():
+        for name, attribute in node.attributes.items():
+            kind, held = attribute.type, attribute.value
+            if isinstance(held, onnx_ir.ExternalTensor):
+                node.attributes[name] = onnx_ir.AttrTensor(name, change(held))
+            elif kind == onnx_ir.AttributeType.TENSORS:
+                tensors = [change(t) if isinstance(t, onnx_ir.ExternalTensor) else t for t in held]
+                node.attributes[name] = onnx_ir.AttrTensors(name, tensors)
 
 
-def _size(tensor: Any, fields: dict[str, str], key: str) -> int:
-    text = fields.get(key, "0")
-    if not (text.isascii() and text.isdecimal() and len(text) < _DIGITS_OF_A_SIZE):
-        raise ExportError(f"weight {tensor.name}: its {key} is {text[:40]!r}, and no size in bytes")
-    return int(text)
+def external_files(model: ir.Model) -> list[str]:
+    """Names the files that hold weights of an ONNX model, as it writes them."""
+    return sorted({str(tensor.location) for tensor in external_tensors(model)})
 
 
-def external_tensors(model: Any) -> Iterator[Any]:
-    """Every tensor of an ONNX model whose values lie in another file."""
-    yield from (tensor for tensor in _tensors(model.graph) if tensor.external_data)
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for body in (attribute.g, *attribute.graphs):
-                yield from _tensors(body)
-
-
-def external_files(model: Any) -> list[str]:
-    """The names of the files that hold weights of an ONNX model, as it writes them.
-
-    Raises ExportError for one that does not lie in the model's own folder.
-    """
-    return sorted({ExternalPart.of(tensor).location for tensor in external_tensors(model)})
-
-
-def load_external(path: Path, model: Any) -> None:
+def load_external(path: Path, model: ir.Model) -> None:
     """Reads the weights that lie in files beside `path` into the ONNX model that was read there.
 
     Raises ExportError as check_external does.
@@ -99,25 +81,51 @@ def load_external(path: Path, model: Any) -> None:
     if not external_files(model):
         return
     check_external(path, model)
-    folder = str(path.resolve().parent)
-    helper = import_extra("onnx.external_data_helper", extra="onnx")
-    helper.load_external_data_for_model(model, folder)
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
+
+    def read(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+        values_of(tensor)
+        (loaded,) = onnx_ir.external_data.convert_tensors_from_external([tensor])
+        return loaded
+
+    _replace_external(model, read)
 
 
-def name_by_content(model: Any, draft: Path) -> None:
+def write_external(model: ir.Model, draft: Path) -> None:
+    """Writes all but the small weights beside `draft`, into NAME.HASH.data."""
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
+    name = f"{draft.name}.data"
+    onnx_ir.external_data.unload_from_model(
+        model, draft.parent, name, size_threshold_bytes=SMALL_BYTES
+    )
+    name_by_content(model, draft)
+
+
+def name_by_content(model: ir.Model, draft: Path) -> None:
     """Renames the weights' file beside `draft` to NAME.HASH.data, in the model too."""
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
+    names = {}
     for name in external_files(model):
         file = draft.with_name(name)
-        named = f"{draft.name}.{sha256(file)[:_HASH_DIGITS]}.data"
-        os.replace(file, file.with_name(named))
-        for tensor in model.graph.initializer:
-            for entry in tensor.external_data:
-                if entry.key == "location" and entry.value == name:
-                    entry.value = named
+        names[name] = f"{draft.name}.{sha256(file)[:_HASH_DIGITS]}.data"
+        os.replace(file, file.with_name(names[name]))
+
+    def renamed(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+        return onnx_ir.ExternalTensor(
+            names[str(tensor.location)],
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=draft.parent,
+        )
+
+    _replace_external(model, renamed)
 
 
 def own_companions(target: Path) -> set[Path]:
-    """The weights' files beside `target` that an export to the same path made; none else."""
+    """Finds the weights' files beside `target` that an export to the same path made; none else."""
     pattern = re.compile(rf"{re.escape(target.name)}\.[0-9a-f]{{{_HASH_DIGITS}}}\.data")
     return {file for file in target.parent.glob("*.data") if pattern.fullmatch(file.name)}
 
@@ -132,7 +140,7 @@ def remove_stale(target: Path) -> None:
                 file.unlink(missing_ok=True)
 
 
-def check_external(path: Path, model: Any) -> None:
+def check_external(path: Path, model: ir.Model) -> None:
     """Raises ExportError where weights that lie beside the ONNX file are not there, or not whole.
 
     A file that this package wrote bears its content's hash, which is checked.
@@ -158,10 +166,10 @@ def check_external(path: Path, model: Any) -> None:
             )
 
 
-def _needed_sizes(model: Any) -> Iterator[tuple[str, int]]:
-    """Every file of weights, with the bytes that it must have at least."""
+def _needed_sizes(model: ir.Model) -> Iterator[tuple[str, int]]:
+    """Yields every file of weights, with the bytes that it must have at least."""
     ends: dict[str, int] = {}
     for tensor in external_tensors(model):
-        part = ExternalPart.of(tensor)
-        ends[part.location] = max(part.offset + part.length, ends.get(part.location, 0))
+        end = (tensor.offset or 0) + (tensor.length or 0)
+        ends[str(tensor.location)] = max(end, ends.get(str(tensor.location), 0))
     yield from sorted(ends.items())

@@ -18,13 +18,13 @@ def is_image(leaf: Any) -> bool:
 
 
 def axis_names(dimensions: int) -> dict[int, str]:
-    """What the axes of an image are called, by their index: {2: "height", 3: "width"}."""
+    """Names the axes of an image, by their index: {2: "height", 3: "width"}."""
     names = _AXES[-(dimensions - 2) :]
     return dict(enumerate(names, start=2))
 
 
 def size_symbols(shapes: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, str]:
-    """What the symbols of images' axes are to be called: height, width; with the input's name
+    """Names the symbols of images' axes: height, width; with the input's name
     where a second image has sizes of its own; `size` where height and width are one symbol.
 
     shapes: the name and the axes (a symbol's name, or a number) of each input.
@@ -43,5 +43,5 @@ def size_symbols(shapes: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, str]:
 
 
 def renamed(text: str, names: dict[str, str]) -> str:
-    """A shape's expression, such as 4*s7, with its symbols renamed, all at once."""
+    """Renames the symbols in a shape's expression, such as 4*s7, all at once."""
     return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), text)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
+from orepa_compiler.export.onnx.reading import inferred
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # The key under which every node keeps the path of the torch module it comes from.
 MODULE_KEY = "orepa.module"
@@ -39,96 +41,63 @@ class ConvNode:
 
     @property
     def where(self) -> str:
-        """The torch module where it is known, else the node."""
+        """Names the torch module where it is known, else the node."""
         return self.module or self.name or self.output
 
 
-def load_graph(path: Path) -> Any:
-    """The ONNX ModelProto at `path`, without external weights.
-
-    Raises ExportError when there is no such file, or when it is not a whole ONNX file.
-    """
-    onnx = import_extra("onnx", extra="onnx")
-    decode_error = import_extra("google.protobuf.message", extra="onnx").DecodeError
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file; write it with orepa.export_onnx(model, ...)")
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except decode_error as error:
-        raise ExportError(
-            f"{path}: not a whole ONNX file ({path.stat().st_size} bytes; {error}); export it again"
-        ) from error
-    if not model.graph.node:
-        raise ExportError(f"{path}: the ONNX file holds no nodes; export it again")
-    return model
+def torch_module(node: ir.Node) -> str | None:
+    """Reads which torch module a node comes from; None where the file does not say."""
+    return node.metadata_props.get(MODULE_KEY)
 
 
-def walk(graph: Any) -> Iterator[Any]:
-    """Every node of a graph, those inside If and Loop bodies included."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                yield from walk(body)
+def input_names(node: ir.Node) -> list[str]:
+    """Names what a node reads; "" for an optional input that is left out."""
+    return ["" if value is None else value.name or "" for value in node.inputs]
 
 
-def makers(graph: Any) -> dict[str, Any]:
-    """The node that makes each value, by the value's name."""
-    return {output: node for node in walk(graph) for output in node.output}
+def output_names(node: ir.Node) -> list[str]:
+    """Names what a node makes."""
+    return names_of(node.outputs)
 
 
-def torch_module(node: Any) -> str | None:
-    """The path of the torch module that a node comes from, or None where the file does not say."""
-    return next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), None)
+def names_of(values: Iterable[ir.Value]) -> list[str]:
+    """Names values: the inputs and outputs of a graph, for one."""
+    return [value.name or "" for value in values]
 
 
-def conv_nodes(model: Any) -> list[ConvNode]:
-    """The Conv nodes of a model, in its order, with the element types that ONNX infers.
+def conv_nodes(model: ir.Model) -> list[ConvNode]:
+    """Lists the Conv nodes of a model, in its order, with the element types that ONNX infers.
 
     Raises ExportError where the types contradict each other.
     """
-    onnx = import_extra("onnx", extra="onnx")
-    try:
-        typed = onnx.shape_inference.infer_shapes(model)
-    except onnx.shape_inference.InferenceError as error:
-        raise ExportError(f"the ONNX graph contradicts itself: {error}; export it again") from error
-    types = _element_types(typed.graph)
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in typed.graph.initializer}
-    convs = (node for node in walk(typed.graph) if node.op_type == "Conv")
-    return [_conv_node(node, types, shapes) for node in convs]
+    nodes = inferred(model).graph.all_nodes()
+    return [_conv_node(node) for node in nodes if node.op_type == "Conv"]
 
 
-def _element_types(graph: Any) -> dict[str, str]:
-    onnx = import_extra("onnx", extra="onnx")
-    name_of = onnx.TensorProto.DataType.Name
-    values = (*graph.input, *graph.output, *graph.value_info)
-    types = {value.name: name_of(value.type.tensor_type.elem_type) for value in values}
-    types |= {tensor.name: name_of(tensor.data_type) for tensor in graph.initializer}
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                types |= _element_types(body)
-    return types
-
-
-def _conv_node(node: Any, types: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> ConvNode:
-    onnx = import_extra("onnx", extra="onnx")
-    given = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-    kernel = tuple(given.get("kernel_shape") or shapes.get(node.input[1], ())[2:])
+def _conv_node(node: ir.Node) -> ConvNode:
+    source, weight = (*node.inputs, None, None)[:2]
+    if source is None or weight is None or not node.outputs:
+        raise ExportError(f"node {node.name}: a Conv without input, weight or output")
+    shape = _weight_shape(weight)
+    kernel = ints_of(node, "kernel_shape") or shape[2:]
     rank = len(kernel)
-    dilations = tuple(given.get("dilations") or (1,) * rank)
-    before = tuple(given.get("pads") or (0,) * 2 * rank)[:rank]
+    dilations = ints_of(node, "dilations") or (1,) * rank
+    before = (ints_of(node, "pads") or (0,) * 2 * rank)[:rank]
+    if not len(dilations) == len(before) == rank:
+        raise ExportError(
+            f"node {node.name}: a Conv of {rank} axes with dilations {dilations} and pads {before}"
+        )
     return ConvNode(
-        name=node.name,
+        name=node.name or "",
         module=torch_module(node),
-        input=node.input[0],
-        weight=node.input[1],
-        output=node.output[0],
-        input_type=types.get(node.input[0], "UNDEFINED"),
-        weight_type=types.get(node.input[1], "UNDEFINED"),
-        weight_shape=shapes.get(node.input[1], ()),
-        strides=tuple(given.get("strides") or (1,) * rank),
-        group=given.get("group", 1),
+        input=source.name or "",
+        weight=weight.name or "",
+        output=node.outputs[0].name or "",
+        input_type=_element_type(source),
+        weight_type=_element_type(weight),
+        weight_shape=shape,
+        strides=ints_of(node, "strides") or (1,) * rank,
+        group=next(iter(ints_of(node, "group")), 1),
         reach=tuple(
             (-pad, (k - 1) * d - pad) for k, d, pad in zip(kernel, dilations, before, strict=True)
         ),
@@ -136,36 +105,57 @@ def _conv_node(node: Any, types: dict[str, str], shapes: dict[str, tuple[int, ..
     )
 
 
-def foldable_norms_in_file(model: Any) -> list[str]:
-    """The BatchNormalization nodes that a collapse would have folded, by torch module or name.
+def ints_of(node: ir.Node, name: str) -> tuple[int, ...]:
+    """Reads the integers of an attribute; none where there are none, or values of another type."""
+    held = node.attributes[name].value if name in node.attributes else ()
+    given = tuple(held) if isinstance(held, (tuple, list)) else (held,)
+    return tuple(number for number in given if isinstance(number, int))
+
+
+def _weight_shape(value: ir.Value) -> tuple[int, ...]:
+    """Gives the shape of a weight of the file; () for one that a node makes."""
+    tensor = value.const_value if value.is_initializer() else None
+    return () if tensor is None else tuple(int(size) for size in tensor.shape.numpy())
+
+
+def _element_type(value: ir.Value) -> str:
+    if value.is_initializer() and value.const_value is not None:
+        return value.const_value.dtype.name
+    return "UNDEFINED" if value.dtype is None else value.dtype.name
+
+
+def foldable_norms_in_file(model: ir.Model) -> list[str]:
+    """Names the BatchNormalization nodes that a collapse would have folded, by module or node.
 
     Those are the sole readers of a Conv's output.
     """
-    convs = {node.output[0] for node in walk(model.graph) if node.op_type == "Conv"}
-    readers = _reader_counts(model.graph)
     return [
-        torch_module(node) or node.name
-        for node in walk(model.graph)
-        if node.op_type == "BatchNormalization"
-        and node.input[0] in convs
-        and readers[node.input[0]] == 1
+        torch_module(node) or node.name or ""
+        for node in model.graph.all_nodes()
+        if node.op_type == "BatchNormalization" and _is_alone_behind_a_conv(node)
     ]
 
 
-def parallel_convs(model: Any, convs: list[ConvNode]) -> list[tuple[ConvNode, ConvNode]]:
-    """Pairs of a model's convs that a collapse would have made one: it was forgotten.
+def _is_alone_behind_a_conv(node: ir.Node) -> bool:
+    source = node.inputs[0] if node.inputs else None
+    conv = source.producer() if source is not None else None
+    if source is None or conv is None or conv.op_type != "Conv":
+        return False
+    return source is conv.outputs[0] and _readers(source) == 1
+
+
+def parallel_convs(model: ir.Model, convs: list[ConvNode]) -> list[tuple[ConvNode, ConvNode]]:
+    """Pairs those of a model's convs that a collapse would have made one: it was forgotten.
 
     Both read the same tensor, with the same strides and groups; their outputs are only added up;
     and one kernel reaches no further than the other, so that one conv costs less than two.
     """
-    readers = _reader_counts(model.graph)
-    alone = {conv.output: conv for conv in convs if readers.get(conv.output) == 1}
-    sums = {n.output[0]: n for n in walk(model.graph) if n.op_type == "Add"}
-    inner = {name for node in sums.values() for name in node.input if readers[name] == 1}
+    known = {conv.output: conv for conv in convs}
     pairs = []
-    for name, node in sums.items():
-        if name not in inner:
-            terms = [alone[term] for term in _terms(node, sums, readers) if term in alone]
+    for node in model.graph.all_nodes():
+        if node.op_type == "Add" and node.outputs and not _is_inner(node.outputs[0]):
+            values = [value for value in _terms(node) if _readers(value) == 1]
+            terms = [known[name] for name in (value.name for value in values) if name in known]
             pairs += [
                 (first, second)
                 for index, first in enumerate(terms)
@@ -175,22 +165,26 @@ def parallel_convs(model: Any, convs: list[ConvNode]) -> list[tuple[ConvNode, Co
     return pairs
 
 
-def _reader_counts(graph: Any) -> dict[str, int]:
-    """How often each tensor is read; being an output of the model counts too."""
-    counts = {value.name: 1 for value in graph.output}
-    for node in walk(graph):
-        for name in node.input:
-            counts[name] = counts.get(name, 0) + 1
-    return counts
+def _readers(value: ir.Value) -> int:
+    """Counts how often a tensor is read; being an output of the model counts too."""
+    return len(value.uses()) + value.is_graph_output()
 
 
-def _terms(node: Any, sums: dict[str, Any], readers: dict[str, int]) -> Iterator[str]:
-    """The tensors that a tree of Add nodes adds up."""
-    for name in node.input:
-        if name in sums and readers[name] == 1:
-            yield from _terms(sums[name], sums, readers)
+def _is_inner(total: ir.Value) -> bool:
+    """Whether a sum is only a term of another one."""
+    return _readers(total) == 1 and any(use.node.op_type == "Add" for use in total.uses())
+
+
+def _terms(node: ir.Node) -> Iterator[ir.Value]:
+    """Yields the tensors that a tree of Add nodes adds up."""
+    for value in node.inputs:
+        if value is None:
+            continue
+        maker = value.producer()
+        if maker is not None and maker.op_type == "Add" and _readers(value) == 1:
+            yield from _terms(maker)
         else:
-            yield name
+            yield value
 
 
 def _would_merge(first: ConvNode, second: ConvNode) -> bool:

@@ -19,7 +19,7 @@ _PASSING = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropou
 
 
 def live_nodes(program: ExportedProgram) -> set[fx.Node]:
-    """The nodes of a traced program that its outputs depend on, those of branches' bodies included.
+    """Finds the nodes of a traced program that its outputs depend on, those of bodies included.
 
     A write counts where what is written over is read: y.relu_() of a result that nobody takes does
     not.
@@ -51,7 +51,7 @@ def _reach(live: set[fx.Node], nodes: Iterator[fx.Node]) -> None:
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
-    """Whose memory a node writes over."""
+    """Finds the nodes whose memory a node writes over."""
     if isinstance(node.target, torch._ops.OpOverload):
         for index, argument in enumerate(node.target._schema.arguments):
             given = _given(node, index, argument.name)
@@ -69,7 +69,7 @@ def _nodes(given: Any) -> list[fx.Node]:
 
 
 def _root(node: fx.Node) -> fx.Node:
-    """The node whose memory this one gives: the node itself, but for views and writes."""
+    """Finds the node whose memory this one gives: the node itself, but for views and writes."""
     while _gives_what_it_reads(node) and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

@@ -26,7 +26,7 @@ ELEMENT_TYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "int8":
 
 
 def kept_modules(model: nn.Module, patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """The paths of the modules that `patterns` keep in float32, without those inside another.
+    """Lists the paths of the modules that `patterns` keep in float32, without those inside another.
 
     patterns: globs on module paths ("layer4.*"), where "*" spans dots too.
     Raises ExportError for a pattern that matches no module.
@@ -52,7 +52,7 @@ def lies_in(path: str | None, modules: Collection[str]) -> bool:
 
 
 def cast(model: nn.Module, dtype: torch.dtype, *, keep: Collection[str] = ()) -> nn.Module:
-    """A copy of the model whose floating tensors have `dtype`, and those in `keep` float32.
+    """Copies the model, its floating tensors in `dtype`, and those in `keep` in float32.
 
     A kept module gets its inputs in float32, and its outputs are cast to `dtype` again.
     Raises ExportError where a finite value is beyond the range of `dtype`.
@@ -74,7 +74,7 @@ def cast(model: nn.Module, dtype: torch.dtype, *, keep: Collection[str] = ()) ->
 
 
 def cast_tensors(values: Any, dtype: torch.dtype) -> Any:
-    """The same structure, its floating tensors in `dtype`."""
+    """Casts the floating tensors in a nested structure to `dtype`."""
     return pytree.tree_map(
         lambda leaf: _typed(leaf, dtype) if isinstance(leaf, Tensor) else leaf, values
     )

@@ -65,7 +65,7 @@ def trace_program(
 
 
 def _symbols(leaf: Any, batch_axis: dict[int, Any], free: Any) -> dict[int, Any] | None:
-    """Which axes of an input are symbols; None for what is no tensor."""
+    """Says which axes of an input are symbols; None for what is no tensor."""
     if not _has_batch(leaf):
         return None
     sizes = axis_names(leaf.dim()) if free is not None and is_image(leaf) else {}
@@ -73,7 +73,7 @@ def _symbols(leaf: Any, batch_axis: dict[int, Any], free: Any) -> dict[int, Any]
 
 
 def _exported(model: nn.Module, batch: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    """The program that torch.export makes: by running the forward, or else by reading its code.
+    """Lets torch.export make the program: by running the forward, or else by reading its code.
 
     Some read numbers out of tensors, which only the second way follows: the mask of a length.
     """
@@ -105,7 +105,7 @@ def _two_or_more(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no log lines: the artifact is checked afterwards, by us."""
+    """Silences warnings and log lines: the artifact is checked afterwards, by us."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -117,7 +117,7 @@ def quiet() -> Iterator[None]:
 
 
 def count_convs(program: ExportedProgram) -> int:
-    """How many convolutions a traced forward runs, transposed ones not counted."""
+    """Counts the convolutions that a traced forward runs, transposed ones not counted."""
     return sum(_is_conv(node) for node in program_nodes(program))
 
 
@@ -140,7 +140,7 @@ def _is_training(node: fx.Node) -> bool:
 
 
 def foldable_norms_in_program(program: ExportedProgram) -> list[str]:
-    """Module paths of the BatchNorms in eval form that a collapse would have folded into a conv.
+    """Finds the BatchNorms, in eval form, that a collapse would have folded into a conv.
 
     Those are the sole readers of a conv's result. A conv that runs several times is left out, for
     no one kernel could hold its different norms.
@@ -154,7 +154,7 @@ def foldable_norms_in_program(program: ExportedProgram) -> list[str]:
 
 
 def output_names(program: ExportedProgram) -> list[str]:
-    """The names of the tensors that a model returns.
+    """Names the tensors that a model returns.
 
     `output` for a lone tensor, output_0, output_1, ... for a sequence, the keys for a dict; deeper
     levels are joined with a dot. None has no place in a file and is left out.
@@ -172,10 +172,30 @@ def output_names(program: ExportedProgram) -> list[str]:
     return names
 
 
+def returned_names(given: Any) -> tuple[list[str], bool]:
+    """Names the tensors that a forward returned, as output_names does, before anything is traced.
+
+    Also tells whether the forward names them itself, with keys or fields.
+    """
+    paths = list(_tensor_paths(given, ()))
+    is_named = any(path and not isinstance(path[0], int) for path in paths)
+    return [_leaf_name(path) for path in paths], is_named
+
+
+def _tensor_paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, Tensor):
+        yield path
+        return
+    if pytree.tree_structure(value).is_leaf():  # None, or a class that torch.export does not know
+        return
+    for key, child in registered_children(value):
+        yield from _tensor_paths(child, (*path, key))
+
+
 def named_outputs(
     program: ExportedProgram, names: tuple[str, ...], inputs: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The names of a file's outputs: those given, where they were; else output_names.
+    """Names a file's outputs: as given, or else as output_names does.
 
     Raises ExportError where there are more or fewer, where the model has named them already, and
     for an output that is called as an input is to be.
@@ -208,7 +228,7 @@ class _Returned:
 
 
 def _output_paths(program: ExportedProgram) -> list[tuple[tuple[Any, ...], int]]:
-    """The keys that lead to each returned value, and its number among them."""
+    """Lists the keys that lead to each returned value, and its number among them."""
     spec = program.call_spec.out_spec
     leaves = [_Returned(index) for index in range(spec.num_leaves)]
     return list(_numbered(pytree.tree_unflatten(leaves, spec), ()))
@@ -229,14 +249,14 @@ def _leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def program_nodes(program: ExportedProgram) -> Iterator[fx.Node]:
-    """Every node of a traced program, those of the bodies of its branches included."""
+    """Yields every node of a traced program, those of the bodies of its branches included."""
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             yield from module.graph.nodes
 
 
 def operator_name(node: Any) -> str:
-    """The name of the operator that a node calls, such as aten::add; else nothing."""
+    """Names the operator that a node calls, such as aten::add; else nothing."""
     target = getattr(node, "target", None)
     return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
 

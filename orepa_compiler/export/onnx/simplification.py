@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.external_data import external_files
 from orepa_compiler.export.onnx.program import quiet
-from orepa_compiler.export.onnx.rewriting import replace_file, save_like
+from orepa_compiler.export.onnx.reading import load_graph
+from orepa_compiler.export.onnx.rewriting import replace_file, save_model
 from orepa_compiler.export.run.runners import OnnxRunner
 
 # Largest difference, relative to the largest output: folding constants reorders a few roundings.
@@ -28,14 +29,15 @@ def simplify_file(path: Path, batch: tuple[Any, ...]) -> None:
     onnxsim or onnxruntime.
     """
     onnxsim = import_extra("onnxsim", extra="simplify")
-    before = load_graph(path)
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
+    beside = bool(external_files(load_graph(path)))
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     expected = OnnxRunner(path)(*tensors)
     # Without its check_n, onnxsim's own verdict compares nothing; with it, random inputs.
     with quiet():
         after, _ = onnxsim.simplify(str(path))
     candidate = path.with_name(f"simplified-{path.name}")
-    save_like(before, after, candidate)
+    save_model(onnx_ir.from_proto(after), candidate, beside=beside)
     check_same(expected, OnnxRunner(candidate)(*tensors))
     replace_file(path, candidate)
 

@@ -42,13 +42,13 @@ def check_images(batch: Batch) -> None:
 
 
 def size_of(batch: Batch) -> Size:
-    """Height and width (depth before them) of the first image."""
+    """Gives height and width (depth before them) of the first image."""
     first = next(leaf for leaf in pytree.tree_leaves(batch) if is_image(leaf))
     return tuple(first.shape[2:])
 
 
 def resized(batch: Batch, change: Callable[[Size], Size]) -> Batch:
-    """The batch with images of another size, which hold the same values: tiled, or cut."""
+    """Gives the images of a batch another size, with the same values: tiled, or cut."""
 
     def image(leaf: Any) -> Any:
         if not is_image(leaf):
@@ -62,7 +62,7 @@ def resized(batch: Batch, change: Callable[[Size], Size]) -> Batch:
 
 
 def other_sizes(model: nn.Module, batch: Batch) -> Iterator[Batch]:
-    """The batch at each other size that is tried and that the model runs on.
+    """Yields the batch at each other size that is tried and that the model runs on.
 
     Raises ExportError, with what the model says, where it runs on none.
     """
@@ -123,7 +123,7 @@ def _differs(other: Batch, what: str) -> str:
 
 
 def _first_other(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """The first output that is not the same up to rounding; "" where all are."""
+    """Names the first output that is not the same up to rounding; "" where all are."""
     for (name, mine), other in zip(expected.items(), found.values(), strict=True):
         # A tensor of zeros or without values agrees with itself, and proves nothing.
         if not (torch.equal(mine, other) or agree(mine, other)):

@@ -5,41 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.onnx.annotation import set_properties
-from orepa_compiler.export.onnx.external_data import ExternalPart, check_external
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module, walk
+from orepa_compiler.export.onnx.external_data import check_external
+from orepa_compiler.export.onnx.inspection import input_names, torch_module
+from orepa_compiler.export.onnx.reading import bytes_of, load_graph
 from orepa_compiler.files.schemas import parsed
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 WEIGHTS_KEY = "orepa.weights"
 
 _DIGITS = 16
 
 
-def properties_of(model: Any) -> dict[str, str]:
-    """The metadata of an ONNX model."""
-    return {entry.key: entry.value for entry in model.metadata_props}
-
-
 def record_weights(path: Path) -> None:
     """Writes the hash of every weight into the metadata of the ONNX file at `path`."""
-    onnx = import_extra("onnx", extra="onnx")
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
     model = load_graph(path)
     hashes = json.dumps(_hashes(model, path.parent), separators=(",", ":"))
-    set_properties(model, {**properties_of(model), WEIGHTS_KEY: hashes})
-    onnx.save(model, path)
+    model.metadata_props[WEIGHTS_KEY] = hashes
+    onnx_ir.save(model, path)
 
 
-def check_weights(path: Path, model: Any) -> int:
-    """How many weights are, bit by bit, those that were exported; 0 where none is recorded.
+def check_weights(path: Path, model: ir.Model) -> int:
+    """Counts the weights that are, bit by bit, those that were exported; 0 where none is recorded.
 
     Raises ExportError, with the torch module that reads it, for the first weight that changed, that
     is missing, or that was not there.
     """
-    recorded = properties_of(model).get(WEIGHTS_KEY)
+    recorded = model.metadata_props.get(WEIGHTS_KEY)
     check_external(path, model)
     if recorded is None:
         return 0
@@ -59,22 +57,24 @@ def check_weights(path: Path, model: Any) -> int:
     return len(then)
 
 
-def _reader(model: Any, name: str) -> str | None:
-    return next((torch_module(node) for node in walk(model.graph) if name in node.input), None)
+def _reader(model: ir.Model, name: str) -> str | None:
+    nodes = model.graph.all_nodes()
+    return next((torch_module(node) for node in nodes if name in input_names(node)), None)
 
 
-def _hashes(model: Any, folder: Path) -> dict[str, str]:
-    return {tensor.name: _hash(tensor, folder) for tensor in model.graph.initializer}
+def _hashes(model: ir.Model, folder: Path) -> dict[str, str]:
+    return {name: _hash(t, folder) for name, t in model.graph.initializers.tensor_items()}
 
 
-def _hash(tensor: Any, folder: Path) -> str:
-    onnx = import_extra("onnx", extra="onnx")
-    head = f"{tensor.data_type} {tuple(tensor.dims)}".encode()
-    if tensor.external_data:
-        part = ExternalPart.of(tensor)
-        with (folder / part.location).open("rb") as file:
-            file.seek(part.offset)
-            content = file.read(part.length) if part.length else file.read()
+def _hash(tensor: ir.TensorProtocol, folder: Path) -> str:
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
+    head = f"{tensor.dtype.value} {tuple(tensor.shape.numpy())}".encode()
+    if isinstance(tensor, onnx_ir.ExternalTensor):
+        with (folder / tensor.location).open("rb") as file:
+            file.seek(tensor.offset or 0)
+            content = file.read(tensor.length) if tensor.length else file.read()
+    elif isinstance(tensor, onnx_ir.StringTensor):
+        content = json.dumps([text.hex() for text in tensor.string_data()]).encode()
     else:
-        content = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+        content = bytes_of(tensor)
     return hashlib.sha256(head + content).hexdigest()[:_DIGITS]

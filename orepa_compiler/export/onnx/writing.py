@@ -35,8 +35,7 @@ from orepa_compiler.export.int8.trained import (
     write_trained,
 )
 from orepa_compiler.export.onnx.annotation import annotate, name_values
-from orepa_compiler.export.onnx.external_data import name_by_content, remove_stale
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.external_data import remove_stale, write_external
 from orepa_compiler.export.onnx.precision import (
     ELEMENT_TYPES,
     PRECISIONS,
@@ -193,7 +192,7 @@ class _Trained:
 def _trained(
     model: nn.Module, precision: str, calibration: Sequence[Any] | None, kept: Sequence[str]
 ) -> _Trained | None:
-    """What a model was trained with for int8; None where it does not round."""
+    """Collects what a model was trained with for int8; None where it does not round."""
     preset = trained_preset(model)
     if preset is None:
         return None
@@ -226,7 +225,7 @@ def _checked_preset(asked: str | None, precision: str, trained: _Trained | None)
 def _checked_names(
     batch: tuple[Any, ...], inputs: Sequence[str] | None, outputs: Sequence[str] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that were given, none where none were; ExportError for those that cannot be."""
+    """Checks the names that were given, none where none were; ExportError for impossible ones."""
     given = {"input_names": inputs, "output_names": outputs}
     for option, names in given.items():
         if isinstance(names, str):
@@ -245,7 +244,7 @@ def _checked_names(
 
 
 def _check_packages(runs: bool, simplify: bool) -> None:
-    packages = {"onnx": "onnx", "onnxscript": "onnx"}
+    packages = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx"}
     packages |= {"onnxruntime": "cpu"} if runs else {}
     packages |= {"onnxsim": "simplify"} if simplify else {}
     for package, extra in packages.items():
@@ -297,24 +296,26 @@ def _model_properties(
 def _write(
     program: ExportedProgram, draft: Path, expected: Expected, properties: dict[str, str]
 ) -> Counts:
-    """What the written file holds, counted; ExportError where that is more than was traced."""
-    onnx = import_extra("onnx", extra="onnx")
+    """Writes the file and counts what it holds; ExportError where that is more than was traced."""
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
     translated = _translate(program, expected.opset)
-    name_values(translated.model.graph, expected.outputs, expected.inputs)
-    weights = translated.model.graph.initializers.values()
+    model = translated.model
+    if not len(model.graph):
+        raise ExportError("the translated graph holds no nodes: forward returns what it was given")
+    name_values(model.graph, expected.outputs, expected.inputs)
+    weights = model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
-    translated.save(draft, external_data=size > EMBED_LIMIT_BYTES)
-    graph = load_graph(draft)
+    if size > EMBED_LIMIT_BYTES:
+        write_external(model, draft)
     # The program that torch translated: its own pooling, for one, is many sums in there already.
     check_counts(
-        Counts.of_graph(graph, translated=True), Counts.of_program(translated.exported_program)
+        Counts.of_graph(model, translated=True), Counts.of_program(translated.exported_program)
     )
-    counts = Counts.of_graph(graph)
-    name_by_content(graph, draft)
-    annotate(graph, properties | counts.properties(), expected.modules)
+    counts = Counts.of_graph(model)
+    annotate(model, properties | counts.properties(), expected.modules)
     if expected.element_type == "BFLOAT16":
-        widen(graph, REFUSED_IN_BF16, keep=expected.kept)
-    onnx.save(graph, draft)
+        widen(model, REFUSED_IN_BF16, keep=expected.kept)
+    onnx_ir.save(model, draft)
     return counts
 
 

@@ -61,8 +61,9 @@ def write_openvino(onnx_path: str | PathLike[str], path: str | PathLike[str]) ->
 class OpenVINORunner:
     """OpenVINO's file, or an ONNX file, on the CPU: torch tensors in, torch tensors out.
 
-    It computes in the file's own precision. It returns one tensor where the only output is called
-    `output`, as export_onnx names a lone tensor, and else a dict from output name to tensor.
+    It computes in the file's own precision. properties: the metadata of the ONNX file, which
+    OpenVINO's keeps. It returns one tensor where the only output is called `output`, as export_onnx
+    names a lone tensor, and else a dict from output name to tensor.
     Raises ExportError for a file that OpenVINO cannot read or run, and for inputs that do not fit;
     MissingPackage without OpenVINO.
     """
@@ -77,6 +78,7 @@ class OpenVINORunner:
             raise ExportError(f"{self.path}: OpenVINO: {first_line(error)}") from error
         self.inputs = tuple(_spec(self.path, port) for port in self._compiled.inputs)
         self.outputs = tuple(_spec(self.path, port) for port in self._compiled.outputs)
+        self.properties = _properties(model)
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor | dict[str, Tensor]:
         given = match_inputs(self.path, self.inputs, inputs, named)
@@ -101,6 +103,13 @@ def _read(path: Path) -> Any:
         raise ExportError(f"{path}: OpenVINO cannot read it: {_reason(error)}") from error
 
 
+def _properties(model: Any) -> dict[str, str]:
+    if not model.has_rt_info("framework"):
+        return {}
+    held = model.get_rt_info("framework").get()
+    return {key: model.get_rt_info(["framework", key]).astype(str) for key in held}
+
+
 def _reason(error: RuntimeError) -> str:
     """OpenVINO's message without the places in its source that it begins with."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -108,7 +117,7 @@ def _reason(error: RuntimeError) -> str:
 
 
 def _spec(path: Path, port: Any) -> TensorSpec:
-    """An input or output; an axis that is open is a symbol of its own, the first one `batch`."""
+    """Describes an input or output; an open axis is a symbol of its own, the first one `batch`."""
     kind = port.get_element_type().get_type_name()
     if kind not in _DTYPES:
         raise ExportError(

@@ -28,7 +28,7 @@ class OnnxRunner:
     Called with tensors, by position or by input name, it returns one tensor; or a dict from output
     name to tensor, where the file has several outputs or comes from a model that returns a dict.
     On the CPU, onnxruntime computes float16 convs in float32. placement: how many nodes run on
-    which provider.
+    which provider. properties: the metadata of the file.
     Raises NotRun where the provider is not there; ExportError where the file cannot be run as
     asked: a provider that fell back to another one, an operator without a kernel, inputs that do
     not fit.
@@ -41,9 +41,9 @@ class OnnxRunner:
         self._session = open_session(self.path, provider)
         self.inputs = tuple(spec_of(self.path, item) for item in self._session.get_inputs())
         self.outputs = tuple(spec_of(self.path, item) for item in self._session.get_outputs())
-        properties = self._session.get_modelmeta().custom_metadata_map
+        self.properties: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.placement = placement(self._session)
-        self._by_name = len(self.outputs) > 1 or properties.get("orepa.outputs") == "dict"
+        self._by_name = len(self.outputs) > 1 or self.properties.get("orepa.outputs") == "dict"
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor | dict[str, Tensor]:
         given = match_inputs(self.path, self.inputs, inputs, named)
@@ -130,7 +130,7 @@ def _gpu(path: Path) -> torch.device:
 
 @contextmanager
 def _stream(device: torch.device) -> Iterator[int]:
-    """The handle of a stream that starts after the work so far, and is waited for at the end."""
+    """Opens a stream that starts after the work so far, and waits for it at the end."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     yield stream.cuda_stream

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from torch.utils.dlpack import from_dlpack
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError, NotRun
 from orepa_compiler.export.onnx.external_data import check_external, load_external
-from orepa_compiler.export.onnx.inspection import load_graph
+from orepa_compiler.export.onnx.reading import load_graph, to_message
 from orepa_compiler.export.run.signature import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -53,7 +56,7 @@ _MOST_BYTES = 2**31 - 1
 
 
 def open_session(path: Path, provider: str) -> Any:
-    """An onnxruntime InferenceSession whose convs and matrix products all run on `provider`.
+    """Opens an onnxruntime InferenceSession whose convs and matrix products all run on `provider`.
 
     Raises NotRun where the provider is not there, or has no bfloat16; ExportError where the file
     cannot be read, and where the provider fell back to another one.
@@ -65,12 +68,12 @@ def open_session(path: Path, provider: str) -> Any:
             f"{provider} is not in the installed onnxruntime ({', '.join(available)})"
             + _how_to_install(provider)
         )
-    graph = load_graph(path)
-    check_external(path, graph)
+    model = load_graph(path)
+    check_external(path, model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
-    if _is_for_tensorrt(graph):
+    if _is_for_tensorrt(model):
         options.add_session_config_entry(_AS_WRITTEN, "1")
     settings = _CUDA_OPTIONS if provider == "CUDAExecutionProvider" else {}
     try:
@@ -78,39 +81,40 @@ def open_session(path: Path, provider: str) -> Any:
             path.resolve(), options, providers=[(provider, settings)]
         )
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        raise _unreadable(path, provider, graph, error) from error
+        raise _unreadable(path, provider, model, error) from error
     check_provider(session, provider)
     return session
 
 
-def _is_for_tensorrt(graph: Any) -> bool:
+def _is_for_tensorrt(model: ir.Model) -> bool:
     """Whether a file has int8 in the form that TensorRT takes: it is to be judged as it is."""
-    said = {entry.key: entry.value for entry in graph.metadata_props}
+    said = model.metadata_props
     return said.get("orepa.precision") == "int8" and said.get(PRESET_KEY, "tensorrt") == "tensorrt"
 
 
-def plain_session(path: Path, model: Any) -> Any:
-    """A session on the CPU that runs `model`, whose weights lie beside `path`, as it is written.
+def plain_session(path: Path, model: ir.Model) -> Any:
+    """Opens a session on the CPU that runs `model`, with its weights beside `path`, as written.
 
     Raises ExportError where onnxruntime cannot load it.
     """
     onnxruntime = import_extra("onnxruntime", extra="cpu")
     load_external(path, model)
-    if model.ByteSize() > _MOST_BYTES:
-        raise ExportError(f"{path}: too large to look into ({model.ByteSize()} bytes)")
+    message = to_message(model)
+    if message.ByteSize() > _MOST_BYTES:
+        raise ExportError(f"{path}: too large to look into ({message.ByteSize()} bytes)")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            message.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
         raise _unreadable(path, "CPUExecutionProvider", model, error) from error
 
 
 def run_session(session: Any, path: Path, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Every output of a session by name, on tensors in the order of its inputs."""
+    """Runs a session, and gives every output by name, on tensors in the order of its inputs."""
     names = [item.name for item in session.get_inputs()]
     arrays = [to_numpy(tensor) for tensor in tensors]
     pairs = zip(names, arrays, tensors, strict=True)
@@ -146,7 +150,7 @@ def check_provider(session: Any, provider: str) -> None:
 
 
 def placement(session: Any) -> dict[str, int]:
-    """How many nodes run on which provider; empty where onnxruntime does not tell."""
+    """Counts how many nodes run on which provider; empty where onnxruntime does not tell."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return {}
     counts: Counter[str] = Counter()
@@ -168,10 +172,11 @@ def _how_to_install(provider: str) -> str:
     return ""
 
 
-def _unreadable(path: Path, provider: str, graph: Any, error: Exception) -> ExportError:
-    onnx = import_extra("onnx", extra="onnx")
+def _unreadable(path: Path, provider: str, model: ir.Model, error: Exception) -> ExportError:
+    onnx_ir = import_extra("onnx_ir", extra="onnx")
     reason = first_line(error)
-    if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in graph.graph.initializer):
+    weights = model.graph.initializers.tensors()
+    if any(tensor.dtype == onnx_ir.DataType.BFLOAT16 for tensor in weights):
         return NotRun(
             f"{path}: not run: {provider} lacks bfloat16 kernels ({reason}); export with "
             "precision='fp32' or 'fp16' to compare in onnxruntime"
@@ -180,12 +185,12 @@ def _unreadable(path: Path, provider: str, graph: Any, error: Exception) -> Expo
 
 
 def first_line(error: Exception) -> str:
-    """An error's message in one line."""
+    """Shortens an error's message to one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def spec_of(path: Path, item: Any) -> TensorSpec:
-    """An input or output of a session; raises ExportError where torch has no such type."""
+    """Describes an input or output of a session; ExportError where torch has no such type."""
     if item.type not in _DTYPES:
         raise ExportError(f"{path}: {item.name} is a {item.type}, which torch does not know")
     shape = tuple("?" if axis is None else axis for axis in item.shape)
@@ -193,22 +198,22 @@ def spec_of(path: Path, item: Any) -> TensorSpec:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's values; bfloat16, which numpy does not have, as its bits."""
+    """Gives the tensor's values; bfloat16, which numpy does not have, as its bits."""
     host = tensor.detach().cpu().contiguous()
     return host.view(torch.uint16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
 
 
 def to_ortvalue(array: np.ndarray, dtype: torch.dtype) -> Any:
-    """An OrtValue over the array, which must outlive it."""
+    """Makes an OrtValue over the array, which must outlive it."""
     value = import_extra("onnxruntime", extra="cpu").OrtValue
     if dtype != torch.bfloat16:
         return value.ortvalue_from_numpy(array)
-    bfloat16 = import_extra("onnx", extra="onnx").TensorProto.BFLOAT16
+    bfloat16 = import_extra("onnx_ir", extra="onnx").DataType.BFLOAT16.value
     return value.ortvalue_from_numpy_with_onnx_type(array, bfloat16)
 
 
 def from_ortvalue(value: Any, dtype: torch.dtype) -> Tensor:
-    """A torch tensor with the OrtValue's values."""
+    """Makes a torch tensor with the OrtValue's values."""
     return (
         from_dlpack(value).clone() if dtype == torch.bfloat16 else torch.from_numpy(value.numpy())
     )

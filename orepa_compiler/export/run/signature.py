@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
+from orepa_compiler.export.onnx.annotation import axes_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Where an element type has another name in torch.
 _TYPES = {"FLOAT": "float32", "DOUBLE": "float64"}
@@ -34,7 +37,7 @@ class TensorSpec:
 
 
 def text_of(value: torch.dtype | Iterable[int | str]) -> str:
-    """A type or a shape as a message shows it: float32, (batch, 3, 64, 64)."""
+    """Writes a type or a shape as a message shows it: float32, (batch, 3, 64, 64)."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return f"({', '.join(map(str, value))})"
@@ -43,7 +46,7 @@ def text_of(value: torch.dtype | Iterable[int | str]) -> str:
 def match_inputs(
     path: Path, specs: Sequence[TensorSpec], inputs: Sequence[Tensor], named: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors by input name, in the file's order.
+    """Matches the tensors with the file's inputs, by name, in the file's order.
 
     Raises ExportError where one is missing, unknown, of another type, or of a shape that does not
     fit.
@@ -63,7 +66,7 @@ def match_inputs(
 
 
 def _flat(inputs: Sequence[Any], count: int) -> Sequence[Any]:
-    """The tensors of nested arguments, in the order in which the export named its inputs.
+    """Lists the tensors of nested arguments, in the order in which the export named its inputs.
 
     Plain values are constants in the file. Where that does not come to `count` tensors, the
     arguments as they are.
@@ -73,7 +76,7 @@ def _flat(inputs: Sequence[Any], count: int) -> Sequence[Any]:
 
 
 def _check(path: Path, spec: TensorSpec, tensor: Tensor, sizes: dict[str, int]) -> None:
-    """sizes: what each symbol stands for, filled as the inputs come."""
+    """Checks a tensor. sizes: what each symbol stands for, filled as the inputs come."""
     if not isinstance(tensor, Tensor):
         raise ExportError(
             f"{path}: input {spec.name} is a {type(tensor).__name__}; pass a torch tensor"
@@ -109,21 +112,17 @@ class Interface:
     outputs: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: Any) -> Interface:
-        """Of an ONNX ModelProto; opset 0 where it names none."""
-        known = {entry.domain: entry.version for entry in model.opset_import}
-        weights = {tensor.name for tensor in model.graph.initializer}
-        taken = [value for value in model.graph.input if value.name not in weights]
+    def of(cls, model: ir.Model) -> Interface:
+        """Reads the interface of an ONNX model; opset 0 where it names none."""
+        taken = [value for value in model.graph.inputs if not value.is_initializer()]
         return cls(
-            known.get("", known.get("ai.onnx", 0)),
+            model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0)),
             tuple(map(_said, taken)),
-            tuple(map(_said, model.graph.output)),
+            tuple(map(_said, model.graph.outputs)),
         )
 
 
-def _said(value: Any) -> str:
-    types = import_extra("onnx", extra="onnx").TensorProto.DataType
-    tensor = value.type.tensor_type
-    name = types.Name(tensor.elem_type)
-    shape = (axis.dim_param or axis.dim_value or "?" for axis in tensor.shape.dim)
+def _said(value: ir.Value) -> str:
+    name = "UNDEFINED" if value.dtype is None else value.dtype.name
+    shape = (axis or "?" for axis in axes_of(value))
     return f"{value.name}: {_TYPES.get(name, name.lower())} {text_of(shape)}"

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.onnx.inspection import load_graph, torch_module
+from orepa_compiler.export.onnx.inspection import (
+    input_names,
+    names_of,
+    output_names,
+    torch_module,
+)
+from orepa_compiler.export.onnx.reading import inferred, load_graph
 from orepa_compiler.export.run.session import first_line, plain_session, run_session
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
-def boundary_values(graph: Any) -> dict[str, str]:
-    """By torch module, the one tensor that its nodes make and others read.
+
+def boundary_values(graph: ir.Graph) -> dict[str, str]:
+    """Finds, for each torch module, the one tensor that its nodes make and others read.
 
     A module with several such tensors, or with none, is left out: which one it returned is unknown.
     """
     made: dict[str, set[str]] = defaultdict(set)
     readers: dict[str, list[str]] = defaultdict(list)
-    for node in graph.node:
+    for node in graph:
         module = torch_module(node)
-        for name in node.input:
+        for name in input_names(node):
             readers[name].append(module or "")
         for prefix in _prefixes(module):
-            made[prefix].update(output for output in node.output if output)
-    returned = {value.name for value in graph.output}
+            made[prefix].update(name for name in output_names(node) if name)
+    returned = {*names_of(graph.outputs)}
     values = {}
     for prefix, names in made.items():
         seen = [
@@ -42,13 +50,13 @@ def boundary_values(graph: Any) -> dict[str, str]:
 
 
 def _prefixes(module: str | None) -> list[str]:
-    """layer1.0.conv1 lies in layer1, layer1.0 and itself; the root is left out."""
+    """Lists all that layer1.0.conv1 lies in: layer1, layer1.0 and itself, without the root."""
     parts = module.split(".") if module else []
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def onnx_outputs(path: Path, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """By torch module, its output inside the ONNX file on these inputs, on the CPU.
+    """Gives the output of each torch module inside the ONNX file on these inputs, on the CPU.
 
     The session runs the graph as it is written, without onnxruntime's optimizations.
     Raises ExportError where the file cannot be run.
@@ -58,20 +66,26 @@ def onnx_outputs(path: Path, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {module: found[name] for module, name in values.items() if name in found}
 
 
+def _return_too(model: ir.Model, names: Collection[str]) -> None:
+    """Makes the values of these names outputs of the model, where their types are known."""
+    typed = inferred(model, with_values=True).graph
+    known = {value.name: value for node in typed for value in node.outputs if value.type}
+    made = {value.name: value for node in model.graph for value in node.outputs}
+    for name in sorted(names):
+        if name in known and not made[name].is_graph_output():
+            made[name].type, made[name].shape = known[name].type, known[name].shape
+            model.graph.outputs.append(made[name])
+
+
 def tapped(path: Path, names: Iterable[str], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     """Values inside an ONNX file by name, its inputs too; those of unknown shape are left out.
 
     Raises ExportError where the file cannot be run.
     """
-    onnx = import_extra("onnx", extra="onnx")
     model, tensors = load_graph(path), list(tensors)
-    given = dict(zip((value.name for value in model.graph.input), tensors, strict=False))
-    typed = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    known = {value.name: value for value in (*typed.graph.value_info, *typed.graph.output)}
-    present = {value.name for value in model.graph.output}
+    given = dict(zip(names_of(model.graph.inputs), tensors, strict=False))
     asked = set(names)
-    wanted = sorted({name for name in asked if name in known} - present)
-    model.graph.output.extend(known[name] for name in wanted)
+    _return_too(model, asked)
     session = plain_session(path, model)
     try:
         found = run_session(session, path, tensors)

@@ -65,7 +65,7 @@ def build_engine(
 def make_config(
     tensorrt: ModuleType, builder: Any, *, workspace_gb: float | None, tf32: bool
 ) -> Any:
-    """The build settings that every flavor has."""
+    """Makes the build settings that every flavor has."""
     config = builder.create_builder_config()
     # TensorRT has TF32 on unless told otherwise.
     (config.set_flag if tf32 else config.clear_flag)(tensorrt.BuilderFlag.TF32)
@@ -77,7 +77,7 @@ def make_config(
 
 
 def _set_target(tensorrt: ModuleType, config: Any, compute_capability: str | None) -> None:
-    """The GPU to build for, where TensorRT builds for another one than it runs on."""
+    """Sets the GPU to build for, where TensorRT builds for another one than it runs on."""
     if not hasattr(config, "num_compute_capabilities"):
         if compute_capability is not None:
             raise ExportError(

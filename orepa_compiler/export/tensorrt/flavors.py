@@ -32,7 +32,7 @@ DTYPES = {
 
 
 def load_flavor(flavor: Flavor = "auto") -> ModuleType:
-    """The TensorRT package to build with.
+    """Imports the TensorRT package to build with.
 
     trt: classic tensorrt. rtx: tensorrt_rtx. auto: the classic one where it is installed and a GPU
     is present, else tensorrt_rtx.
@@ -62,7 +62,7 @@ def load_flavor(flavor: Flavor = "auto") -> ModuleType:
 
 
 def installed_flavors() -> dict[str, ModuleType]:
-    """The TensorRT packages that are installed, by name, the classic one first."""
+    """Lists the TensorRT packages that are installed, by name, the classic one first."""
     found = {}
     for package, extra in EXTRAS.items():
         try:
@@ -74,7 +74,7 @@ def installed_flavors() -> dict[str, ModuleType]:
 
 @functools.cache
 def error_log(tensorrt: ModuleType) -> Any:
-    """A TensorRT logger that prints nothing and keeps the error messages in `errors`.
+    """Makes a TensorRT logger that prints nothing and keeps the error messages in `errors`.
 
     One for each package: TensorRT sends all messages of a process to the first logger it is given.
     """
@@ -93,7 +93,7 @@ def error_log(tensorrt: ModuleType) -> Any:
 
 
 def load_engine(path: str, serialized: bytes) -> tuple[ModuleType, Any]:
-    """The TensorRT package that can load a serialized engine, and the engine.
+    """Loads a serialized engine, and gives the TensorRT package that could, and the engine.
 
     Raises ExportError with each package's reason where none can.
     """

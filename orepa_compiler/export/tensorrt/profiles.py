@@ -52,7 +52,7 @@ def _by_name(shapes: Shapes, names: Sequence[str]) -> Mapping[str, Sequence[Shap
 
 
 def shape_range(name: str, shape: Shape, given: Sequence[Shape] | None) -> list[Shape]:
-    """The smallest, tuned-for and largest shape of one input, whose symbolic axes are -1."""
+    """Gives the smallest, tuned-for and largest shape of one input, whose symbolic axes are -1."""
     if given is None:
         if -1 in shape[1:]:
             raise ExportError(
