@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.blocks import Block, ConvBlock
 from orepa_compiler.blocks.catalogue import named
 from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.errors import NormsLeftWarning, NothingExpandedWarning, ReparamError
@@ -155,7 +155,7 @@ def expand(
     wanted = Wanted(outputs=init == "preserve", training=True)
     expanded, applied = make_checked(make, model, inputs, wanted=wanted, inplace=inplace)
     record_plan(expanded, applied)
-    if not any(isinstance(module, LinearBlock) for module in expanded.modules()):
+    if not any(isinstance(module, ConvBlock) for module in expanded.modules()):
         _warn_of_nothing(applied)
     return expanded if quantize is None else fake_quantize(expanded, inputs=inputs, inplace=True)
 

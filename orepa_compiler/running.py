@@ -17,6 +17,7 @@ from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.effects.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
+from orepa_compiler.generation.store import no_kernel_kept
 from orepa_compiler.passes import (
     Pipeline,
     is_leaf,
@@ -51,11 +52,12 @@ def make_checked(
 
     The plan says whether that was done.
     """
-    if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
-        made, plan = make(model if inplace else copy_model(model), {}, inputs)
-        return made, replace(plan, checked=NOT_CHECKED)
-    batches = batches_of(inputs)
-    return tried(model, make, copy_model, batches, wanted=wanted, inplace=inplace)
+    with no_kernel_kept():
+        if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
+            made, plan = make(model if inplace else copy_model(model), {}, inputs)
+            return made, replace(plan, checked=NOT_CHECKED)
+        batches = batches_of(inputs)
+        return tried(model, make, copy_model, batches, wanted=wanted, inplace=inplace)
 
 
 def run_passes(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from orepa_compiler.algebra.classifiers import is_norm
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.passes.adopt import Adopt
@@ -192,7 +192,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Modules whose own forward is of no interest: norms, blocks, and torch's own layers."""
     torch_layer = type(module).__module__.startswith("torch.nn.modules.")
     container = type(module).__module__ == "torch.nn.modules.container"
-    return isinstance(module, LinearBlock) or is_norm(module) or (torch_layer and not container)
+    return isinstance(module, ConvBlock) or is_norm(module) or (torch_layer and not container)
 
 
 # What the verbs expand and collapse run, with their options.
