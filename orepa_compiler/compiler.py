@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.blocks import Block, ConvBlock
 from orepa_compiler.blocks.catalogue import named
 from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.errors import NormsLeftWarning, NothingExpandedWarning, ReparamError
@@ -87,8 +87,8 @@ def plan(
     check_unrounded(model, "plan")
     check_inputs(inputs)
     options = _expansion_options(block=block, init=init, where=where, post_norm=post_norm)
-    recording = record_forwards(model, inputs)
     passes = _expansion(pipeline, options, None)
+    recording = record_forwards(model, inputs, modes=passes.modes)
     expanded, made = passes.run(meta_copy(model), recording=recording)
     return _costed(model, expanded, made, inputs=inputs, max_cost=max_cost)
 
@@ -142,9 +142,8 @@ def expand(
         check_plan(plan, init=init, post_norm=post_norm)
     passes = _expansion(pipeline, options, plan)
     if max_cost is not None:
-        dry, made = passes.run(
-            meta_copy(model), plan=plan, recording=record_forwards(model, inputs)
-        )
+        recording = record_forwards(model, inputs, modes=passes.modes)
+        dry, made = passes.run(meta_copy(model), plan=plan, recording=recording)
         plan = _costed(model, dry, made, inputs=inputs, max_cost=max_cost)
 
     def make(target: nn.Module, kept: Kept, batches: list[Batch] | None) -> Made:
@@ -156,7 +155,7 @@ def expand(
     wanted = Wanted(outputs=init == "preserve", training=True)
     expanded, applied = make_checked(make, model, inputs, wanted=wanted, inplace=inplace)
     record_plan(expanded, applied)
-    if not any(isinstance(module, LinearBlock) for module in expanded.modules()):
+    if not any(isinstance(module, ConvBlock) for module in expanded.modules()):
         _warn_of_nothing(applied)
     return expanded if quantize is None else fake_quantize(expanded, inputs=inputs, inplace=True)
 

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.analysis.functional import calls_conv
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture.skeleton import check_wrapper, meta_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.expand.options import Init, NewBlock, PostNorm, growth_of
@@ -31,7 +31,7 @@ def check_model(
         raise ReparamError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     check_wrapper(model)
     convs = [(p, m) for p, m in model.named_modules() if is_conv_like(m)]
-    has_conv = convs or any(isinstance(m, LinearBlock) for m in model.modules())
+    has_conv = convs or any(isinstance(m, ConvBlock) for m in model.modules())
     has_conv = has_conv or (also_linear and any(isinstance(m, nn.Linear) for m in model.modules()))
     if not has_conv and not (also_functional and calls_conv(meta_copy(model))):
         is_exported = isinstance(model, fx.GraphModule) and any(
@@ -90,7 +90,7 @@ def check_plan(plan: Plan, *, init: Init, post_norm: PostNorm) -> None:
 
 def check_cut(model: nn.Module, where: Where, names: tuple[str, ...] | None) -> None:
     """Some block must be selected, and each named branch must be there and be no origin."""
-    blocks = {path: m for path, m in model.named_modules() if isinstance(m, LinearBlock)}
+    blocks = {path: m for path, m in model.named_modules() if isinstance(m, ConvBlock)}
     is_selected = selection(where)
     selected = [block for path, block in blocks.items() if is_selected(path, block)]
     if not selected:

@@ -5,7 +5,7 @@ What the verbs have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from orepa_compiler.capture.arguments import calls_with
 from orepa_compiler.capture.effects.randomness import random_state_kept
 from orepa_compiler.capture.recording import Recording, record
 from orepa_compiler.capture.skeleton import check_copied, meta_copy, value_copy
+from orepa_compiler.generation.store import no_kernel_kept
 from orepa_compiler.passes import (
     Pipeline,
     is_leaf,
@@ -51,11 +52,12 @@ def make_checked(
 
     The plan says whether that was done.
     """
-    if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
-        made, plan = make(model if inplace else copy_model(model), {}, inputs)
-        return made, replace(plan, checked=NOT_CHECKED)
-    batches = batches_of(inputs)
-    return tried(model, make, copy_model, batches, wanted=wanted, inplace=inplace)
+    with no_kernel_kept():
+        if inputs is None or any(parameter.is_meta for parameter in model.parameters()):
+            made, plan = make(model if inplace else copy_model(model), {}, inputs)
+            return made, replace(plan, checked=NOT_CHECKED)
+        batches = batches_of(inputs)
+        return tried(model, make, copy_model, batches, wanted=wanted, inplace=inplace)
 
 
 def run_passes(
@@ -69,7 +71,7 @@ def run_passes(
     """The target after the passes, in place, and the plan that was applied."""
     if not pipeline.passes:
         return target, Plan()
-    recording = record_forwards(target, inputs)
+    recording = record_forwards(target, inputs, modes=pipeline.modes)
     with torch.no_grad():
         return pipeline.run(target, plan=plan, recording=recording, kept=kept)
 
@@ -113,12 +115,14 @@ def _left_by(pipeline: Pipeline, model: nn.Module, inputs: Inputs) -> nn.Module 
     """
     if not any(map(own_method, model.modules())):
         return None
-    recording = record_forwards(model, inputs)
+    recording = record_forwards(model, inputs, modes=pipeline.modes)
     return pipeline.run(meta_copy(model), recording=recording, retraces=False)[0]
 
 
-def record_forwards(model: nn.Module, inputs: Inputs) -> Recording:
-    """The forwards that cannot be traced, as they run on the inputs in eval mode."""
+def record_forwards(
+    model: nn.Module, inputs: Inputs, *, modes: Iterable[bool] = (False, True)
+) -> Recording:
+    """The forwards that cannot be traced in these modes, as they run on the inputs in eval mode."""
     if inputs is None:
         return Recording()
     calls = calls_with(model, batches_of(inputs))
@@ -127,7 +131,7 @@ def record_forwards(model: nn.Module, inputs: Inputs) -> Recording:
     side = Side("model", model, hint="; give inputs= that it takes")
     seen, owners = Recording(arguments=calls), set[str]()
     # Each recording may show another call of a forward, that cannot be traced as it is called.
-    while new := untraced_owners(model, is_leaf=is_leaf, recording=seen) - owners:
+    while new := untraced_owners(model, is_leaf=is_leaf, recording=seen, modes=modes) - owners:
         owners |= new
         with random_state_kept(), state_kept(model), evaluation_mode(model):
             found = record(model, owners, lambda: evaluate(side, batches_of(inputs)))

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import orepa_compiler as orepa
 from orepa_compiler import generation
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from tests.training_nets import expanded_net, loss, optimizer_of, stock_net
 
 STEPS = 3
@@ -150,7 +150,7 @@ def ignored(rank: int) -> tuple[Any, Any]:
 def sharded_net() -> nn.Module:
     model = expanded_net()
     for block in model.modules():
-        if isinstance(block, LinearBlock):
+        if isinstance(block, ConvBlock):
             fully_shard(block)
     return fully_shard(model)
 

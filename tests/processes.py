@@ -36,7 +36,7 @@ class ProcessError(AssertionError):
 
 
 def run_group(
-    function: Callable[..., Any], count: int, *arguments: Any, timeout: float = 60.0
+    function: Callable[..., Any], count: int, *arguments: Any, timeout: float = 600.0
 ) -> list[Any]:
     """What function(rank, *arguments) gives in each of `count` processes, in order of rank.
 

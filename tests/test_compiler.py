@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture.skeleton import meta_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Plan, recorded_plans
@@ -96,10 +96,10 @@ def test_in_place(build: Callable[[], nn.Module]) -> None:
     expected = output(net, x)
     expanded = orepa.expand(net, inplace=True)
     assert expanded is net
-    assert any(isinstance(module, LinearBlock) for module in net.modules())
+    assert any(isinstance(module, ConvBlock) for module in net.modules())
     assert_same(output(net, x), expected)
     assert orepa.collapse(net, inplace=True) is net
-    assert not any(isinstance(module, LinearBlock) for module in net.modules())
+    assert not any(isinstance(module, ConvBlock) for module in net.modules())
     assert_same(output(net, x), expected)
 
 
@@ -229,7 +229,7 @@ def test_what_collapse_and_plan_raise() -> None:
 
 def test_paper_init_needs_no_values() -> None:
     expanded = orepa.expand(meta_copy(stem_net()), init="paper")
-    assert any(isinstance(module, LinearBlock) for module in expanded.modules())
+    assert any(isinstance(module, ConvBlock) for module in expanded.modules())
     assert all(p.is_meta for p in expanded.parameters())
 
 
@@ -387,7 +387,7 @@ def test_the_verbs_run_the_pipeline_that_they_are_given() -> None:
     mine = orepa.Pipeline((told, *orepa.EXPAND.passes))
     expanded = orepa.expand(net, where="conv", block=orepa.OREPA, pipeline=mine)
     assert told.told == [("conv", orepa.OREPA, "not told")]
-    assert [p for p, m in expanded.named_modules() if isinstance(m, LinearBlock)] == ["conv"]
+    assert [p for p, m in expanded.named_modules() if isinstance(m, ConvBlock)] == ["conv"]
     assert orepa.plan(net, where="conv", pipeline=orepa.Pipeline((told,))) == Plan()
     told.told.clear()
     mine = orepa.Pipeline((told, *orepa.COLLAPSE.passes))

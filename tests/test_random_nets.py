@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.algebra.classifiers import is_conv_like
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from tests.norms import randomise_norms
 from tests.random_nets import CHANNELS, KINDS, RETURNS, RandomNet, Step
 
@@ -97,4 +97,4 @@ def test_there_and_back(options: dict[str, Any], program: tuple[Step, ...]) -> N
     assume(after.isfinite().all() and 1e-3 < after.abs().max() < 1e4)
     deploy = orepa.collapse(expanded, inputs=images())
     assert_same(deploy, after)
-    assert not any(isinstance(module, LinearBlock) for module in deploy.modules())
+    assert not any(isinstance(module, ConvBlock) for module in deploy.modules())

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock, LinearBlock
 from orepa_compiler.errors import CheckpointError, MissingPackage, ReparamError
 from orepa_compiler.planning import recorded_plans
 from orepa_compiler.reference import architectures, load_reference, network_of
@@ -225,7 +225,7 @@ def test_an_architecture_is_found_however_it_is_spelled(name: str) -> None:
 def test_the_stock_network_computes_what_theirs_does(stored: Stored) -> None:
     stock = loaded(stored.state, stored.architecture, "stock")
     assert not stock.training
-    assert not any(isinstance(module, LinearBlock) for module in stock.modules())
+    assert not any(isinstance(module, ConvBlock) for module in stock.modules())
     assert recorded_plans(stock) == ()
     x = images()
     assert error(stock(x), authors.output(stored.state, stored.net, x)) < BOUND
@@ -282,7 +282,7 @@ def test_the_plan_says_what_is_plain_and_why(resnet18: State) -> None:
     assert plan.summary().startswith("Plan: expand 11, squeeze 11, left alone 3;")
     assert {refusal.reason for refusal in plan.refusals} == {"plain in the authors' network"}
     assert {edit.path for edit in plan.of("expand").edits} == {
-        path for path, module in expanded.named_modules() if isinstance(module, LinearBlock)
+        path for path, module in expanded.named_modules() if isinstance(module, ConvBlock)
     }
 
 
@@ -497,7 +497,7 @@ def test_a_file_becomes_an_expanded_network_unless_asked_otherwise(
     path, x = tmp_path / "trained.pth.tar", images()
     torch.save(training_file(resnet18), path)
     expanded = load_reference(path, "ResNet-18")
-    assert sum(isinstance(module, LinearBlock) for module in expanded.modules()) == 11
+    assert sum(isinstance(module, ConvBlock) for module in expanded.modules()) == 11
     theirs = authors.output(resnet18, BASIC, x)
     assert error(expanded.eval()(x), theirs) < BOUND
 

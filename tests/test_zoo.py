@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.algebra.classifiers import is_batch_norm, is_conv_like
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import capture
 from orepa_compiler.passes import Collapse, is_leaf
 from orepa_compiler.planning import recorded_plans
@@ -125,7 +125,7 @@ def test_model(name: str, dtype: torch.dtype) -> None:
 
     expanded = orepa.expand(original).eval()
     assert count(original, is_conv_like) == model.convs
-    assert count(expanded, lambda m: isinstance(m, LinearBlock)) == model.expanded
+    assert count(expanded, lambda m: isinstance(m, ConvBlock)) == model.expanded
     assert len(recorded_plans(expanded)[-1].refusals) == model.convs - model.expanded
     with torch.no_grad():
         assert error(main_output(expanded(x)), expected) <= TOLERANCE[dtype]

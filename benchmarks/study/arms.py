@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from benchmarks.study.normalized import normalized
 from benchmarks.study.preconditioned import diagonally_preconditioned, preconditioned
-from orepa_compiler.blocks import Block, LinearBlock, initialization
+from orepa_compiler.blocks import Block, ConvBlock, initialization
 
 # A plain net and a batch of images -> the net that is trained.
 Form = Callable[[nn.Module, Tensor], nn.Module]
@@ -60,7 +60,7 @@ def _scaled_from_data(**options: object) -> Form:
         hooks = [
             block.register_forward_pre_hook(_set_scale)
             for block in made.modules()
-            if isinstance(block, LinearBlock) and block.scaling is not None
+            if isinstance(block, ConvBlock) and block.scaling is not None
         ]
         with torch.no_grad():
             made.train()(images)
@@ -75,7 +75,7 @@ def _scaled_from_data(**options: object) -> Form:
 
 
 @torch.no_grad()
-def _set_scale(block: LinearBlock, args: tuple[Tensor]) -> None:
+def _set_scale(block: ConvBlock, args: tuple[Tensor]) -> None:
     assert block.scaling is not None
     for factors, branch in zip(block.scaling, block.branches.values(), strict=True):
         spread = branch.operator()(args[0]).std((0, 2, 3))  # type: ignore[operator]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.parts import PartOfBlock
 from orepa_compiler.branches import Kernel
 
@@ -45,11 +45,11 @@ def diagonally_preconditioned(net: nn.Module, images: Tensor) -> nn.Module:
 def _jacobians(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Each kernel W_e that a block would make, and dW_e/dp: (values of W_e, values of p)."""
     expanded = orepa.expand(net, block=EVERY_SIZE)
-    blocks = {path: m for path, m in expanded.named_modules() if isinstance(m, LinearBlock)}
+    blocks = {path: m for path, m in expanded.named_modules() if isinstance(m, ConvBlock)}
     return [(net.get_submodule(path).weight, _jacobian(blocks[path])) for path in blocks]  # type: ignore[misc]
 
 
-def _jacobian(block: LinearBlock) -> Tensor:
+def _jacobian(block: ConvBlock) -> Tensor:
     part = PartOfBlock(block, block.branches)
     kernel, parameters = part().flatten(), list(part.parameters())
     each = torch.eye(len(kernel), dtype=kernel.dtype)

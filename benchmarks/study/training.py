@@ -14,7 +14,7 @@ from benchmarks.study.arms import ARMS
 from benchmarks.study.data import FLIPPED, flipped, shifted, split
 from benchmarks.study.nets import NETS
 from benchmarks.study.runs import Run
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.training.branch_history import branch_snapshots
 
 MOMENTUM = 0.9
@@ -89,7 +89,7 @@ def _groups(net: nn.Module, decay: float, *, scaling_decays: bool) -> list[dict[
     groups = orepa.param_groups(net, weight_decay=decay)
     if not scaling_decays:
         return groups
-    blocks = [m for m in net.modules() if isinstance(m, LinearBlock) and m.scaling is not None]
+    blocks = [m for m in net.modules() if isinstance(m, ConvBlock) and m.scaling is not None]
     scaling = [block.scaling for block in blocks]
     known = {id(parameter) for parameter in scaling}
     for group in groups:
@@ -112,7 +112,7 @@ def _accuracy(net: nn.Module, images: Tensor, classes: Tensor) -> float:
 
 def _similarity(net: nn.Module) -> float | None:
     """The mean |cosine| over all pairs of branches that are not zero, over all blocks."""
-    if not any(isinstance(module, LinearBlock) for module in net.modules()):
+    if not any(isinstance(module, ConvBlock) for module in net.modules()):
         return None
     cosines = [
         abs(block.similarity[i][j])

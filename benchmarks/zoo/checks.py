@@ -19,7 +19,7 @@ from benchmarks.zoo.comparing import relative_error
 from benchmarks.zoo.counting import convs_of, normalised, watching_norms
 from benchmarks.zoo.inputs import Instance, observe
 from benchmarks.zoo.training import NotFinite, train_step
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.verification.nesting import is_finite
 
 CHECKS = ("preserve", "step", "collapse", "stock")
@@ -103,7 +103,7 @@ class _Run:
                 made = orepa.expand(given.pop(), where=self.asked.where, **self._inputs())
                 expanded.append(made.eval())
                 del made
-            blocks = sum(isinstance(m, LinearBlock) for m in expanded[0].modules())
+            blocks = sum(isinstance(m, ConvBlock) for m in expanded[0].modules())
             self.findings.facts["blocks"] = blocks
             conclude(relative_error(self._outputs(expanded[0]), expected))
         return expanded[0] if expanded else None

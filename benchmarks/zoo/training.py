@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 
 from benchmarks.zoo import detection
 from benchmarks.zoo.inputs import Instance
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.verification.nesting import tensors_in
 
 # The length of the step, relative to that of all weights: small steps add up over the layers.
@@ -48,7 +48,7 @@ def train_step(model: nn.Module, instance: Instance, dtype: torch.dtype) -> int:
     idle = sum(
         all(p.grad is None for p in module.parameters())
         for module in model.modules()
-        if isinstance(module, LinearBlock)
+        if isinstance(module, ConvBlock)
     )
     model.zero_grad(set_to_none=True)
     model.eval()

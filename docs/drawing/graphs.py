@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.algebra.classifiers import is_norm
 from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.blocks import LinearBlock, ReparamConv
-from orepa_compiler.blocks.offline import OfflineBlock, OfflineBranch
+from orepa_compiler.blocks import ConvBlock, ReparamConv
+from orepa_compiler.blocks.offline import OfflineBranch
 from orepa_compiler.branches import SequenceBranch
 from orepa_compiler.passes import is_leaf
 
@@ -62,18 +62,16 @@ def graph_of(model: nn.Module) -> Graph:
 
 
 def _module(drawn: Graph, module: nn.Module, x: int) -> int:
-    if not isinstance(module, LinearBlock):
+    if not isinstance(module, ConvBlock):
         return drawn.add(_text(module), _kind(module), x)
-    if isinstance(module, OfflineBlock):
-        y = drawn.add("+", "other", *_on_maps(drawn, module, x))
-    elif isinstance(module, ReparamConv):
+    if isinstance(module, ReparamConv):
         y = _squeezed(drawn, module, x)
     else:
         y = drawn.add("+", "other", *_on_maps(drawn, module, x))
     return y if module.norm is None else drawn.add(_text(module.norm), "norm", y)
 
 
-def _on_maps(drawn: Graph, block: LinearBlock, x: int) -> Iterable[int]:
+def _on_maps(drawn: Graph, block: ConvBlock, x: int) -> Iterable[int]:
     """Each branch on feature maps, with its norms or its scaling layer."""
     for branch in block.branches.values():
         place = x

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.catalogue import OREPA_3X3_REPVGG
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.reference.architectures import ARCHITECTURES, architecture_named
@@ -52,7 +52,7 @@ def _is_no_shortcut(path: str, module: nn.Module) -> bool:
 def _without_norms_behind(model: nn.Module, name: str) -> nn.Module:
     """A diverse branch block stands for a conv and its norm: every branch has its own."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, LinearBlock) and module.block_name == name:
+        if isinstance(module, ConvBlock) and module.block_name == name:
             owner, _, child = path.rpartition(".")
             setattr(model.get_submodule(owner), child.replace("conv", "bn"), nn.Identity())
     return model

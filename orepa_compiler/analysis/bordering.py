@@ -16,7 +16,7 @@ from orepa_compiler.algebra.operators import identity
 from orepa_compiler.algebra.padding import padded_with_bias, padding_operator
 from orepa_compiler.analysis.context import Context
 from orepa_compiler.analysis.forms import Form, at_least, beside_channels
-from orepa_compiler.analysis.linear import Linear, absorbable
+from orepa_compiler.analysis.values import LinearValue, absorbable
 from orepa_compiler.capture.constants import as_tensor, with_constants
 from orepa_compiler.capture.forwards import tried
 from orepa_compiler.capture.tracing.proxies import write_
@@ -77,8 +77,8 @@ def _side(index: Any, padding: Padding) -> tuple[int, int] | None:
     return (axis, 1) if part.start == -after and part.stop is None else None
 
 
-def bordered(walk: Context, border: WrittenBorder) -> Linear | None:
-    """A map padded with the bias of what gives it: pad_b(W x + b) = W pad_0(x) + b.
+def bordered(walk: Context, border: WrittenBorder) -> LinearValue | None:
+    """Move padding with the bias of a conv before that conv: pad_b(W x + b) = W pad_0(x) + b.
 
     Raises NotLinear where the border holds something else.
     """
@@ -98,7 +98,7 @@ def bordered(walk: Context, border: WrittenBorder) -> Linear | None:
     return replace(before, operator=padded, nodes=nodes, layers=before.layers + 1)
 
 
-def _is_bias(walk: Context, border: fx.Node, before: Linear) -> bool:
+def _is_bias(walk: Context, border: fx.Node, before: LinearValue) -> bool:
     """Whether a constant is the bias of a value, for all values of the parameters."""
     other = walk.interpreter.reading(tried(walk.interpreter.capture))
     op = other.value_of(walk.owner, [node.name for node in before.nodes]).operator

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from orepa_compiler.algebra.classifiers import is_batch_norm, is_tracked_instance_norm
 from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter
+from orepa_compiler.analysis.values import LinearValue
 from orepa_compiler.analysis.walk import Walk
 from orepa_compiler.capture import Call
 from orepa_compiler.errors import NotLinear
@@ -78,10 +78,10 @@ class SummedOperator(ConvOperator):
 class _ChainWalk(Walk):
     """A walk whose operators remember their branches."""
 
-    def value(self, node: fx.Node) -> Linear | None:
+    def value(self, node: fx.Node) -> LinearValue | None:
         return _remembering(super().value(node), None)
 
-    def layer(self, path: str, operand: fx.Node) -> Linear | None:
+    def layer(self, path: str, operand: fx.Node) -> LinearValue | None:
         value = super().layer(path, operand)
         if value is None or value.operator is None:
             return value
@@ -117,8 +117,8 @@ class ChainInterpreter(Interpreter):
         return self.obstacle(path, output) if isinstance(output, fx.Node) else None
 
 
-def _remembering(value: Linear | None, layer: Layer | None) -> Linear | None:
-    """The value of one layer, with an operator that remembers it; others remember already."""
+def _remembering(value: LinearValue | None, layer: Layer | None) -> LinearValue | None:
+    """Give the value of one layer an operator that remembers the layer."""
     if value is None or value.operator is None or isinstance(value.operator, SummedOperator):
         return value
     layer = layer or _arithmetic(value.operator)
@@ -139,13 +139,13 @@ def _is_channelwise(op: ConvOperator) -> bool:
 
 
 def _beside(left: ConvOperator, right: ConvOperator) -> ConvOperator:
-    """A plain operator beside one with branches is the input itself: every layer is remembered."""
+    """Add two operators; a plain one beside one with branches is the input itself."""
     chains = [op.chains if isinstance(op, SummedOperator) else ((),) for op in (left, right)]
     return summed(_plain(left) + _plain(right), *chains[0], *chains[1])
 
 
 def _after(outer: ConvOperator, inner: ConvOperator) -> ConvOperator:
-    """(A + B) @ C == A @ C + B @ C, where that copies no kernel."""
+    """Compose branch by branch, (A + B) @ C == A @ C + B @ C, where that copies no kernel."""
     chains = [
         op.chains if isinstance(op, SummedOperator) else ((_arithmetic(op),),)
         for op in (outer, inner)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.forms import Form
 from orepa_compiler.analysis.inference import Forms
-from orepa_compiler.analysis.linear import Linear
+from orepa_compiler.analysis.values import LinearValue
 from orepa_compiler.capture.forwards import Forwards, Read
 
 Own = TypeVar("Own", bound="Interpretation")
@@ -37,15 +37,15 @@ class Interpretation(Forwards, ABC):
     _freely: Interpretation | None = None
 
     @abstractmethod
-    def values(self, owner: str) -> dict[fx.Node, Linear]:
+    def values(self, owner: str) -> dict[fx.Node, LinearValue]:
         """The linear value of each node of the owner's forward that has one."""
 
     @abstractmethod
-    def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> Linear:
+    def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> LinearValue:
         """The value of a region that a plan found, by the names of its nodes."""
 
     @abstractmethod
-    def whole(self, path: str) -> Linear | None:
+    def whole(self, path: str) -> LinearValue | None:
         """A module's forward as one linear value from its first input to its output, if it is."""
 
     @cached_property
@@ -75,7 +75,7 @@ class Interpretation(Forwards, ABC):
         return self._freely
 
     def reading(self: Own, read: Read) -> Own:
-        """Another one of the same kind, with other values for the modules, that joins freely."""
+        """Make another one of its kind, with other values for the modules, that joins freely."""
         other = type(self)(self.capture, read, at_any_cost=True)
         other.__dict__["forms"] = self.forms
         other._constants, other._reading = self._constants, self._reading  # they hang on no values
@@ -89,7 +89,7 @@ class Context(Protocol):
 
     interpreter: Interpretation
     owner: str
-    values: dict[fx.Node, Linear]
+    values: dict[fx.Node, LinearValue]
 
     @property
     def constants(self) -> frozenset[fx.Node]:
@@ -108,6 +108,6 @@ class Context(Protocol):
         """Whether a node writes over its first operand."""
         ...
 
-    def is_overwritten(self, value: Linear, last: fx.Node) -> bool:
+    def is_overwritten(self, value: LinearValue, last: fx.Node) -> bool:
         """Whether what a value reads is written over before its last node."""
         ...

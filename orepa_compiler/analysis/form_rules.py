@@ -28,7 +28,7 @@ from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.analysis.elementwise import arithmetic
 from orepa_compiler.analysis.forms import NOTHING, Form, at_least, beside_channels, check_type
 from orepa_compiler.analysis.functional import conv_called, functional_conv
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture.constants import as_tensor
 from orepa_compiler.capture.memory import is_in_place
 from orepa_compiler.capture.tracing.proxies import write_
@@ -74,7 +74,7 @@ class Rule:
 
 
 def _same(operand: fx.Node, reach: int = 0, counts: frozenset[int] = NOTHING.counts) -> Rule:
-    """Of what keeps the form of a map, and its type."""
+    """Tell that a call keeps the form of a map, and its type."""
     form = Form(counts=counts)
     return Rule(operand, form, form, reach, keeps_count=True, gives_type=True, needs_type=True)
 
@@ -102,7 +102,7 @@ def layer_rule(layer: nn.Module, operand: fx.Node) -> Rule:
 
 
 def _pooled(operand: fx.Node, name: str) -> Rule:
-    """Of pooling, AvgPool2d or avg_pool2d."""
+    """Tell what average pooling makes of the form of a map."""
     rank = next((r for r in (1, 2, 3) if f"{r}d" in name), None)
     return _same(operand, rank, _of_conv(rank)) if rank else Rule(operand)
 
@@ -113,12 +113,12 @@ def _of_conv(rank: int) -> frozenset[int]:
 
 
 def _linear_rule(layer: nn.Module, operand: fx.Node) -> Rule:
-    """Of a layer that is an operator, or like one."""
+    """Tell what a layer that is an operator, or like one, makes of the form of a map."""
     if isinstance(layer, _ConvTransposeNd) and has_torch_forward(layer):
         shape = layer.weight.shape
         channels = shape[0], shape[1] * layer.groups
         return _conv_rule(operand, channels, len(shape) - 2, layer.weight.dtype)
-    if isinstance(layer, LinearBlock):
+    if isinstance(layer, ConvBlock):
         channels, rank = (layer.in_channels, layer.out_channels), len(layer.kernel_size)
         return _conv_rule(operand, channels, rank, next(layer.parameters()).dtype)
     if is_tracked_instance_norm(layer):  # it takes a map without a batch too
@@ -151,7 +151,7 @@ def _conv_rule(operand: fx.Node, channels: tuple[int, int], rank: int, dtype: to
 
 
 def _norm_rule(operand: fx.Node, maps: Maps) -> Rule:
-    """Of a norm, which reads batches; those of half precision too, where its own is full."""
+    """Tell what a norm reads: batches; those of half precision too, where its own is full."""
     ranks = maps.axes.ranks
     counts = at_least(2) if ranks is None else frozenset(rank + 2 for rank in ranks)
     form = Form(maps, counts, is_batched=True)
@@ -212,7 +212,7 @@ def _function_of(operand: fx.Node, node: fx.Node, op: ConvOperator) -> Rule:
 def _arithmetic_rule(
     node: fx.Node, operand: fx.Node, forms: tuple[Form, Form], constant: Callable[[Any], Any]
 ) -> Rule:
-    """Of x * gamma: a number keeps the form, a tensor that of a map which it fits."""
+    """Tell the form of x * gamma: a number keeps it, a tensor that of a map which it fits."""
     found = arithmetic(node)
     assert found is not None
     if found.left is operand and is_in_place(node):
@@ -226,7 +226,7 @@ def _arithmetic_rule(
 
 
 def _widened(operand: fx.Node, form: Form, after: Form, constant: Tensor) -> Rule:
-    """Of a map beside a tensor: what has more axes than that had them before."""
+    """Tell that a map beside a tensor with fewer axes had its axes before."""
     counts = frozenset(c for c in form.counts if max(c, constant.dim()) in after.counts)
     is_own = bool(counts) and min(counts) > constant.dim()
     before = Form(counts=counts or form.counts, is_batched=is_own and after.is_batched)
@@ -251,7 +251,7 @@ def sum_form(node: fx.Node, left: Form, right: Form) -> Form:
 
 
 def _reshaped(node: fx.Node, operand: fx.Node, name: str, form: Form) -> Rule:
-    """Of what moves the numbers of a map; it keeps their type."""
+    """Tell that what moves the numbers of a map keeps their type."""
     typed = Rule(operand, gives_type=True, needs_type=True)
     given = node.args[1:]
     if node.target in (operator.getitem, write_):

@@ -34,7 +34,7 @@ class Form:
     is_batched: bool = False
 
     def narrowed(self, other: Form) -> Form:
-        """Both; where they contradict each other, what is known already stays."""
+        """Join what both know; where they contradict each other, what is known already stays."""
         counts = (self.counts & other.counts) or self.counts
         is_batched = self.is_batched or other.is_batched
         maps = self.maps or other.maps
@@ -117,7 +117,7 @@ def beside_channels(value: Tensor, form: Form) -> Tensor:
 
 
 def check_type(constant: Any, form: Form) -> None:
-    """Nothing, if a map of floating point keeps its type beside a constant; or NotLinear."""
+    """Check that a map of floating point keeps its type beside a constant; or NotLinear."""
     if form.dtype is None:
         raise NotLinear("what it reads is not known to be of floating point")
     if not isinstance(constant, Tensor) or constant.dim() == 0:

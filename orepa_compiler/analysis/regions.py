@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import fx
 
 from orepa_compiler.analysis.context import Interpretation
-from orepa_compiler.analysis.linear import Linear, joined, maximal
+from orepa_compiler.analysis.values import LinearValue, joined, maximal
 from orepa_compiler.analysis.walk import Walk
 from orepa_compiler.capture import Call, ancestors
 from orepa_compiler.errors import ReparamError
@@ -25,7 +25,7 @@ class Region:
     """A maximal linear region in the forward of the module at path `owner`."""
 
     owner: str
-    value: Linear
+    value: LinearValue
 
     @property
     def is_path(self) -> bool:
@@ -43,11 +43,11 @@ class Interpreter(Interpretation):
 
     walk: ClassVar[type[Walk]] = Walk  # how one forward is gone over
 
-    _whole: dict[str, Linear | None] = field(default_factory=dict)
-    _values: dict[str, dict[fx.Node, Linear]] = field(default_factory=dict)
+    _whole: dict[str, LinearValue | None] = field(default_factory=dict)
+    _values: dict[str, dict[fx.Node, LinearValue]] = field(default_factory=dict)
     _open: set[str] = field(default_factory=set)
 
-    def values(self, owner: str) -> dict[fx.Node, Linear]:
+    def values(self, owner: str) -> dict[fx.Node, LinearValue]:
         """The linear value of each node of the owner's forward that has one."""
         if owner not in self._values:
             self._open.add(owner)
@@ -70,7 +70,7 @@ class Interpreter(Interpretation):
         """Whether the owner's forward is being interpreted right now."""
         return owner in self._open
 
-    def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> Linear:
+    def value_of(self, owner: str, nodes: Sequence[str], paths: Sequence[str] = ()) -> LinearValue:
         """The value of a region that a plan found, by the names of its nodes.
 
         paths: its layers in order, where it is a chain of layers; enough where the forward that
@@ -88,7 +88,7 @@ class Interpreter(Interpretation):
             raise ReparamError(f"the plan does not fit: no region {', '.join(nodes)}", path=owner)
         return last
 
-    def _chain(self, paths: Sequence[str]) -> Linear:
+    def _chain(self, paths: Sequence[str]) -> LinearValue:
         node = source = fx.Graph().placeholder("x")
         walk = self.walk(self, "")
         for path in paths:
@@ -122,14 +122,14 @@ class Interpreter(Interpretation):
                     consumed |= {self.capture.path_of(Call(owner, node)) for node in calls}
         return found
 
-    def whole(self, path: str) -> Linear | None:
+    def whole(self, path: str) -> LinearValue | None:
         """A module's forward as one linear value from its first input to its output, if it is."""
         if path not in self._whole:
             is_recorded = path in self.capture.recorded
             self._whole[path] = None if is_recorded else self._whole_value(path)
         return self._whole[path]
 
-    def _whole_value(self, path: str) -> Linear | None:
+    def _whole_value(self, path: str) -> LinearValue | None:
         graph = self.graph(path)
         if graph is None:
             return None

@@ -6,15 +6,15 @@ from torch import fx
 
 from orepa_compiler.analysis.context import Context
 from orepa_compiler.analysis.elementwise import Arithmetic
-from orepa_compiler.analysis.linear import Linear, absorbable, beside
+from orepa_compiler.analysis.values import LinearValue, absorbable, beside
 from orepa_compiler.capture.constants import with_constants
 from orepa_compiler.errors import NotLinear
 
 
-def sum_value(walk: Context, node: fx.Node, addition: Arithmetic) -> Linear | None:
-    """left + factor right as one value; an operand may be the source itself."""
+def sum_value(walk: Context, node: fx.Node, addition: Arithmetic) -> LinearValue | None:
+    """Join left + factor right to one value; an operand may be the source itself."""
     options = [
-        [v for v in (absorbable(walk.values, x, [node]), Linear(x, None)) if v]
+        [v for v in (absorbable(walk.values, x, [node]), LinearValue(x, None)) if v]
         for x in (addition.left, addition.right)
     ]
     if walk.is_in_place(node):  # the sum is written over its first operand
@@ -32,16 +32,18 @@ def sum_value(walk: Context, node: fx.Node, addition: Arithmetic) -> Linear | No
     return None if walk.interpreter.at_any_cost else _sum_of_all(walk, node)
 
 
-def _beside(walk: Context, node: fx.Node, left: Linear, right: Linear, factor: float) -> Linear:
+def _beside(
+    walk: Context, node: fx.Node, left: LinearValue, right: LinearValue, factor: float
+) -> LinearValue:
     at_any_cost = walk.interpreter.at_any_cost
     op, macs = beside(left, right, factor, at_any_cost=at_any_cost)
     nodes = with_constants((*left.nodes, *right.nodes, node), walk.constants)
     layers = left.layers + right.layers + 1
-    return Linear(left.source, op, nodes, macs, layers, left.convs + right.convs)
+    return LinearValue(left.source, op, nodes, macs, layers, left.convs + right.convs)
 
 
-def _sum_of_all(walk: Context, node: fx.Node) -> Linear | None:
-    """A sum whose branches would cost more as one conv each, but not all of them together."""
+def _sum_of_all(walk: Context, node: fx.Node) -> LinearValue | None:
+    """Join a sum whose branches would cost more as one conv each, but not all together."""
     value = walk.interpreter.freely.values(walk.owner).get(node)
     if value is None or value.operator is None or value.operator.macs > value.macs:
         return None

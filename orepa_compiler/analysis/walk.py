@@ -25,8 +25,8 @@ from orepa_compiler.analysis.context import Interpretation
 from orepa_compiler.analysis.elementwise import addition
 from orepa_compiler.analysis.forms import Form
 from orepa_compiler.analysis.functional import FunctionCall, function_operator, operand_of
-from orepa_compiler.analysis.linear import Linear, absorbable, joined
 from orepa_compiler.analysis.sums import sum_value
+from orepa_compiler.analysis.values import LinearValue, absorbable, joined
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import with_constants
 from orepa_compiler.errors import NotLinear
@@ -41,9 +41,9 @@ class Walk:
 
     interpreter: Interpretation
     owner: str
-    values: dict[fx.Node, Linear] = field(default_factory=dict)
+    values: dict[fx.Node, LinearValue] = field(default_factory=dict)
 
-    def over(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, Linear]:
+    def over(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, LinearValue]:
         """The values of some nodes, in their order."""
         for node in nodes:
             value = self.value(node)
@@ -60,7 +60,7 @@ class Walk:
         """Says why a node was not joined with what comes before it."""
         self.interpreter.reasons[self.owner, node.name] = reason
 
-    def value(self, node: fx.Node) -> Linear | None:
+    def value(self, node: fx.Node) -> LinearValue | None:
         """What a node computes, if that is linear in one earlier node."""
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if node in self.constants:
@@ -74,7 +74,7 @@ class Walk:
                 and isinstance(added.right, fx.Node)
                 and added.factor == 1
             ):
-                return self._extended(node, added.right, Linear(node, None))  # as in sum()
+                return self._extended(node, added.right, LinearValue(node, None))  # as in sum()
             maps = {x for x in (added.left, added.right) if isinstance(x, fx.Node)}
             if len(maps) == 2 and self.constants.isdisjoint(maps):
                 return sum_value(self, node, added)
@@ -82,7 +82,7 @@ class Walk:
             return self._flattened_norm(node)
         return self._function(node)
 
-    def _called(self, node: fx.Node, operand: fx.Node) -> Linear | None:
+    def _called(self, node: fx.Node, operand: fx.Node) -> LinearValue | None:
         """A module that is called on one map."""
         path = self.interpreter.capture.path_of(Call(self.owner, node))
         if reason := self.interpreter.capture.refusal(path, reader=self.owner):
@@ -91,7 +91,7 @@ class Walk:
         layer = self.layer(path, operand)
         return None if layer is None else self._extended(node, operand, layer)
 
-    def _function(self, node: fx.Node) -> Linear | None:
+    def _function(self, node: fx.Node) -> LinearValue | None:
         """A function or method of one map that is a linear layer."""
         operand = operand_of(node, self.constants)
         if operand is None or (self.is_in_place(node) and list(operand.users) != [node]):
@@ -114,7 +114,7 @@ class Walk:
         if found is None:
             return None
         op, convs, layers = found
-        layer = Linear(operand, op.to(torch.float64), (), op.macs, layers, convs)
+        layer = LinearValue(operand, op.to(torch.float64), (), op.macs, layers, convs)
         return self._extended(node, operand, layer)
 
     def form(self, node: fx.Node) -> Form:
@@ -123,7 +123,7 @@ class Walk:
         known = Form() if value is None or value.operator is None else Form(value.operator.gives)
         return known.narrowed(self.interpreter.forms.of(self.owner, node))
 
-    def _flattened_norm(self, node: fx.Node) -> Linear | None:
+    def _flattened_norm(self, node: fx.Node) -> LinearValue | None:
         """norm(x.flatten(0, 1)).reshape_as(x): how BatchNorm1d follows a linear layer on tokens."""
         norm, tokens = node.args
         if not isinstance(norm, fx.Node) or norm.op != "call_module":
@@ -149,11 +149,11 @@ class Walk:
             return None
         return replace(one, nodes=(*before.nodes, flat, norm, node))
 
-    def layer(self, path: str, operand: fx.Node) -> Linear | None:
+    def layer(self, path: str, operand: fx.Node) -> LinearValue | None:
         """What the module at a path is by itself; its source is a stand-in."""
         module = self._module(path)
         if is_idle(module):
-            return Linear(operand, None)
+            return LinearValue(operand, None)
         if is_dropout(module):
             return None
         if self._is_kept_training(path):
@@ -174,7 +174,7 @@ class Walk:
             return None
         op = op.to(torch.float64, op.weight.device if has_values else self.interpreter.device)
         convs = int(holds_kernel(module))
-        return Linear(operand, op, (), op.macs, 1, convs, rest)
+        return LinearValue(operand, op, (), op.macs, 1, convs, rest)
 
     def _operator(
         self, path: str, module: nn.Module, channels: int | None
@@ -201,7 +201,7 @@ class Walk:
         is_composite = path in capture.graphs and not has_handler(form)
         return form if is_composite else self.interpreter.read(path)
 
-    def _extended(self, node: fx.Node, operand: fx.Node, layer: Linear) -> Linear:
+    def _extended(self, node: fx.Node, operand: fx.Node, layer: LinearValue) -> LinearValue:
         """The layer after what its operand is, or from its operand on where that is not exact."""
         nodes = with_constants([node], self.constants)
         alone = replace(layer, source=operand, nodes=nodes)
@@ -216,7 +216,7 @@ class Walk:
             return alone
         return replace(one, nodes=with_constants(one.nodes, self.constants))
 
-    def _of_tokens(self, layer: Linear, before: Linear, operand: fx.Node) -> Linear:
+    def _of_tokens(self, layer: LinearValue, before: LinearValue, operand: fx.Node) -> LinearValue:
         """A norm behind a linear layer, whose last axis is the second where maps have two."""
         ops = layer.operator, before.operator
         if ops[0] is None or ops[1] is None or ops[0].rank or ops[1].gives.axes != TOKENS:
@@ -230,7 +230,7 @@ class Walk:
         """Whether a node writes over its first operand."""
         return self.interpreter.is_in_place(self.owner, node)
 
-    def is_overwritten(self, value: Linear, last: fx.Node) -> bool:
+    def is_overwritten(self, value: LinearValue, last: fx.Node) -> bool:
         """Whether the source changes from the first node of a value to `last`.
 
         The one conv would read it where the last node stands, and so after the change. What the

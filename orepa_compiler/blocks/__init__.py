@@ -1,19 +1,14 @@
 """Defines blocks: which branches stand in for a conv, and the modules that hold them.
 
 A Block is a value: names, and for each a function from the conv's operator to a branch, or None
-where the branch does not apply (`catalogue` has those that are published). LinearBlock runs its
-branches on feature maps; ReparamConv, its squeezed form, runs one conv. A block whose branches
-normalize cannot be squeezed (`offline`).
+where the branch does not apply (`catalogue` has those that are published). In the model a
+ConvBlock holds its branches. It is a LinearBlock, on feature maps, or as a ReparamConv, its
+squeezed form, one conv; or an OfflineBlock, whose branches normalize and cannot be squeezed
+(`offline`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import reduce
-from typing import Literal
-
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -21,128 +16,34 @@ from torch.nn.modules.conv import _ConvNd
 from orepa_compiler.algebra.kernels import sum_biases
 from orepa_compiler.algebra.layers import conv_operator, stated_padding
 from orepa_compiler.algebra.operators import ConvOperator
+from orepa_compiler.blocks.block import LINEARIZED as LINEARIZED
+from orepa_compiler.blocks.block import Block as Block
+from orepa_compiler.blocks.block import BranchMaker as BranchMaker
+from orepa_compiler.blocks.block import Scaling as Scaling
 from orepa_compiler.blocks.leaves import call_of
 from orepa_compiler.blocks.plain import conv_with, plain_conv
 from orepa_compiler.blocks.stated import WRITTEN, read_only
-from orepa_compiler.branches import Geometry
+from orepa_compiler.blocks.sums import BranchesOf, linear_branches
+from orepa_compiler.blocks.sums import BranchSum as BranchSum
+from orepa_compiler.blocks.sums import SqueezedSum as SqueezedSum
 from orepa_compiler.capture.skeleton import is_sharded
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.generation import generate
 from orepa_compiler.generation.store import KernelStore
-
-BranchMaker = Callable[[ConvOperator], "nn.Module | None"]
-Scaling = Literal["vector", "scalar", "none", "norm"]
-
-# The block name of what linearize makes: the branches that were there, in linear form.
-LINEARIZED = "LINEARIZED"
 
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-@dataclass(frozen=True)
-class Block:
-    """What a conv becomes in training: named branches, and what their scaling layers start from.
-
-    branches: name -> function from the conv's operator to a branch module (None: not applicable).
-    scaling: name -> initial scaling factor; 1 where a name is absent.
-    scaling_layer: a vector per branch, one scalar per branch, or none (Hu et al. 2022, Table 3);
-    or "norm": a BatchNorm behind each layer of each branch, on feature maps (Fig. 3, left). It
-    starts as the identity, whatever `scaling` says.
-    """
-
-    name: str
-    branches: Mapping[str, BranchMaker]
-    scaling: Mapping[str, float]
-    scaling_layer: Scaling = "vector"
-
-    @property
-    def is_offline(self) -> bool:
-        """Whether its branches end in norms: no kernel can be made of them."""
-        return self.scaling_layer == "norm"
-
-    def make(self, conv: ConvOperator) -> dict[str, nn.Module]:
-        """Fresh branches for a conv, those that apply."""
-        made = {name: maker(conv) for name, maker in self.branches.items()}
-        return {name: branch for name, branch in made.items() if branch is not None}
-
-
-class BranchSum(Geometry):
-    """Parallel branches, each ending in its scaling layer: a branch itself, so blocks nest."""
-
-    scaling: nn.Parameter | None
-
-    def __init__(self, conv: ConvOperator, block: Block) -> None:
-        super().__init__(conv)
-        branches = self.make(conv, block)
-        self.block_name, self.scaling_layer = block.name, block.scaling_layer
-        self.branches = nn.ModuleDict(branches)
-        columns = {"vector": conv.out_channels, "scalar": 1}.get(block.scaling_layer, 0)
-        if columns:
-            factors = conv.weight.new_tensor([block.scaling.get(name, 1.0) for name in branches])
-            self.scaling = nn.Parameter(factors.unsqueeze(1).repeat(1, columns))
-        else:
-            self.register_parameter("scaling", None)
-
-    def make(self, conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
-        """The branches for a conv. Raises NotLinear for a block whose branches normalize."""
-        if block.is_offline:
-            raise NotLinear(
-                f"the branches of block {block.name} end in norms, so no kernel can be made of "
-                "them; use replace(block, scaling_layer='vector')"
-            )
-        return block.make(conv)
-
-    @property
-    def is_offline(self) -> bool:
-        """Whether the branches end in norms, and run on feature maps at each step."""
-        return self.scaling_layer == "norm"
-
-    def operator(self) -> ConvOperator:
-        """The branches squeezed into one operator (Hu et al. 2022, Eq. 3 and 4)."""
-        return generate(self)
-
-    def branch_operators(self) -> dict[str, ConvOperator]:
-        """Each branch behind its scaling layer, by name: what the plots of Fig. 7 compare."""
-        operators = {
-            name: branch.operator()  # type: ignore[operator]
-            for name, branch in self.branches.items()
-        }
-        if self.scaling is None:
-            return operators
-        scaled = zip(operators.items(), self.scaling, strict=True)
-        return {name: operator.scale(v) for (name, operator), v in scaled}
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The branches on feature maps, scaled and added."""
-        outputs = [branch(input) for branch in self.branches.values()]
-        if self.scaling is not None:
-            shape = (1, -1, *(1,) * len(self.kernel_size))
-            outputs = [v.reshape(shape) * y for v, y in zip(self.scaling, outputs, strict=True)]
-        return reduce(torch.add, outputs)
-
-
-class SqueezedSum(BranchSum):
-    """Parallel branches as one conv: what a sum of branches is inside an offline block."""
-
-    def __init__(self, branches: BranchSum) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(branches.__dict__)
-        self.store = KernelStore()
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.store.operator(self)(input)
-
-
-class LinearBlock(BranchSum):
+class ConvBlock(BranchSum):
     """A conv's place in training form: branches, the conv's bias, and a norm if one was inserted.
 
     It answers the attributes of the conv that it stands for: `weight` and `bias` are those of the
-    one conv that it is in eval mode, norms folded in. As a LinearBlock it computes its branches on
-    feature maps (linearized, not yet squeezed).
+    one conv that it is in eval mode, norms folded in. It computes its branches on feature maps.
     """
 
-    def __init__(self, conv: _ConvNd, block: Block, *, norm: nn.Module | None = None) -> None:
-        super().__init__(self.read(conv), block)
+    def __init__(
+        self, conv: _ConvNd, block: Block, make: BranchesOf, *, norm: nn.Module | None = None
+    ) -> None:
+        super().__init__(self.read(conv), block, make)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.padding = stated_padding(conv)
         self.norm = norm
@@ -192,7 +93,7 @@ class LinearBlock(BranchSum):
         vars(self)["bias"] = value
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module; ReparamError for what fusers give a conv, and a block has no place for.
+        """Register as any module does; refuse what fusers give a conv and a block has no place for.
 
         A bias that is there may be exchanged.
         """
@@ -222,7 +123,7 @@ class LinearBlock(BranchSum):
         return plain_conv(self)
 
     def plain(self) -> nn.Module:
-        """That conv in the block's own precision. Raises NotLinear likewise."""
+        """Build that conv in the block's own precision. Raises NotLinear likewise."""
         return conv_with(conv_operator(self), self)
 
     def switch_to_deploy(self) -> None:
@@ -234,7 +135,7 @@ class LinearBlock(BranchSum):
     reparameterize = switch_to_deploy
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script asks of each module first."""
+        """Refuse, where torch.jit.script asks each module first."""
         raise ReparamError(
             "torch.jit.script cannot read a model in training form; script orepa.collapse(model)"
         )
@@ -245,6 +146,13 @@ class LinearBlock(BranchSum):
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
             f"groups={self.groups}, block={self.block_name}, scaling={self.scaling_layer}"
         )
+
+
+class LinearBlock(ConvBlock):
+    """A block whose branches are linear, on feature maps: as linearized, and not yet squeezed."""
+
+    def __init__(self, conv: _ConvNd, block: Block, *, norm: nn.Module | None = None) -> None:
+        super().__init__(conv, block, linear_branches, norm=norm)
 
 
 class ReparamConv(LinearBlock):
@@ -274,8 +182,7 @@ REPARAM_CONVS: dict[int, type[ReparamConv]] = {1: ReparamConv1d, 2: ReparamConv2
 
 
 def squeezed(block: LinearBlock) -> ReparamConv:
-    """The squeezed form of a block: the same parameters, another forward."""
-    assert not block.is_offline
+    """Squeeze a block: the same parameters, and a forward that runs one conv."""
     cls = REPARAM_CONVS[len(block.kernel_size)]
     squeezed_block = cls.__new__(cls)
     squeezed_block.__dict__.update(block.__dict__)
@@ -283,17 +190,22 @@ def squeezed(block: LinearBlock) -> ReparamConv:
 
 
 def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:
-    """A BatchNorm for the output of a conv: the identity in eval mode at first.
+    """Build a BatchNorm for the output of a conv: the identity in eval mode at first.
 
     like: gives dtype and device.
     """
-    norm = _NORMS[operator.rank](operator.out_channels, device=like.device, dtype=like.dtype)
+    return identity_norm(operator.rank, operator.out_channels, like)
+
+
+def identity_norm(rank: int, channels: int, like: Tensor) -> _BatchNorm:
+    """Build a BatchNorm of these channels: the identity in eval mode at first."""
+    norm = _NORMS[rank](channels, device=like.device, dtype=like.dtype)
     nn.init.constant_(norm.weight, (1 + norm.eps) ** 0.5)
     return norm
 
 
-@conv_operator.register(LinearBlock)
-def _(layer: LinearBlock, in_channels: int | None = None) -> ConvOperator:
+@conv_operator.register(ConvBlock)
+def _(layer: ConvBlock, in_channels: int | None = None) -> ConvOperator:
     operator = layer.operator()
     operator = operator.with_bias(sum_biases(operator.bias, layer.own_bias()))
     if layer.norm is None:

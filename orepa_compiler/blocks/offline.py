@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.algebra.operators import ConvOperator, identity
-from orepa_compiler.blocks import Block, BranchSum, LinearBlock, SqueezedSum, inserted_norm
+from orepa_compiler.blocks import Block, BranchSum, ConvBlock, SqueezedSum, identity_norm
 from orepa_compiler.branches import SequenceBranch
 
 
@@ -32,8 +33,15 @@ class OfflineBranch(nn.Module):
     def __init__(self, branch: nn.Module, like: Tensor) -> None:
         super().__init__()
         self.branch = SqueezedSum(branch) if isinstance(branch, BranchSum) else branch
-        norms = [inserted_norm(layer, like) for layer in self.layers()]
+        rank = like.dim() - 2
+        norms = [identity_norm(rank, channels, like) for channels in self.widths(like)]
         self.norms = nn.ModuleList(norms)
+
+    def widths(self, like: Tensor) -> list[int]:
+        """The channels behind each layer, the innermost first; like: the kernel of the conv."""
+        if isinstance(self.branch, SqueezedSum):
+            return [like.shape[0]]  # without its kernel, which nothing needs yet
+        return [layer.out_channels for layer in self.layers()]
 
     def layers(self) -> tuple[ConvOperator, ...]:
         """The convs between the norms, the innermost first."""
@@ -69,15 +77,20 @@ class OfflineBranch(nn.Module):
         return x
 
 
-class OfflineBlock(LinearBlock):
+class OfflineBlock(ConvBlock):
     """A block whose branches each end in a norm of their own; linear in eval mode alone."""
 
-    def make(self, conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
-        branches = block.make(conv)
-        return {name: OfflineBranch(branch, conv.weight) for name, branch in branches.items()}
+    def __init__(self, conv: _ConvNd, block: Block, *, norm: nn.Module | None = None) -> None:
+        super().__init__(conv, block, normalized_branches, norm=norm)
 
 
-def branch_norms(block: LinearBlock) -> Iterator[tuple[str, _BatchNorm]]:
+def normalized_branches(conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
+    """Make the branches of a block for a conv, with a norm behind each of their layers."""
+    branches = block.make(conv)
+    return {name: OfflineBranch(branch, conv.weight) for name, branch in branches.items()}
+
+
+def branch_norms(block: ConvBlock) -> Iterator[tuple[str, _BatchNorm]]:
     """The norms inside an offline block, with their paths in it."""
     if isinstance(block, OfflineBlock):
         for name, branch in block.branches.items():
@@ -88,7 +101,7 @@ def branch_norms(block: LinearBlock) -> Iterator[tuple[str, _BatchNorm]]:
 
 
 def features_cost(block: OfflineBlock) -> float:
-    """Multiply-accumulates of the branches on feature maps, in those of the conv alone."""
+    """Count what the branches cost on feature maps, as a multiple of what the conv costs alone."""
     macs = 0
     for branch in block.branches.values():
         assert isinstance(branch, OfflineBranch)
@@ -100,7 +113,7 @@ def features_cost(block: OfflineBlock) -> float:
 
 
 def _shifted(x: Tensor, layer: ConvOperator, norm: nn.Module) -> tuple[Tensor, ConvOperator]:
-    """What gives layer(x padded with s) by zero padding, s = norm(0): x - s, and a bias W s.
+    """Shift x so that zero padding does what padding with s = norm(0) would: x - s, bias W s.
 
     Only zeros need it; other paddings repeat what is inside.
     """

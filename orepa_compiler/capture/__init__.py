@@ -8,7 +8,7 @@ found again by its name.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -76,15 +76,16 @@ def untraced_owners(
     *,
     is_leaf: Callable[[nn.Module], bool],
     recording: Recording | None = None,
+    modes: Iterable[bool] = (False, True),
 ) -> set[str]:
-    """The modules whose forward cannot be traced, in eval or in train mode.
+    """The modules whose forward cannot be traced, in any of these modes: True is train mode.
 
     recording: what is known of real calls, and the ways in which the model is called; the usual one
     where there are none.
     """
     skeleton = meta_copy(model)
     owners: set[str] = set()
-    for training in (False, True):
+    for training in modes:
         skeleton.train(training)
         with torch.random.fork_rng(devices=[]), code_kept(skeleton):
             captured = _captured(skeleton, is_leaf, recording or Recording())

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from orepa_compiler.blocks import Block, LinearBlock
+from orepa_compiler.blocks import Block, ConvBlock
 from orepa_compiler.capture import ancestors, join
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.compiler import replay
@@ -27,7 +27,7 @@ def planned_parts(model: nn.Module) -> dict[str, tuple[Plan, ...]]:
     parts = {path: plans for path, m in model.named_modules() if (plans := recorded_plans(m))}
     told = {id(module) for path, plans in parts.items() for module in _made(model, path, plans)}
     for path, module in model.named_modules():
-        if isinstance(module, LinearBlock) and id(module) not in told:
+        if isinstance(module, ConvBlock) and id(module) not in told:
             raise CheckpointError(
                 "no plan tells how this block was made: its model was expanded, and a part of it "
                 "was taken out or put elsewhere; save that model, or expand the part",

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.classifiers import is_norm
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Call, Capture, join
 from orepa_compiler.capture.effects.finding import Surroundings
 from orepa_compiler.capture.effects.randomness import RandomState
@@ -30,7 +30,7 @@ Function = Callable[[Tensor], Tensor]
 
 _MOST = 24  # nodes of one activation
 _SIDE = 4  # of the maps that are tried, on each axis behind the channels
-_TYPES = (_ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention, nn.Embedding, LinearBlock)
+_TYPES = (_ConvNd, nn.Linear, nn.RNNBase, nn.MultiheadAttention, nn.Embedding, ConvBlock)
 
 
 def computed_behind(capture: Capture, call: Call, channels: int, rank: int) -> tuple[Call, str]:

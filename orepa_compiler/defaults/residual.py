@@ -21,7 +21,7 @@ from orepa_compiler.algebra.classifiers import (
 )
 from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.elementwise import is_add
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.defaults.following import ACTIVATION, GATE, NORM, PASSED, kind_of
 from orepa_compiler.errors import NotLinear
@@ -123,7 +123,7 @@ def _is_opaque(capture: Capture, target: Call) -> bool:
 
 def _holds_conv(capture: Capture, path: str) -> bool:
     modules = capture.module(path).modules()
-    return any(is_conv_like(module) or isinstance(module, LinearBlock) for module in modules)
+    return any(is_conv_like(module) or isinstance(module, ConvBlock) for module in modules)
 
 
 def _hides_activation(capture: Capture, target: Call) -> bool:

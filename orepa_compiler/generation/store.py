@@ -8,7 +8,9 @@ of a copy.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +27,22 @@ from orepa_compiler.generation.stamps import Stamp
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _COLUMNS = 1024
 
+_keeps_none: ContextVar[bool] = ContextVar("_keeps_none", default=False)
+
+
+@contextmanager
+def no_kernel_kept() -> Iterator[None]:
+    """Keep no kernel from here on: each is made for one call and dropped.
+
+    Where models are only tried, kernels that are kept outlive the trial, and weigh as much as the
+    blocks.
+    """
+    token = _keeps_none.set(True)
+    try:
+        yield
+    finally:
+        _keeps_none.reset(token)
+
 
 class KernelStore:
     """Where a block looks for its kernel before it makes one."""
@@ -40,6 +58,11 @@ class KernelStore:
     def __reduce__(self) -> tuple[type[KernelStore], tuple[()]]:
         return KernelStore, ()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no kernel is kept."""
+        return self._kept is None
+
     def operator(self, block: SqueezableBlock) -> ConvOperator:
         """The block's operator: kept from before where it is still the same, or made now."""
         if self.leaf is not None:
@@ -54,7 +77,7 @@ class KernelStore:
             return generate(block) if made is None else made
         if self.prepared is not None:
             self.prepared.is_refused = True
-        if not _can_be_kept(block, tensors):
+        if _keeps_none.get() or not _can_be_kept(block, tensors):
             return generate(block)
         kept = self._kept
         if kept is None or not kept.fits(tensors):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orepa_compiler.algebra.layers import conv_operator
 from orepa_compiler.algebra.operators import ConvOperator, identity
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import capture
 from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.errors import ReparamError
@@ -42,7 +42,7 @@ def equalize(model: nn.Module, inputs: Any, *, inplace: bool = False) -> nn.Modu
     check_model(model, also_linear=True)
     check_unrounded(model, "equalize")
     check_inputs(inputs)
-    blocks = [path for path, module in model.named_modules() if isinstance(module, LinearBlock)]
+    blocks = [path for path, module in model.named_modules() if isinstance(module, ConvBlock)]
     if blocks:
         raise ReparamError(
             "still in training form; call orepa.collapse(model) first", path=blocks[0]

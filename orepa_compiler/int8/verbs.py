@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from orepa_compiler.choices import Preset
+from orepa_compiler.generation.store import no_kernel_kept
 from orepa_compiler.int8.training import check_rounds, observe, quantized
 from orepa_compiler.passes import (
     Pipeline,
@@ -56,11 +57,12 @@ def fake_quantize(
     check_inputs(inputs)
     check_preset(preset)
     check_values(model, "there is no kernel to take a range of; load the weights first")
-    recording = record_forwards(model, inputs)
-    target = model if inplace else copy_model(model)
-    target, applied = quantized(target, recording, preset=preset, where=where)
-    if inputs is not None:
-        observe(target, batches_of(inputs))
+    with no_kernel_kept():
+        recording = record_forwards(model, inputs)
+        target = model if inplace else copy_model(model)
+        target, applied = quantized(target, recording, preset=preset, where=where)
+        if inputs is not None:
+            observe(target, batches_of(inputs))
     record_plan(target, applied)
     return target
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from orepa_compiler.algebra.classifiers import is_norm
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.passes.adopt import Adopt
@@ -72,6 +72,11 @@ class Pipeline:
     """Passes, one after the other, each on a capture of what the one before left."""
 
     passes: tuple[Pass, ...]
+
+    @property
+    def modes(self) -> frozenset[bool]:
+        """The modes that its passes capture a model in: True is train mode."""
+        return frozenset(step.training for step in self.passes if step.training is not None)
 
     def configured(self, **options: Any) -> Pipeline:
         """The pipeline with these options: each pass that is a dataclass takes those it has."""
@@ -187,7 +192,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Modules whose own forward is of no interest: norms, blocks, and torch's own layers."""
     torch_layer = type(module).__module__.startswith("torch.nn.modules.")
     container = type(module).__module__ == "torch.nn.modules.container"
-    return isinstance(module, LinearBlock) or is_norm(module) or (torch_layer and not container)
+    return isinstance(module, ConvBlock) or is_norm(module) or (torch_layer and not container)
 
 
 # What the verbs expand and collapse run, with their options.

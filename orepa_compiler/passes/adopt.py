@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.classifiers import is_batch_norm
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture, ancestors, join
 from orepa_compiler.errors import NotLinear
@@ -160,9 +160,9 @@ def _ids(attributes: dict[str, Any]) -> Iterator[Any]:
 
 def _without_blocks(module: nn.Module) -> nn.Module:
     """The module with plain convs for its blocks: a method of its own knows no others."""
-    blocks: dict[LinearBlock, list[str]] = {}
+    blocks: dict[ConvBlock, list[str]] = {}
     for path, part in module.named_modules(remove_duplicate=False):
-        if isinstance(part, LinearBlock):
+        if isinstance(part, ConvBlock):
             blocks.setdefault(part, []).append(path)
     for block, paths in blocks.items():
         module = set_module_everywhere(module, paths, plain_conv(block))
@@ -171,7 +171,7 @@ def _without_blocks(module: nn.Module) -> nn.Module:
 
 def own_method(module: nn.Module) -> str | None:
     """The method by which a module that is none of ours turns into its deploy form, or None."""
-    if isinstance(module, LinearBlock):
+    if isinstance(module, ConvBlock):
         return None
     return next((name for name in METHODS if _is_called_alone(getattr(module, name, None))), None)
 

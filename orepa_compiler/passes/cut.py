@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
+from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.blocks.parts import PartOfBlock
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.branches.sequences import trained_kernel
@@ -42,7 +43,7 @@ class Cut:
         is_selected = selection(self.where)
         edits, refusals = [], []
         for path, block in capture.skeleton.named_modules():
-            if not isinstance(block, LinearBlock) or not is_selected(path, block):
+            if not isinstance(block, ConvBlock) or not is_selected(path, block):
                 continue
             if reason := self._refusal(capture, path, block):
                 refusals.append(Refusal(self.name, path, f"block {block.block_name}", reason))
@@ -56,14 +57,14 @@ class Cut:
     def apply(self, model: nn.Module, capture: Capture, plan: Plan) -> tuple[nn.Module, Plan]:
         for edit in plan.edits:
             block = model.get_submodule(edit.path)
-            if not isinstance(block, LinearBlock):
+            if not isinstance(block, ConvBlock):
                 raise ReparamError("the plan cuts a block, here is none", path=edit.path)
             new = _cut(block, edit.option("branches"))
             model = set_module_everywhere(model, capture.aliases[edit.path], new)
         return model, plan
 
-    def _refusal(self, capture: Capture, path: str, block: LinearBlock) -> str | None:
-        if block.is_offline:
+    def _refusal(self, capture: Capture, path: str, block: ConvBlock) -> str | None:
+        if isinstance(block, OfflineBlock):
             return (
                 "its branches end in norms, so in train mode no conv does what it does; "
                 "linearize it, or collapse the model"
@@ -72,7 +73,7 @@ class Cut:
             return "it has no origin branch to take the kernels of others; cut all of them"
         return capture.hook_refusal(path)
 
-    def _edit(self, path: str, block: LinearBlock) -> Edit | None:
+    def _edit(self, path: str, block: ConvBlock) -> Edit | None:
         names = self.branches
         if names is not None and not (names := tuple(n for n in block.branches if n in names)):
             return None
@@ -80,12 +81,12 @@ class Cut:
         new = _cut(copy.deepcopy(block), names)
         after = sum(p.numel() for p in new.parameters())
         what = f"block {block.block_name}: {' + '.join(block.branches)}"
-        target = " + ".join(new.branches) if isinstance(new, LinearBlock) else "plain conv"
+        target = " + ".join(new.branches) if isinstance(new, ConvBlock) else "plain conv"
         return Edit(self.name, path, what, target, (before, after), options={"branches": names})
 
 
 @torch.no_grad()
-def _cut(block: LinearBlock, names: Sequence[str] | None) -> nn.Module:
+def _cut(block: ConvBlock, names: Sequence[str] | None) -> nn.Module:
     """The block without these branches, or without all of them and their scaling layers (None).
 
     A block that stays one is changed itself.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from orepa_compiler.algebra.classifiers import is_conv_like
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Capture
 from orepa_compiler.choices import Preset
 from orepa_compiler.errors import ReparamError
@@ -46,7 +46,7 @@ class FakeQuantize:
         edits: list[Edit] = []
         refusals: list[Refusal] = []
         is_selected = selection(self.where)
-        blocks = {p for p, m in capture.skeleton.named_modules() if isinstance(m, LinearBlock)}
+        blocks = {p for p, m in capture.skeleton.named_modules() if isinstance(m, ConvBlock)}
         for path, layer in capture.skeleton.named_modules():
             inside = any(path.startswith(f"{block}.") for block in blocks)
             if inside or isinstance(layer, Rounded) or not _multiplies(layer):
@@ -70,7 +70,7 @@ class FakeQuantize:
                 )
             preset = edit.option("preset")
             check_preset(preset)
-            kernel = layer.operator().weight if isinstance(layer, LinearBlock) else layer.weight
+            kernel = layer.operator().weight if isinstance(layer, ConvBlock) else layer.weight
             assert isinstance(kernel, Tensor)
             quantizers = input_quantizer(preset, kernel), weight_quantizer(preset, kernel)
             model = exchange(model, layer, rounded(layer, *quantizers))
@@ -107,7 +107,7 @@ class DropRanges:
 
 
 def _multiplies(layer: nn.Module) -> bool:
-    return isinstance(layer, (LinearBlock, nn.Linear)) or is_conv_like(layer)
+    return isinstance(layer, (ConvBlock, nn.Linear)) or is_conv_like(layer)
 
 
 def _refusal(layer: nn.Module) -> str | None:

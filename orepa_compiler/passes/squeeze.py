@@ -28,9 +28,7 @@ class Squeeze:
         blocks = [
             (path, module)
             for path, module in capture.skeleton.named_modules()
-            if isinstance(module, LinearBlock)
-            and not isinstance(module, ReparamConv)
-            and not module.is_offline
+            if isinstance(module, LinearBlock) and not isinstance(module, ReparamConv)
         ]
         return Plan(tuple(self._edit(path, block) for path, block in blocks))
 

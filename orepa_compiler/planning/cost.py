@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler.algebra.classifiers import is_conv_like
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture.skeleton import meta_copy, value_copy
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.evaluation import batches_of, evaluation_mode
@@ -58,7 +58,7 @@ def _counted(
         if not with_hooks:  # the user's hooks are for real calls
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        if is_conv_like(module) or isinstance(module, LinearBlock):
+        if is_conv_like(module) or isinstance(module, ConvBlock):
             module.register_forward_hook(_counter(counts, images, path))
     with evaluation_mode(model):
         model(*batch)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.blocks import BranchSum, LinearBlock
+from orepa_compiler.blocks import BranchSum, ConvBlock
 from orepa_compiler.blocks.offline import OfflineBlock, OfflineBranch, features_cost
 from orepa_compiler.branches import SequenceBranch
 from orepa_compiler.errors import ReparamError
@@ -74,7 +74,7 @@ def _added(edit: Edit, expanded: nn.Module, images: int) -> int | None:
     if edit.done_by != "expand" or edit.macs is None:
         return None
     block = expanded.get_submodule(edit.path)
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     features = 0.0
     if isinstance(block, OfflineBlock):
         features = max(features_cost(block) - 1, 0) * edit.macs[0] * images

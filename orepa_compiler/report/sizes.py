@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from orepa_compiler.algebra.classifiers import is_conv_like
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.latency import contents_of
 from orepa_compiler.planning.cost import conv_macs
@@ -51,7 +51,7 @@ class ModelSize:
 
 def measure_model(form: str, model: nn.Module, inputs: Any) -> ModelSize:
     """The size of a model; without what runs where it does not run on the inputs."""
-    blocks = [module for module in model.modules() if isinstance(module, LinearBlock)]
+    blocks = [module for module in model.modules() if isinstance(module, ConvBlock)]
     tensors = [*model.parameters(), *model.buffers()]
     try:
         macs = sum(conv_macs(model, inputs).values())
@@ -94,7 +94,7 @@ def _calls(model: nn.Module, inputs: Any) -> Counter[str] | None:
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, LinearBlock):
+    if isinstance(module, ConvBlock):
         return "convs"
     if is_conv_like(module):
         return "" if getattr(module, "transposed", False) else "convs"

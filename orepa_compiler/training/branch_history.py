@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.blocks import BranchSum, LinearBlock
+from orepa_compiler.blocks import BranchSum, ConvBlock
 from orepa_compiler.capture.skeleton import is_sharded
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ReparamError
@@ -185,7 +185,7 @@ def branch_snapshots(model: nn.Module) -> tuple[BlockSnapshot, ...]:
 
     Raises ReparamError for a model without blocks, or whose parameters are sharded.
     """
-    blocks = {p: m for p, m in model.named_modules() if isinstance(m, LinearBlock)}
+    blocks = {p: m for p, m in model.named_modules() if isinstance(m, ConvBlock)}
     if not blocks:
         raise ReparamError(
             f"{type(model).__name__} has no block, so it has no branches to look at; give a model "

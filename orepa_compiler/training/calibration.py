@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.offline import branch_norms
 from orepa_compiler.capture.effects.randomness import random_state_kept
 from orepa_compiler.validation.state import state_kept
@@ -38,7 +38,7 @@ def inserted_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """The norms that expand inserted, behind blocks and in their branches, by path."""
     found: dict[str, _BatchNorm] = {}
     for path, block in model.named_modules():
-        if isinstance(block, LinearBlock):
+        if isinstance(block, ConvBlock):
             behind = [("norm", block.norm)] if isinstance(block.norm, _BatchNorm) else []
             norms = [*branch_norms(block), *behind]
             found.update({f"{path}.{name}" if path else name: norm for name, norm in norms})

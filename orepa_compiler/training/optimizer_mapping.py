@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
+from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.blocks.parts import PartOfBlock
 from orepa_compiler.errors import ReparamError
 
@@ -125,10 +126,10 @@ def _states(memory: _Memory, before: nn.Module, after: nn.Module) -> dict[str, S
     }
     for path, was, now in _changed(before, after):
         prefix = f"{path}." if path else ""
-        name = prefix + ("branches.origin.weight" if isinstance(now, LinearBlock) else "weight")
+        name = prefix + ("branches.origin.weight" if isinstance(now, ConvBlock) else "weight")
         if name in memory.homes:
             states[name] = _kernel_state(memory, was, now, name)
-        if isinstance(was, LinearBlock) and isinstance(now, LinearBlock):
+        if isinstance(was, ConvBlock) and isinstance(now, ConvBlock):
             states[f"{prefix}scaling"] = _scaling_state(memory, was, now)
         norm_bias = f"{prefix}norm.bias"
         if isinstance(was, _ConvNd) and norm_bias in memory.homes:
@@ -138,32 +139,27 @@ def _states(memory: _Memory, before: nn.Module, after: nn.Module) -> dict[str, S
 
 def _changed(
     before: nn.Module, after: nn.Module
-) -> Iterator[tuple[str, _ConvNd | LinearBlock, _ConvNd | LinearBlock]]:
+) -> Iterator[tuple[str, _ConvNd | ConvBlock, _ConvNd | ConvBlock]]:
     """The places where a block stands that did not, or with other branches, or no longer."""
     old = dict(before.named_modules())
     for path, now in after.named_modules():
         was = old.get(path)
-        if not isinstance(was, (_ConvNd, LinearBlock)) or _normalizes(was):
-            continue
-        if isinstance(now, (_ConvNd, LinearBlock)) and _branches(was) != _branches(now):
+        if not isinstance(was, (_ConvNd, ConvBlock)) or isinstance(was, OfflineBlock):
+            continue  # norms make of its kernels what no derivative of a kernel tells
+        if isinstance(now, (_ConvNd, ConvBlock)) and _branches(was) != _branches(now):
             yield path, was, now
 
 
-def _normalizes(module: nn.Module) -> bool:
-    """Whether norms make of the branches' kernels what no derivative of a kernel tells."""
-    return isinstance(module, LinearBlock) and module.is_offline
-
-
-def _branches(module: _ConvNd | LinearBlock) -> list[str]:
+def _branches(module: _ConvNd | ConvBlock) -> list[str]:
     """The names of a block's branches; a conv has none."""
-    return list(module.branches) if isinstance(module, LinearBlock) else []
+    return list(module.branches) if isinstance(module, ConvBlock) else []
 
 
 def _kernel_state(
-    memory: _Memory, was: _ConvNd | LinearBlock, now: _ConvNd | LinearBlock, name: str
+    memory: _Memory, was: _ConvNd | ConvBlock, now: _ConvNd | ConvBlock, name: str
 ) -> State:
     """The state of the kernel in `now` that took others over."""
-    if not isinstance(was, LinearBlock):
+    if not isinstance(was, ConvBlock):
         return memory.state(was.weight)
     kept = {*_branches(now)} - {"origin"}
     part = PartOfBlock(was, [n for n in was.branches if n not in kept])
@@ -179,7 +175,7 @@ def _kernel_state(
     return {VELOCITY: part.pushed_forward(tangents)}
 
 
-def _scaling_state(memory: _Memory, was: LinearBlock, now: LinearBlock) -> State:
+def _scaling_state(memory: _Memory, was: ConvBlock, now: ConvBlock) -> State:
     """The velocities of the rows that stay; origin's went into its kernel, as its factor did."""
     if was.scaling is None or now.scaling is None:
         return {}

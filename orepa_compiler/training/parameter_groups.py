@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from orepa_compiler.blocks import BranchSum, LinearBlock
+from orepa_compiler.blocks import BranchSum, ConvBlock
 from orepa_compiler.blocks.catalogue import DeepStem
 from orepa_compiler.errors import ReparamError
 
@@ -136,7 +136,7 @@ def _stems(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         _joined(path, "")
         for path, module in model.named_modules()
-        if isinstance(module, LinearBlock)
+        if isinstance(module, ConvBlock)
         and any(isinstance(branch, DeepStem) for branch in module.branches.values())
     )
 

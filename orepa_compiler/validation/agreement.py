@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import ancestors
 from orepa_compiler.validation.behaviour import Behaviour
 from orepa_compiler.verification.nesting import is_comparable
@@ -137,7 +137,7 @@ def _lost_in_blocks(
 ) -> list[str]:
     """The parameters of blocks that get no gradient, though what they stand for did."""
     trained = {owner for name in stock.trained for owner in ancestors(name)}
-    blocks = [p for p, m in product.named_modules() if isinstance(m, LinearBlock)]
+    blocks = [p for p, m in product.named_modules() if isinstance(m, ConvBlock)]
     lost = []
     for block in blocks:
         # A linearized block is new, beside the layers that it took from its owner.

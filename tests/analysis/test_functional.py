@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter
+from orepa_compiler.analysis.values import LinearValue
 from orepa_compiler.capture import capture
 from orepa_compiler.passes import is_leaf
 from tests.convolution_reference import assert_same, error, reference
@@ -55,7 +55,7 @@ def interpreted(run: Run) -> tuple[nn.Module, Interpreter]:
     return net, Interpreter(captured, net.get_submodule, at_any_cost=True)
 
 
-def last(interpreter: Interpreter) -> Linear | None:
+def last(interpreter: Interpreter) -> LinearValue | None:
     graph = interpreter.graph("")
     assert graph is not None
     output = next(iter(reversed(graph.nodes))).args[0]

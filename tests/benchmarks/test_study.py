@@ -32,7 +32,7 @@ from benchmarks.study.report import COLUMNS, lines, rows, section, table
 from benchmarks.study.runs import Records, Run
 from benchmarks.study.statistics import paired
 from benchmarks.study.training import make_net, train
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 
 RUN = Run("digits", "ResNet-8", "plain", 0.1, 0, epochs=1, train=100)
 SMALL = [name for name in NETS if name != "EfficientNet-Lite0"]  # 3 M parameters, and 64 x 64
@@ -75,9 +75,9 @@ def test_images_move_by_whole_pixels_and_a_seed_repeats_them() -> None:
 def test_arms_that_preserve_start_at_the_plain_net_of_their_seed(arm: str) -> None:
     images = split("digits", train=100, seed=0).train[0][:8]
     start, own = (make_net(replace(RUN, arm=name), images).eval() for name in ("plain", arm))
-    assert any(isinstance(module, LinearBlock) for module in own.modules())
+    assert any(isinstance(module, ConvBlock) for module in own.modules())
     torch.testing.assert_close(own(images), start(images), rtol=1e-4, atol=1e-5)
-    scale = [m.scaling[1:].abs().max() for m in own.modules() if isinstance(m, LinearBlock)]
+    scale = [m.scaling[1:].abs().max() for m in own.modules() if isinstance(m, ConvBlock)]
     assert (max(scale) == 0) == (arm == "OREPA, preserve 0")
 
 
@@ -92,17 +92,17 @@ def test_every_arm_differs_from_the_plain_net_and_collapses_to_it(arm: str) -> N
     images = split("digits", train=100, seed=0).train[0][:8]
     net = make_net(replace(RUN, arm=arm, net="ResNet-8, 7 x 7 stem", width=4), images)
     has_blocks = arm not in ("plain", "gradient", "gradient, diagonal")
-    assert any(isinstance(m, LinearBlock) for m in net.modules()) == has_blocks
+    assert any(isinstance(m, ConvBlock) for m in net.modules()) == has_blocks
     deploy = orepa.collapse(net.double().eval())
     torch.testing.assert_close(deploy(images.double()), net(images.double()), rtol=1e-8, atol=1e-8)
-    assert not any(isinstance(m, (LinearBlock, nn.BatchNorm2d)) for m in deploy.modules())
+    assert not any(isinstance(m, (ConvBlock, nn.BatchNorm2d)) for m in deploy.modules())
 
 
 def test_the_stock_branches_are_those_that_the_arms_leave_out() -> None:
     images = split("digits", train=100, seed=0).train[0][:8]
     for name in set(orepa.OREPA.branches) - {"origin"}:
         net = make_net(replace(RUN, arm=f"without {name}"), images)
-        branches = [set(m.branches) for m in net.modules() if isinstance(m, LinearBlock)]
+        branches = [set(m.branches) for m in net.modules() if isinstance(m, ConvBlock)]
         assert branches
         assert all(found == set(orepa.OREPA.branches) - {name} for found in branches)
 
@@ -111,7 +111,7 @@ def test_the_stock_branches_are_those_that_the_arms_leave_out() -> None:
 def test_a_normalized_kernel_has_norm_one_per_output_channel(centred: bool) -> None:
     block = normalized(orepa.OREPA, centred=centred)
     net = orepa.expand(nn.Conv2d(4, 6, 3), block=block, init="paper", where="**")
-    (made,) = (m for m in net.modules() if isinstance(m, LinearBlock))
+    (made,) = (m for m in net.modules() if isinstance(m, ConvBlock))
     operators = made.branch_operators()
     assert operators.keys() == orepa.OREPA.branches.keys()
     for name, operator in operators.items():
@@ -125,7 +125,7 @@ def test_a_normalized_kernel_has_norm_one_per_output_channel(centred: bool) -> N
 def test_scaling_from_data_gives_every_branch_a_spread_of_one() -> None:
     images = split("digits", train=100, seed=0).train[0][:50]
     net = make_net(replace(RUN, arm="scaled from data"), images)
-    first = next(m for m in net.modules() if isinstance(m, LinearBlock))
+    first = next(m for m in net.modules() if isinstance(m, ConvBlock))
     for factor, branch in zip(first.scaling, first.branches.values(), strict=True):
         spread = (factor.reshape(1, -1, 1, 1) * branch.operator()(images)).std((0, 2, 3))
         alive = spread > 0.1  # a filter may be zero on all taps

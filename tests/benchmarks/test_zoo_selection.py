@@ -92,15 +92,17 @@ MODELS = {
 }
 
 LONG = {
-    "timm:botnet26t_256", "timm:convit_tiny", "timm:crossvit_tiny_240", "timm:cs3darknet_focus_s",
-    "timm:davit_tiny", "timm:dpn48b", "timm:edgenext_xx_small", "timm:efficientvit_b0",
-    "timm:efficientvit_m0", "timm:ese_vovnet19b_slim", "timm:eva02_tiny_patch14_224",
-    "timm:ghostnet_050", "timm:ghostnetv3_050", "timm:hardcorenas_a", "timm:hiera_tiny_224",
-    "timm:hrnet_w18_small", "timm:lcnet_035", "timm:mobilenetv4_conv_small_035",
-    "timm:mobilevit_xxs", "timm:nest_tiny", "timm:poolformer_s12", "timm:pvt_v2_b0",
-    "timm:repghostnet_050", "timm:repvit_m0_9", "timm:resnest14d", "timm:rexnet_100",
-    "timm:shvit_s1", "timm:starnet_s1", "timm:test_vit4", "timm:tf_efficientnet_lite0",
-    "torchvision:lraspp_mobilenet_v3_large", "torchvision:mnasnet0_5",
+    "timm:botnet26t_256", "timm:convit_tiny", "timm:crossvit_tiny_240",
+    "timm:cs3darknet_focus_s", "timm:davit_tiny", "timm:dpn48b", "timm:edgenext_xx_small",
+    "timm:efficientnet_cc_b0_4e", "timm:efficientvit_b0", "timm:efficientvit_m0",
+    "timm:ese_vovnet19b_slim", "timm:eva02_tiny_patch14_224", "timm:ghostnet_050",
+    "timm:ghostnetv3_050", "timm:hardcorenas_a", "timm:hiera_tiny_224", "timm:hrnet_w18_small",
+    "timm:lcnet_035", "timm:mnasnet_small", "timm:mobilenetv4_conv_small_035",
+    "timm:mobilevit_xxs", "timm:nest_tiny", "timm:nf_regnet_b0", "timm:poolformer_s12",
+    "timm:pvt_v2_b0", "timm:regnetx_002", "timm:repghostnet_050", "timm:repvit_m0_9",
+    "timm:resnest14d", "timm:rexnet_100", "timm:shvit_s1", "timm:starnet_s1", "timm:test_vit4",
+    "timm:tf_efficientnet_lite0", "torchvision:lraspp_mobilenet_v3_large",
+    "torchvision:mnasnet0_5",
 }  # fmt: skip
 CHECKED = [key for key in MODELS if "OREPA_THOROUGH" in os.environ or key not in LONG]
 

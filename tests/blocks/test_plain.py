@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import NotLinear
 from tests.branch_nets import DiverseBranches, offline_net
 from tests.compiler_nets import (
@@ -46,7 +46,7 @@ def test_timm_reparameterizes_an_expanded_model(build: Callable[[], nn.Module]) 
     model.eval()
     with untouched(model):
         plain = timm.utils.reparameterize_model(model)
-    assert not any(isinstance(module, LinearBlock) for module in plain.modules())
+    assert not any(isinstance(module, ConvBlock) for module in plain.modules())
     assert_same(output(plain, x), output(model, x), 1e-12)
 
 
@@ -88,14 +88,14 @@ def test_timm_reparameterizes_its_own_blocks_around_ours(form: str) -> None:
     where = ["stages.0.*", "stages.3.*"]
     model = orepa.expand(net, block=block, where=where).eval()
     plain = timm.utils.reparameterize_model(model)
-    assert not any(isinstance(module, LinearBlock) for module in plain.modules())
+    assert not any(isinstance(module, ConvBlock) for module in plain.modules())
     assert_same(output(plain, x), output(net, x), 1e-10)
 
 
 def test_a_norm_that_is_not_affine_says_so() -> None:
     model = orepa.expand(bare_net(), block=orepa.OREPA)
     block = model.get_submodule("conv1")
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     block.norm = nn.BatchNorm2d(6, track_running_stats=False)
     with pytest.raises(NotLinear, match="the norm of the block: BatchNorm2d keeps no running"):
         block.fuse()

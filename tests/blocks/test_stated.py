@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import orepa_compiler as orepa
 from orepa_compiler.algebra.layers import conv_operator
-from orepa_compiler.blocks import LinearBlock, inserted_norm, squeezed
+from orepa_compiler.blocks import ConvBlock, LinearBlock, inserted_norm, squeezed
 from orepa_compiler.blocks.catalogue import OREPA, OREPA_VGG
 from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.errors import ReparamError
@@ -21,7 +21,7 @@ from tests.convolution_reference import assert_same
 from tests.norms import randomise_norms
 
 
-def block(bias: bool, *, norm: bool = False, cls: type[LinearBlock] = LinearBlock) -> Any:
+def block(bias: bool, *, norm: bool = False, cls: type[ConvBlock] = LinearBlock) -> Any:
     """A block in eval mode, with norms that have seen values."""
     layer = nn.Conv2d(4, 6, 3, padding=1, stride=2, bias=bias).double()
     behind = inserted_norm(conv_operator(layer), layer.weight) if norm else None
@@ -123,7 +123,7 @@ def test_a_tracer_of_fx_calls_a_block_as_it_calls_a_conv(cls: Any) -> None:
     big = randomise_norms(orepa.expand(net.double(), inputs=x, block=OREPA)).eval()
     traced = torch.fx.symbolic_trace(big)
     assert [str(n.target) for n in traced.graph.nodes if n.op == "call_module"] == list("0123")
-    assert isinstance(traced.get_submodule("0"), LinearBlock)
+    assert isinstance(traced.get_submodule("0"), ConvBlock)
     assert_same(traced(x), big(x))
 
 

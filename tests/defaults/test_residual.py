@@ -13,7 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Capture, capture
 from orepa_compiler.defaults.residual import is_summed, residual_reason
 from orepa_compiler.passes import is_leaf
@@ -153,7 +153,7 @@ def test_branches_of_a_linear_sum() -> None:
 
 
 def blocks(model: nn.Module) -> dict[str, str]:
-    return {p: m.block_name for p, m in model.named_modules() if isinstance(m, LinearBlock)}
+    return {p: m.block_name for p, m in model.named_modules() if isinstance(m, ConvBlock)}
 
 
 class Path(nn.Sequential):

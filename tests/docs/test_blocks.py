@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.catalogue import BLOCKS, DILATED_KERNELS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "blocks.md").read_text()
@@ -105,7 +105,7 @@ def test_each_statement_is_the_ablation_it_says(said: str, names: dict[str, obje
     found = {
         path: (block.scaling_layer, " ".join(block.branches))
         for path, block in made.named_modules()
-        if isinstance(block, LinearBlock) and path in ("stem", "conv", "point")
+        if isinstance(block, ConvBlock) and path in ("stem", "conv", "point")
     }
     point = {"point"} if said == "without post-addition norm" else set()
     assert {path: found[path] for path in found.keys() - point} == EXPECTED[said]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from orepa_compiler import expand
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.generation.whole import generate_all
 
 
@@ -17,7 +17,7 @@ def test_a_1x1_weight_never_says_that_its_channels_lie_last(
     """By the strides of the weight a conv decides how its maps lie, those of length one counted."""
     torch.manual_seed(0)
     model = expand(nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))).train()
-    block = next(module for module in model.modules() if isinstance(module, LinearBlock))
+    block = next(module for module in model.modules() if isinstance(module, ConvBlock))
 
     def with_strides_of_its_own(make: object, **_: object) -> object:
         def made() -> list[tuple[Tensor, Tensor | None]]:

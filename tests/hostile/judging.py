@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from tests.hostile.forms import Form
 from tests.norms import randomise_norms
 
@@ -146,7 +146,7 @@ def _not_reached(form: Form, made: nn.Module, verb: str, options: Options) -> It
     norms = sum(isinstance(module, _NormBase) for module in made.modules())
     if verb == "collapse" and form.norms is not None and norms > form.norms:
         yield f"MISSED: {norms} norms are left, not {form.norms}"
-    blocks = sum(isinstance(module, LinearBlock) for module in made.modules())
+    blocks = sum(isinstance(module, ConvBlock) for module in made.modules())
     if verb == "expand" and form.blocks is not None and blocks < form.blocks:
         yield f"MISSED: {blocks} blocks, not {form.blocks}"
 

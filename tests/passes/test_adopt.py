@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from orepa_compiler import compiler
 from orepa_compiler.algebra.classifiers import is_batch_norm
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes.adopt import own_method
 from tests.compiler_nets import assert_same, batch, conv_norm, output, untouched
@@ -156,9 +156,9 @@ def test_a_method_finds_plain_convs_in_the_place_of_blocks(shared: bool) -> None
         net[-1].again = net[-1].mlp[0]
     expanded = orepa.expand(net.eval(), where="**", block=orepa.OREPA_1X1).eval()
     randomise_norms(expanded)
-    assert isinstance(expanded[-1].mlp[0], LinearBlock)
+    assert isinstance(expanded[-1].mlp[0], ConvBlock)
     deploy = orepa.collapse(expanded)
-    assert not any(isinstance(m, (nn.BatchNorm2d, LinearBlock)) for m in deploy.modules())
+    assert not any(isinstance(m, (nn.BatchNorm2d, ConvBlock)) for m in deploy.modules())
     assert not shared or deploy[-1].again is deploy[-1].mlp[0]
     assert_same(output(deploy, batch()), output(expanded, batch()), 1e-12)
 

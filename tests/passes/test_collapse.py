@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import capture
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.passes import Collapse, is_leaf
@@ -60,7 +60,7 @@ def test_a_trained_block_collapses_to_the_same_function(dtype: torch.dtype) -> N
         deployed = orepa.collapse(expanded)
     assert not deployed.training
     assert not norms_of(deployed)
-    assert not any(isinstance(module, LinearBlock) for module in deployed.modules())
+    assert not any(isinstance(module, ConvBlock) for module in deployed.modules())
     assert_same(deployed(x), output(expanded, x))
     assert not torch.allclose(output(expanded, x), output(stem_net(dtype), x), rtol=1e-3)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import orepa_compiler as orepa
 from orepa_compiler import OREPA
-from orepa_compiler.blocks import LinearBlock, ReparamConv2d
+from orepa_compiler.blocks import ConvBlock, ReparamConv2d
 from orepa_compiler.blocks.own_forward import OwnForwardConv
 from orepa_compiler.errors import ReparamError
 from tests.compiler_nets import (
@@ -62,7 +62,7 @@ def test_a_cut_model_is_the_one_before_expand_with_the_same_outputs(trained: nn.
 
 def test_where_chooses_the_blocks(trained: nn.Module) -> None:
     less = orepa.cut(trained, where=["conv", "pointwise"])
-    assert {p for p, m in less.named_modules() if isinstance(m, LinearBlock)} == {
+    assert {p for p, m in less.named_modules() if isinstance(m, ConvBlock)} == {
         "stem",
         "depthwise",
     }
@@ -208,7 +208,7 @@ def test_a_block_without_an_origin_is_cut_as_a_whole_only() -> None:
 def test_a_block_with_a_hook_is_not_cut(trained: nn.Module) -> None:
     trained.get_submodule("conv").register_forward_hook(lambda *_: None)
     less = orepa.cut(trained)
-    assert isinstance(less.get_submodule("conv"), LinearBlock)
+    assert isinstance(less.get_submodule("conv"), ConvBlock)
     assert [(r.path, r.reason) for r in orepa.recorded_plans(less)[-1].refusals] == [
         ("conv", "it has a hook, which a rewrite would no longer call; remove the hook first")
     ]
@@ -232,7 +232,7 @@ def test_expand_adds_convs_to_a_partly_expanded_model() -> None:
     first = orepa.expand(stem_net(), where="conv")
     train_a_step(first, x)
     second = orepa.expand(first)
-    assert {p for p, m in second.named_modules() if isinstance(m, LinearBlock)} == {*CONVS}
+    assert {p for p, m in second.named_modules() if isinstance(m, ConvBlock)} == {*CONVS}
     assert [e.path for e in orepa.recorded_plans(second)[-1].of("expand").edits] == [
         "stem",
         "depthwise",

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 import orepa_compiler as orepa
 from orepa_compiler import DEEP_STEM, OREPA, OREPA_1X1, Block
-from orepa_compiler.blocks import LinearBlock, ReparamConv, ReparamConv1d, ReparamConv3d
+from orepa_compiler.blocks import ConvBlock, ReparamConv, ReparamConv1d, ReparamConv3d
 from orepa_compiler.branches import Pointwise
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import recorded_plans
@@ -33,7 +33,7 @@ from tests.compiler_nets import (
 
 
 def blocks_of(model: nn.Module) -> dict[str, str]:
-    return {p: m.block_name for p, m in model.named_modules() if isinstance(m, LinearBlock)}
+    return {p: m.block_name for p, m in model.named_modules() if isinstance(m, ConvBlock)}
 
 
 def reason(model: nn.Module, path: str, **options: object) -> str:
@@ -105,13 +105,13 @@ def test_paper_init_has_the_scalings_of_the_paper() -> None:
     }
     for path, factors in wanted.items():
         block = expanded.get_submodule(path)
-        assert isinstance(block, LinearBlock)
+        assert isinstance(block, ConvBlock)
         assert block.scaling is not None
         assert list(block.branches) == list(factors)
         expected = torch.tensor(list(factors.values()), dtype=torch.float64)
         assert torch.equal(block.scaling, expected[:, None].expand_as(block.scaling))
     stem = expanded.get_submodule("stem")
-    assert isinstance(stem, LinearBlock)
+    assert isinstance(stem, ConvBlock)
     assert list(stem.branches) == ["deep_stem"]
 
 
@@ -119,7 +119,7 @@ def test_paper_init_forgets_the_kernel_and_keeps_the_bias() -> None:
     net = stem_net()
     expanded = orepa.expand(net, init="paper")
     block = expanded.get_submodule("depthwise")
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     assert not torch.allclose(block.weight, net.depthwise.weight)
     assert block.bias is not None
     assert torch.equal(block.bias, net.depthwise.bias)
@@ -151,7 +151,7 @@ def test_a_users_own_branch_is_trained_and_collapsed() -> None:
     net, x = stem_net(), batch()
     expanded = orepa.expand(net, block=mine)
     block = expanded.get_submodule("conv")
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     assert block.block_name == "mine"
     corner = block.branches["corner"]
     assert isinstance(corner, Corner)
@@ -167,7 +167,7 @@ def test_other_scaling_layers(layer: str, shape: tuple[int, int] | None) -> None
     net, x = stem_net(), batch()
     expanded = orepa.expand(net, block=replace(OREPA, scaling_layer=layer))  # type: ignore[arg-type]
     block = expanded.get_submodule("conv")
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     assert (None if block.scaling is None else tuple(block.scaling.shape)) == shape
     assert_same(output(expanded, x, training=True), output(net, x, training=True))
     train_a_step(expanded, x)
@@ -185,7 +185,7 @@ def test_a_frozen_conv_stays_frozen() -> None:
 def test_a_conv_bias_is_kept_beside_the_branches() -> None:
     net = stem_net()
     block = orepa.expand(net).get_submodule("depthwise")
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     assert block.norm is None
     assert block.bias is not None
     assert torch.equal(block.bias, net.depthwise.bias)
@@ -200,7 +200,7 @@ def test_a_norm_is_inserted_where_only_an_activation_follows() -> None:
     )
     expanded = orepa.expand(net, block=OREPA)
     block = expanded.get_submodule("conv1")
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     assert isinstance(block.norm, nn.BatchNorm2d)
     assert block.own_bias() is None
     assert torch.equal(block.norm.bias, net[0].bias)
@@ -387,7 +387,7 @@ def test_what_is_hard_to_join_is_expanded_when_asked_for(build: Callable[[], nn.
     x = torch.rand(2, 4, 5, 5)
     with untouched(net):
         expanded = orepa.expand(net, where="conv").eval()
-    assert isinstance(expanded.conv, LinearBlock)
+    assert isinstance(expanded.conv, ConvBlock)
     assert expanded.conv.norm is None
     for given in (expanded, orepa.collapse(expanded), orepa.collapse(expanded, fold_norm=False)):
         torch.testing.assert_close(given(x), net(x), rtol=1e-4, atol=1e-5)
@@ -424,7 +424,7 @@ def test_a_scripted_part_stays_as_it_is() -> None:
 def test_a_conv_under_two_names_stays_one() -> None:
     expanded = orepa.expand(registered_twice())
     assert expanded.conv is expanded.again
-    assert isinstance(expanded.again, LinearBlock)
+    assert isinstance(expanded.again, ConvBlock)
 
 
 @pytest.mark.parametrize(("build", "text"), DEFAULTS.values(), ids=DEFAULTS)
@@ -471,7 +471,7 @@ def test_other_ranks(rank: int, kind: type) -> None:
     net = Volume(rank).double()
     x = torch.randn(2, 3, *(9,) * rank, dtype=torch.float64)
     expanded = orepa.expand(net, block=OREPA)
-    assert [type(m) for m in expanded.modules() if isinstance(m, LinearBlock)] == [kind, kind]
+    assert [type(m) for m in expanded.modules() if isinstance(m, ConvBlock)] == [kind, kind]
     assert_same(output(expanded, x), output(net, x))
     train_a_step(expanded, x)
     assert_same(output(orepa.collapse(expanded), x), output(expanded, x))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from orepa_compiler import DBB, OREPA, OREPA_VGG, REPVGG, Block, ReparamError, mobileone
 from orepa_compiler.algebra.classifiers import is_batch_norm
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.branches import Kernel, Pointwise
 from orepa_compiler.errors import NotLinear
@@ -106,7 +106,7 @@ def test_no_norm_is_inserted_behind_it_and_no_squeeze_is_planned() -> None:
         assert edit.note == ""
     assert not made.of("squeeze").edits
     expanded = orepa.expand(bare_net(), block=REPVGG)
-    assert all(block.norm is None for block in expanded.modules() if isinstance(block, LinearBlock))
+    assert all(block.norm is None for block in expanded.modules() if isinstance(block, ConvBlock))
 
 
 def test_the_plan_counts_what_branches_cost_on_feature_maps() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler import OREPA
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.training.calibration import inserted_norms
 from tests.compiler_nets import (
@@ -133,7 +133,7 @@ def test_half_precision_is_calibrated_in_float64() -> None:
     net = bare_net(torch.bfloat16)
     expanded = orepa.expand(net, inputs=X.bfloat16(), block=OREPA)
     block = expanded.get_submodule("conv1")
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     assert isinstance(block.norm, nn.BatchNorm2d)
     assert block.norm.weight.dtype == torch.bfloat16
     assert_same(output(expanded, X.bfloat16()), output(net, X.bfloat16()))

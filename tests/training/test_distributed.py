@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.training.stepping import kernels_once
 from tests import distributed_training as training
 from tests.processes import Died, ProcessError, run_group
@@ -165,7 +165,7 @@ def test_synchronized_norms_before_and_after_expand() -> None:
     for model in (before, after):
         norms = [type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert norms == [nn.SyncBatchNorm] * 3
-        assert sum(isinstance(module, LinearBlock) for module in model.modules()) == 3
+        assert sum(isinstance(module, ConvBlock) for module in model.modules()) == 3
         with kernels_once(model):
             loss(model, training.shard(0, 0)[0]).backward()
         model.eval()
@@ -178,5 +178,5 @@ def test_synchronized_norms_before_and_after_expand() -> None:
 def test_inserted_norms_are_synchronized_too() -> None:
     bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
     model = nn.SyncBatchNorm.convert_sync_batchnorm(orepa.expand(bare, block=orepa.OREPA))
-    kinds = {type(m.norm) for m in model.modules() if isinstance(m, LinearBlock)}
+    kinds = {type(m.norm) for m in model.modules() if isinstance(m, ConvBlock)}
     assert kinds == {nn.SyncBatchNorm}

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 import orepa_compiler as orepa
 from orepa_compiler import OREPA
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ReparamError
 from tests.compiler_nets import assert_same, bare_net, batch, branch_net, output, stem_net
 
@@ -37,7 +37,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
 
 def hold_scaling(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, LinearBlock) and module.scaling is not None:
+        if isinstance(module, ConvBlock) and module.scaling is not None:
             module.scaling.requires_grad_(False)
 
 
@@ -77,7 +77,7 @@ def test_training_goes_on_alike_when_a_block_of_silent_branches_is_cut() -> None
     orepa.map_optimizer(optimizer, first, less)
     train(stays, twin, 4)
     train(less, optimizer, 4)
-    assert not any(isinstance(module, LinearBlock) for module in less.modules())
+    assert not any(isinstance(module, ConvBlock) for module in less.modules())
     assert_same(output(less, batch()), output(stays, batch()), 1e-9)
 
 
@@ -159,7 +159,7 @@ def test_a_block_that_grows_keeps_the_velocity_of_its_kernel() -> None:
 def test_learning_rates_of_groups_weigh_the_velocities() -> None:
     model = orepa.expand(stem_net(), where="conv")
     block = model.get_submodule("conv")
-    assert isinstance(block, LinearBlock)
+    assert isinstance(block, ConvBlock)
     slow = [block.scaling]
     fast = [p for p in model.parameters() if p is not block.scaling]
     groups = [{"params": fast, "lr": 0.02}, {"params": slow, "lr": 0.005}]

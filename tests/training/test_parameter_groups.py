@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ReparamError
 
 
@@ -136,7 +136,7 @@ def test_timm_groups_the_same_but_for_scaling_layers() -> None:
 
 
 def test_frozen_and_shared_parameters(net: nn.Module) -> None:
-    frozen = next(module for module in net.modules() if isinstance(module, LinearBlock))
+    frozen = next(module for module in net.modules() if isinstance(module, ConvBlock))
     frozen.requires_grad_(False)
     net.register_module("again", net.get_submodule("head"))
     assert_each_once(net, orepa.param_groups(net))

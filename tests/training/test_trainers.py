@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import orepa_compiler as orepa
 from orepa_compiler.algebra.classifiers import is_batch_norm
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from tests.norms import randomise_norms
 
 
@@ -98,7 +98,7 @@ def detector() -> nn.Module:
 
 
 def blocks_in(model: nn.Module) -> Iterator[str]:
-    return (path for path, module in model.named_modules() if isinstance(module, LinearBlock))
+    return (path for path, module in model.named_modules() if isinstance(module, ConvBlock))
 
 
 def trained_as_ultralytics_does(model: nn.Module, x: Tensor) -> nn.Module:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import orepa_compiler as orepa
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Capture
 from orepa_compiler.capture.beside import Beside
 from orepa_compiler.passes import Pipeline
@@ -340,7 +340,7 @@ def test_flags_are_turned() -> None:
 
 def test_paper_init_is_no_disagreement() -> None:
     made = orepa.expand(chain(), inputs=images(), init="paper")
-    assert isinstance(made.get_submodule("1.conv"), LinearBlock)
+    assert isinstance(made.get_submodule("1.conv"), ConvBlock)
     assert recorded_plans(made)[-1].checked == "checked on 1 batch"
 
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Plan
 
@@ -16,7 +16,7 @@ def check_where(patterns: Sequence[str], model: nn.Module, plan: Plan) -> None:
     """Raises ReparamError for a glob that matches none of the convs, so that a typo is seen."""
     found = [edit.path for edit in plan.edits] + [refusal.path for refusal in plan.refusals]
     paths = list(dict.fromkeys(found))
-    blocks = [path for path, module in model.named_modules() if isinstance(module, LinearBlock)]
+    blocks = [path for path, module in model.named_modules() if isinstance(module, ConvBlock)]
     # Of a block that was there before, the module around it can be named too.
     known = {*paths, *blocks, *(path.rpartition(".")[0] for path in blocks)}
     for pattern in patterns:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.models import (
     check_it_runs,
@@ -257,7 +257,7 @@ class _Export:
         """Where a function tells how good a form is: the model, the collapsed one, the file."""
         if self.evaluation is None:
             return []
-        expanded = any(isinstance(module, LinearBlock) for module in self.model.modules())
+        expanded = any(isinstance(module, ConvBlock) for module in self.model.modules())
         forms: list[tuple[str, Callable[[], Callable[..., Any]]]] = [
             ("expanded model" if expanded else "model", lambda: self.model),
             *([("stock model", self.stock)] if expanded else []),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ExportError
 from orepa_compiler.planning import Edit, Plan, Refusal, recorded_plans
 
@@ -37,7 +37,7 @@ def check_ready(model: nn.Module) -> None:
         raise ExportError(f"a {type(model).__name__} cannot be exported; pass an nn.Module")
     if model.training:
         raise ExportError("the model is in train mode; call model.eval() first")
-    blocks = [path for path, module in model.named_modules() if isinstance(module, LinearBlock)]
+    blocks = [path for path, module in model.named_modules() if isinstance(module, ConvBlock)]
     if blocks:
         raise ExportError(
             f"still in training form ({len(blocks)} such blocks); call orepa.collapse(model) first",

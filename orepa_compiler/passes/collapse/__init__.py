@@ -13,7 +13,7 @@ from itertools import groupby
 from torch import nn
 
 from orepa_compiler.analysis.regions import Interpreter
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Capture
 from orepa_compiler.passes.collapse.candidates import find_candidates, is_inside
 from orepa_compiler.passes.collapse.concatenation import concatenated_convs
@@ -45,7 +45,7 @@ class Collapse:
         taken = _taken(edits)
         refusals: list[Refusal] = []
         for path, module in capture.skeleton.named_modules():
-            if not isinstance(module, LinearBlock) or is_inside(path, taken):
+            if not isinstance(module, ConvBlock) or is_inside(path, taken):
                 continue
             if reason := capture.hook_refusal(path):
                 refusals.append(Refusal(self.name, path, f"block {module.block_name}", reason))

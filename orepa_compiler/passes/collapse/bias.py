@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.algebra.layers import linear_part
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.errors import NotLinear, ReparamError
 
 
-def bias_taker(capture: Capture, path: str, block: LinearBlock) -> str:
+def bias_taker(capture: Capture, path: str, block: ConvBlock) -> str:
     """The norm that can take the bias which a block makes and its conv had no place for.
 
     Raises ReparamError where there is none.

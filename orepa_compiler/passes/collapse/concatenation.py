@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from orepa_compiler.algebra.classifiers import is_batch_norm, is_plain_conv
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.passes.collapse.absorption import absorbs_norm
@@ -68,7 +68,7 @@ def _conv(capture: Capture, owner: str, part: fx.Node, user: fx.Node) -> str | N
 
 
 def _takes_norm(module: nn.Module) -> bool:
-    is_known = is_plain_conv(module) or isinstance(module, LinearBlock)
+    is_known = is_plain_conv(module) or isinstance(module, ConvBlock)
     return is_known or absorbs_norm(own_conv(module))
 
 

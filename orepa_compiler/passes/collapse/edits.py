@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from orepa_compiler.algebra.classifiers import holds_kernel, is_idle
 from orepa_compiler.analysis.functional import functional_conv
-from orepa_compiler.blocks import LINEARIZED, LinearBlock
+from orepa_compiler.blocks import LINEARIZED, ConvBlock
+from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.errors import ReparamError
@@ -75,12 +76,12 @@ def concatenation_edit(name: str, capture: Capture, convs: list[str], norm: str)
     return _edit(name, norm, what, f"{len(convs)} convs", sizes, fold)
 
 
-def block_edit(name: str, capture: Capture, path: str, block: LinearBlock, fold_norm: bool) -> Edit:
+def block_edit(name: str, capture: Capture, path: str, block: ConvBlock, fold_norm: bool) -> Edit:
     """The edit that makes a block the conv it stands for; without fold_norm, as it was built.
 
     Raises ReparamError where that conv had no place for the bias, and nothing else has one.
     """
-    is_shifted = block.norm is not None or block.is_offline
+    is_shifted = block.norm is not None or isinstance(block, OfflineBlock)
     taker = None
     if not fold_norm:
         if block.block_name == LINEARIZED:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from orepa_compiler.algebra.layers import linear_part
-from orepa_compiler.analysis.linear import Linear
 from orepa_compiler.analysis.regions import Interpreter
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.analysis.values import LinearValue
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.blocks.plain import like, plain_conv
 from orepa_compiler.capture import Capture, ancestors
 from orepa_compiler.capture.forwards import Read
@@ -40,7 +40,7 @@ from orepa_compiler.rewriting.swapping import (
 def fold_regions(
     model: nn.Module, known: Interpreter, owner: str, folds: Sequence[FoldRegion]
 ) -> nn.Module:
-    """All regions of one owner: first the paths, whose children are swapped, then its graph.
+    """Fold all regions of one owner: first the paths, whose children are swapped, then its graph.
 
     known: what hangs on no values, of the forwards of the capture.
     """
@@ -63,7 +63,7 @@ def fold_regions(
     return _fold_graph(model, capture, owner, replacements) if replacements else model
 
 
-def _value(interpreter: Interpreter, fold: FoldRegion) -> Linear:
+def _value(interpreter: Interpreter, fold: FoldRegion) -> LinearValue:
     """What a region computes, with the norms in other modules."""
     chain = fold.layers if isinstance(fold, FoldPath) else []
     value = interpreter.value_of(fold.owner, fold.nodes, chain)
@@ -76,7 +76,7 @@ def _fold_graph(
     model: nn.Module,
     capture: Capture,
     owner: str,
-    replacements: Sequence[tuple[FoldRegion, nn.Module, Linear]],
+    replacements: Sequence[tuple[FoldRegion, nn.Module, LinearValue]],
 ) -> nn.Module:
     """The model with regions of the owner's forward replaced by one conv each."""
     module = model.get_submodule(owner)
@@ -92,7 +92,7 @@ def _fold_graph(
 
 
 def absorb_norm(model: nn.Module, fold: AbsorbNorm | FoldConcatenation) -> nn.Module:
-    """A norm, into one conv, or into the convs whose concatenation it reads, each its channels."""
+    """Fold a norm into one conv, or into the convs whose concatenation it reads."""
     *paths, norm = fold.modules
     read = _in_float64(model)
     affine, rest = linear_part(read(norm))
@@ -109,7 +109,7 @@ def absorb_norm(model: nn.Module, fold: AbsorbNorm | FoldConcatenation) -> nn.Mo
 
 def _own_class(module: nn.Module, path: str) -> nn.Module:
     """The conv of the user's class that a module is, or stands for."""
-    return _plain_conv(module, path) if isinstance(module, LinearBlock) else module
+    return _plain_conv(module, path) if isinstance(module, ConvBlock) else module
 
 
 def _fold_path(model: nn.Module, fold: FoldPath, conv: nn.Module) -> nn.Module:
@@ -140,7 +140,7 @@ def _in_float64(model: nn.Module) -> Read:
     return lambda path: copy.deepcopy(model.get_submodule(path)).double()
 
 
-def own_parameters(owner: nn.Module, value: Linear) -> list[nn.Parameter]:
+def own_parameters(owner: nn.Module, value: LinearValue) -> list[nn.Parameter]:
     """The parameters that the forward of a region's owner reads itself, for this region."""
     names = [str(node.target) for node in value.nodes if node.op == "get_attr"]
     known = dict(owner.named_parameters(remove_duplicate=False))
@@ -148,7 +148,7 @@ def own_parameters(owner: nn.Module, value: Linear) -> list[nn.Parameter]:
 
 
 def fold_block(model: nn.Module, capture: Capture, fold: FoldBlock) -> nn.Module:
-    """A block, into the conv that it stands for; what it adds may go to the bias of a norm."""
+    """Fold a block into the conv that it stands for; its bias may go to a norm behind it."""
     conv = _plain_conv(model.get_submodule(fold.block), fold.block)
     if fold.bias_to:
         give_bias(conv, model.get_submodule(fold.bias_to))
@@ -157,7 +157,7 @@ def fold_block(model: nn.Module, capture: Capture, fold: FoldBlock) -> nn.Module
 
 def _plain_conv(block: nn.Module, path: str) -> nn.Module:
     """The conv that a block stands for, with its own geometry, kernel collapsed."""
-    if not isinstance(block, LinearBlock):
+    if not isinstance(block, ConvBlock):
         raise ReparamError(
             f"the plan does not fit: it collapses a block, here is a {type(block).__name__}",
             path=path,

@@ -15,8 +15,8 @@ from torch import fx
 
 from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.algebra.layers import linear_part
-from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
+from orepa_compiler.analysis.values import LinearValue, maximal
 from orepa_compiler.capture import Call
 from orepa_compiler.capture.constants import reads_form
 from orepa_compiler.capture.forwards import Read
@@ -34,7 +34,7 @@ def preceding_norms(interpreter: Interpreter) -> Iterator[tuple[Region, str]]:
                     yield Region(owner, value), norm
 
 
-def after_norm(value: Linear, path: str, read: Read) -> Linear:
+def after_norm(value: LinearValue, path: str, read: Read) -> LinearValue:
     """The value of the norm at `path` as its input. Raises NotLinear where that is no one conv."""
     norm, rest = linear_part(read(path))
     if rest is not None:
@@ -44,7 +44,7 @@ def after_norm(value: Linear, path: str, read: Read) -> Linear:
     return replace(value, operator=op @ norm.to(torch.float64, op.weight.device))
 
 
-def _norm(interpreter: Interpreter, owner: str, value: Linear) -> str | None:
+def _norm(interpreter: Interpreter, owner: str, value: LinearValue) -> str | None:
     """The path of the norm whose output a value has for its source, and nobody else reads."""
     capture, node = interpreter.capture, value.source
     readers, last = set(value.nodes), value.nodes[-1]
@@ -64,7 +64,7 @@ def _norm(interpreter: Interpreter, owner: str, value: Linear) -> str | None:
     return None
 
 
-def _fits(interpreter: Interpreter, value: Linear, norm: str) -> bool:
+def _fits(interpreter: Interpreter, value: LinearValue, norm: str) -> bool:
     try:
         one = after_norm(value, norm, interpreter.read).operator
     except NotLinear:

@@ -14,8 +14,8 @@ from torch import fx
 
 from orepa_compiler.algebra.classifiers import is_batch_norm, is_idle
 from orepa_compiler.algebra.layers import linear_part
-from orepa_compiler.analysis.linear import Linear, maximal
 from orepa_compiler.analysis.regions import Interpreter, Region
+from orepa_compiler.analysis.values import LinearValue, maximal
 from orepa_compiler.blocks.own_forward import own_conv
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.constants import reads_form
@@ -55,7 +55,7 @@ def _fits(interpreter: Interpreter, end: Region | str, norm: str) -> bool:
     return True
 
 
-def with_norm(value: Linear, path: str, read: Read) -> Linear:
+def with_norm(value: LinearValue, path: str, read: Read) -> LinearValue:
     """The value followed by the norm at `path`, without the activation that may be inside it."""
     norm, _ = linear_part(read(path))
     assert value.operator is not None
@@ -83,7 +83,7 @@ def _conv_end(
     return None
 
 
-def is_maximal(interpreter: Interpreter, owner: str, value: Linear) -> bool:
+def is_maximal(interpreter: Interpreter, owner: str, value: LinearValue) -> bool:
     """Whether a value is part of no larger one in the forward of its owner."""
     return any(value is other for other in maximal(interpreter.values(owner)))
 
@@ -131,7 +131,7 @@ def called_alone(capture: Capture, call: Call) -> str | None:
 
 
 def across(capture: Capture, owner: str, node: fx.Node) -> tuple[str, fx.Node, fx.Node] | None:
-    """The owner, the node and its user behind a module's border, or before what does nothing."""
+    """Step over a module's border, or a node that does nothing: the owner, the node, its user."""
     if node.op == "placeholder" and owner and capture.refusal(owner) is None:
         (call,) = capture.calls[owner]
         inputs = [n for n in node.graph.nodes if n.op == "placeholder"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from orepa_compiler.algebra.classifiers import is_batch_norm, is_conv_like
 from orepa_compiler.analysis.regions import Interpreter
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Call, Capture, ancestors, join
 from orepa_compiler.passes.collapse.candidates import is_inside
 from orepa_compiler.passes.collapse.folds import Fold, FoldRegion
@@ -20,7 +20,7 @@ def left_norms(
     for path, module in capture.skeleton.named_modules():
         if not is_batch_norm(module) or is_inside(path, taken):
             continue
-        if any(isinstance(capture.module(owner), LinearBlock) for owner in ancestors(path)):
+        if any(isinstance(capture.module(owner), ConvBlock) for owner in ancestors(path)):
             continue
         reason = capture.refusal(path)
         calls = capture.calls.get(path, [])

@@ -167,8 +167,7 @@ class Expand:
 
     def _may_grow(self, block: LinearBlock) -> bool:
         """Whether a block may gain branches: a linearized one, or where more are asked for."""
-        is_linear = not block.is_offline
-        return is_linear and (block.block_name == LINEARIZED or self.block != "auto")
+        return block.block_name == LINEARIZED or self.block != "auto"
 
     def _extension(self, path: str, block: LinearBlock) -> list[Edit]:
         """The branches that a block lacks."""

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from orepa_compiler.algebra.classifiers import is_channels_last, own_forward_reason
 from orepa_compiler.algebra.layers import conv_operator
-from orepa_compiler.blocks import Block, LinearBlock, inserted_norm
+from orepa_compiler.blocks import Block, ConvBlock, LinearBlock, inserted_norm
 from orepa_compiler.blocks.catalogue import BLOCKS
 from orepa_compiler.blocks.initialization import extend, preserve, with_origin
 from orepa_compiler.blocks.offline import OfflineBlock
@@ -23,7 +23,7 @@ from orepa_compiler.passes.expand.options import MoreBranches, NewBlock
 
 def built(
     conv: nn.Module, growth: NewBlock, block: Block, path: str
-) -> tuple[LinearBlock, float | None]:
+) -> tuple[ConvBlock, float | None]:
     """The block for a conv, and |origin| / |W| where it starts at the conv's kernel."""
     assert isinstance(conv, _ConvNd)
     block = replace(block, scaling_layer=growth.scaling)
@@ -71,7 +71,7 @@ def missing(block: LinearBlock, wanted: Block) -> dict[str, nn.Module]:
     return {name: branch for name, branch in made.items() if name not in block.branches}
 
 
-def block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> LinearBlock:
+def block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> ConvBlock:
     """The block for a conv: on features, to be squeezed, or with the conv's own forward."""
     if block.is_offline:
         return OfflineBlock(conv, block)

@@ -18,7 +18,7 @@ from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.analysis.chain_blocks import linear_block, linearized
 from orepa_compiler.analysis.chains import ChainInterpreter, Layer, SummedOperator
 from orepa_compiler.analysis.elementwise import is_add
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock, LinearBlock
 from orepa_compiler.blocks.offline import OfflineBlock
 from orepa_compiler.capture import Call, Capture
 from orepa_compiler.capture.tracing.forward import trace
@@ -200,7 +200,7 @@ def _region(capture: Capture, interpreter: ChainInterpreter, owner: str, nodes: 
 
 def _refusal(capture: Capture, region: _Sum) -> str | None:
     """Why a sum of linear branches is left as it is."""
-    if any(isinstance(capture.module(path), LinearBlock) for path in region.paths):
+    if any(isinstance(capture.module(path), ConvBlock) for path in region.paths):
         return "a branch holds a block already; linearize before its convs are expanded"
     if not any(layer.is_norm for layer in region.layers):
         return "its branches have no norms: it is linear already"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.algebra.classifiers import is_batch_norm
-from orepa_compiler.blocks import LinearBlock
+from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.planning import recorded_plans
 from orepa_compiler.proving.certifying import certify
 from tests.norms import randomise_norms
@@ -74,7 +74,7 @@ def test_each_conv_takes_its_channels_of_the_norm() -> None:
 @pytest.mark.parametrize("block", [orepa.OREPA, orepa.DBB])
 def test_so_do_blocks(block: orepa.Block) -> None:
     model = orepa.expand(prepared(Net()), block=block, where="**").eval()
-    assert isinstance(model.mixed.large, LinearBlock)
+    assert isinstance(model.mixed.large, ConvBlock)
     deploy = check(randomise_norms(model), left=[])
     assert type(deploy.mixed.small) is type(deploy.mixed.large) is nn.Conv2d
 

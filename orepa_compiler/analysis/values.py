@@ -18,7 +18,7 @@ from orepa_compiler.errors import NotLinear
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearValue:
     """The value of a node: `operator` applied to the value of `source`, then `rest`.
 
     operator: None stands for the identity, whose width no neighbour has told yet.
@@ -35,10 +35,12 @@ class Linear:
     rest: nn.Module | None = None
 
 
-def joined(layer: Linear, before: Linear, node: fx.Node, *, at_any_cost: bool = False) -> Linear:
-    """The layer that `node` calls, after the value of its operand. Raises NotLinear."""
+def joined(
+    layer: LinearValue, before: LinearValue, node: fx.Node, *, at_any_cost: bool = False
+) -> LinearValue:
+    """Join the layer that `node` calls with the value of its operand. Raises NotLinear."""
     op, macs = _after(layer, before, at_any_cost)
-    return Linear(
+    return LinearValue(
         before.source,
         op,
         (*before.nodes, node),
@@ -49,8 +51,10 @@ def joined(layer: Linear, before: Linear, node: fx.Node, *, at_any_cost: bool = 
     )
 
 
-def _after(layer: Linear, before: Linear, at_any_cost: bool) -> tuple[ConvOperator | None, int]:
-    """layer @ before, and what the two cost in the cheaper way: as one conv or apart."""
+def _after(
+    layer: LinearValue, before: LinearValue, at_any_cost: bool
+) -> tuple[ConvOperator | None, int]:
+    """Compose layer @ before, and count what they cost in the cheaper way: as one conv or apart."""
     if layer.operator is None or before.operator is None:
         known = layer.operator or before.operator
         return known, layer.macs + before.macs
@@ -60,9 +64,9 @@ def _after(layer: Linear, before: Linear, at_any_cost: bool) -> tuple[ConvOperat
 
 
 def beside(
-    left: Linear, right: Linear, factor: float, *, at_any_cost: bool = False
+    left: LinearValue, right: LinearValue, factor: float, *, at_any_cost: bool = False
 ) -> tuple[ConvOperator, int]:
-    """left + factor right, and what it costs in the cheaper way. Raises NotLinear."""
+    """Add left + factor right, and count what it costs in the cheaper way. Raises NotLinear."""
     ops = [
         value.operator or _identity_beside(other.operator)
         for value, other in ((left, right), (right, left))
@@ -88,16 +92,16 @@ def _cost(one: ConvOperator, apart: int, at_any_cost: bool) -> int:
 
 
 def absorbable(
-    values: Mapping[fx.Node, Linear], operand: Any, users: Sequence[fx.Node]
-) -> Linear | None:
-    """The operand's value, if nobody but these users needs it."""
+    values: Mapping[fx.Node, LinearValue], operand: Any, users: Sequence[fx.Node]
+) -> LinearValue | None:
+    """Find the operand's value, which may be joined if nobody but these users needs it."""
     value = values.get(operand) if isinstance(operand, fx.Node) else None
     if value is None or value.rest is not None or not set(operand.users) <= set(users):
         return None
     return value
 
 
-def maximal(values: dict[fx.Node, Linear]) -> list[Linear]:
+def maximal(values: dict[fx.Node, LinearValue]) -> list[LinearValue]:
     """The values that are part of no larger one, in the order of the graph."""
     covered: set[fx.Node] = set()
     found = []
