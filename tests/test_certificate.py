@@ -122,7 +122,7 @@ def test_a_wrong_composition_is_refused_with_border_and_interior(
     monkeypatch.setattr(certifying, "collapsed_by", wrong)
     certificate = certify(model, orepa.collapse(model), X)
     text, block = str(certificate), certificate.blocks[0]
-    assert text.startswith("NOT CERTIFIED: 1 of 2 blocks; stem.0: Conv2d 3 -> 8 3x3 is ")
+    assert text.startswith("NOT CERTIFIED: 1 of 2 blocks; stem.0: Conv2d 3 -> 8 3x3 differs by ")
     assert block.interior is not None
     assert block.border is not None
     assert block.interior < LIMIT < 0.1 < block.border
@@ -137,7 +137,7 @@ def test_a_block_that_did_not_run_is_not_certified() -> None:
 
 
 def test_what_is_no_collapse_of_the_model_is_refused(model: nn.Module) -> None:
-    message = "deploy is not recorded as a collapse of this model; give the two sides of one"
+    message = "deploy is not recorded as a collapse of this model; give a model and what"
     with pytest.raises(ReparamError, match=message):
         certify(model, copy.deepcopy(model), X)
     expanded = orepa.expand(model)
@@ -157,8 +157,8 @@ def test_a_block_that_the_forward_does_not_run_is_not_certified(model: nn.Module
     deploy.forward = model.forward  # type: ignore[method-assign]
     assert torch.equal(deploy(X), model(X))  # by the layers that were there before
     assert certify(model, deploy, X).verdict == (
-        "NOT CERTIFIED: stem.0: the deployed forward does not run it each time: it reaches what "
-        "stood there by another way than its name"
+        "NOT CERTIFIED: stem.0: the deployed forward does not run it each time; it reaches the "
+        "layer that was there before by another way than its name"
     )
 
 
@@ -167,7 +167,7 @@ def test_a_forward_that_differs_is_not_certified(model: nn.Module) -> None:
     deploy.register_forward_hook(lambda module, args, y: y * 2)
     certificate = certify(model, deploy, X)
     assert certificate.verdict == (
-        "NOT CERTIFIED: the deployed forward is 1.0e+00 from the model's in float64"
+        "NOT CERTIFIED: the deployed forward differs by 1.0e+00 from the model's in float64"
     )
     assert json.loads(certificate.to_json())["forward"]["deployed"] == pytest.approx(1, abs=1e-5)
     assert not Certificate.from_json(certificate.to_json())

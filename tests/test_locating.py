@@ -49,7 +49,7 @@ def test_models_are_left_as_they_were(model: nn.Module) -> None:
 
 def test_what_shows_no_modules_is_told(model: nn.Module) -> None:
     assert "the candidate shows no modules" in str(explain(model, lambda x: x, X))
-    assert "the reference is no torch model" in str(explain(lambda x: x, model, X))
+    assert "the reference is not a torch model" in str(explain(lambda x: x, model, X))
 
 
 def test_a_forward_that_fails_alone_is_told(model: nn.Module) -> None:

@@ -102,7 +102,7 @@ def verify_command(
         return finish("orepa-verify", steps, junit, debug)
     if candidate is None:
         raise ReparamError(
-            f"{reference}: give B, what to compare it with, or one FILE.manifest.json"
+            f"{reference}: give a second side to compare it with, or a FILE.manifest.json alone"
         )
     with not_run_page(page, reference, candidate):
         return compare_sides(

@@ -56,14 +56,14 @@ class BlockCertificate:
     def reason(self) -> str:
         """Says why the block is not certified; "" where it is."""
         if self.error is None:
-            return f"{self.path}: did not run on these inputs: nothing was compared"
+            return f"{self.path}: did not run on these inputs, so nothing was compared"
         if not self.error <= LIMIT:  # NaN too
             where = ""
             if self.border is not None and self.interior is not None:
                 where = f" (border {self.border:.1e}, interior {self.interior:.1e})"
             return (
-                f"{self.path}: {self.after} is {self.error:.1e} from {self.before} in float64"
-                f"{where}, above {LIMIT:g}"
+                f"{self.path}: {self.after} differs by {self.error:.1e} from {self.before} in "
+                f"float64{where}, above {LIMIT:g}"
             )
         if self.inexact:
             return f"{self.inexact}: is not the float64 value of {self.before}, cast once"
@@ -88,13 +88,18 @@ class ForwardCertificate:
         """Says why the forward is not certified; "" where it is."""
         if self.stale:
             return (
-                f"{self.stale}: the deployed forward does not run it each time: it reaches what "
-                "stood there by another way than its name"
+                f"{self.stale}: the deployed forward does not run it each time; it reaches the "
+                "layer that was there before by another way than its name"
             )
         if not self.error <= WHOLE:  # NaN too
-            return f"the forward is {self.error:.1e} from the model's in float64, above {WHOLE:g}"
+            return (
+                f"the forward differs by {self.error:.1e} from the model's in float64, above "
+                f"{WHOLE:g}"
+            )
         if not self.deployed <= DEPLOYED:
-            return f"the deployed forward is {self.deployed:.1e} from the model's in float64"
+            return (
+                f"the deployed forward differs by {self.deployed:.1e} from the model's in float64"
+            )
         return ""
 
 

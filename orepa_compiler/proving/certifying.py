@@ -81,8 +81,8 @@ def _edits(model: nn.Module, deploy: nn.Module) -> list[Edit]:
     plans = after[len(before) :]
     if not plans or after[: len(before)] != before or any(p != p.of("collapse") for p in plans):
         raise ReparamError(
-            "deploy is not recorded as a collapse of this model; give the two sides of one "
-            "orepa.collapse(model)"
+            "deploy is not recorded as a collapse of this model; give a model and what "
+            "orepa.collapse(model) returned for it"
         )
     return [edit for plan in plans for edit in plan.edits]
 

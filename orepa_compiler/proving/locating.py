@@ -184,7 +184,7 @@ def explain(
 ) -> Divergence | str:
     """Gives what locate finds, or one line that says why nothing can be found."""
     if not isinstance(reference, nn.Module):
-        return "the reference is no torch model: its modules cannot be told apart"
+        return "the reference is not a torch model, so it has no modules to compare one by one"
     try:
         found = locate(reference, candidate, inputs, precision=precision, factor=factor)
     except (ReparamError, NotRun) as error:

@@ -100,8 +100,8 @@ def verify(
     if precision == "int8":
         if stress:
             raise ReparamError(
-                "precision='int8' holds the ranges of its calibration data: what stress=True makes "
-                "is beyond them. Give stress=False"
+                "an int8 file covers only the ranges of its calibration data, and the inputs of "
+                "stress=True are beyond them; give stress=False"
             )
         sides = runner_of(reference), runner_of(candidate)
         return verify_int8(*sides, inputs, truth=truth, factor=factor)

@@ -210,7 +210,7 @@ def test_orepa_alone_and_its_version(capsys: pytest.CaptureFixture[str]) -> None
             "nets.py:Pair --onnx a.onnx",
             "does not run on inputs of shape (2, 3, 224, 2",
         ),
-        (main, "verify nets.py:tiny", "nets.py:tiny: give B, what to compare it with, or one FILE"),
+        (main, "verify nets.py:tiny", "nets.py:tiny: give a second side to compare it with, or a"),
         (
             main,
             "verify nets.py:tiny b.onnx --checkpoint-b c.pth",

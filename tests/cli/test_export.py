@@ -105,7 +105,7 @@ SHAPES = "--min-shapes 1x3x16x16 --opt-shapes {} --max-shapes {}"
         (f"{EXPORT} --opt-shapes 1x3x16x16", "--min-shapes and --max-shapes: missing; give all"),
         (
             f"{EXPORT} {SHAPES.format('4x3x16x16', '2x3x16x16')}",
-            "are (1, 3, 16, 16), (4, 3, 16, 16) and (2, 3, 16, 16); each must lie within the next",
+            "are (1, 3, 16, 16), (4, 3, 16, 16) and (2, 3, 16, 16); each must be at most the next",
         ),
         (f"{EXPORT} {SHAPES.format('4x3x16x16', 'x')}", "--max-shapes x: write it as sizes"),
     ],
@@ -162,7 +162,7 @@ def test_shapes_are_by_name_or_alone() -> None:
         ((["a:1"], ["a:1"], ["b:1"]), "--max-shapes of a: missing; give all three"),
         ((["1", "2"], ["1"], ["1"]), "--min-shapes 2: given twice for the only input"),
         ((["1", "b:1"], ["1", "b:1"], ["1", "b:1"]), "give a name to every input, not to"),
-        ((["1x2"], ["1"], ["1"]), "each must lie within the next"),
+        ((["1x2"], ["1"], ["1"]), "each must be at most the next"),
     ],
 )
 def test_shapes_that_make_no_profile_are_refused(given: tuple, said: str) -> None:

@@ -219,7 +219,7 @@ WRONG: list[tuple[str, str, str]] = [
     ("export", f"{TINY} --num-classes 3", "--num-classes goes with a name of torchvision or"),
     ("export", f"{TINY} --num-classes 0", "Invalid value for '--num-classes'"),
     ("export", f"{TINY} --input-shape 3x16xN", "--input-shape 3x16xN: write it as sizes"),
-    ("export", f"{TINY} --input-shape 3x16:float", "behind the colon stands int64, int32"),
+    ("export", f"{TINY} --input-shape 3x16:float", "after the colon, write int64, int32"),
     ("export", f"{TINY} --input-names a,,b", "--input-names a,,b: '' is no name; write one word"),
     ("export", f"{TINY} --input-names a,a", "'a' stands there twice; give each a name of its own"),
     ("export", f"{TINY} --input-names a --output-names a", "'a' names an input and an output"),
@@ -237,7 +237,7 @@ WRONG: list[tuple[str, str, str]] = [
         "export",
         f"{TINY} --dynamic-size --trt a.engine --input-shape 3x8x8 --min-shapes 1x3x16x16 "
         "--opt-shapes 1x3x16x16 --max-shapes 1x3x32x32",
-        "--input-shape 3x8x8: is compared, and lies outside --min-shapes 1x3x16x16 to --max-sha",
+        "--input-shape 3x8x8: the engine is run at this shape, and takes --min-shapes 1x3x16x16 to",
     ),
     ("export", f"{TINY} --crop 16", "there are no images; leave it out"),
     ("export", f"{TINY} --inputs cats --mean 0.5;0.5", "--mean 0.5;0.5: write it as numbers"),
@@ -267,7 +267,7 @@ WRONG: list[tuple[str, str, str]] = [
     ("orepa", "verify bad.onnx bad.onnx", "bad.onnx: not a whole ONNX file (1 bytes;"),
     ("orepa", "verify bad.onnx.manifest.json", "bad.onnx.manifest.json: is not whole JSON"),
     # an export, once the model is there
-    ("export", "nets.py:Says --onnx out.onnx", "its forward returns a str; a model here returns"),
+    ("export", "nets.py:Says --onnx out.onnx", "its forward returns a str; it must return tensors"),
     ("export", "nets.py:ids --onnx out.onnx", "give whole numbers as --input-shape 16:int64"),
     ("export", f"{TINY} --inputs numbers.npy", "give the right --input-shape, once for each"),
     ("export", f"{TINY} --inputs words.npy", "--inputs words.npy: cannot be read (can't convert"),

@@ -169,7 +169,7 @@ def test_a_manifest_that_is_checked_again_says_what_was_not_run() -> None:
     assert "– pass in part" in banner("again.html")
     assert "not run: onnx on the GPU: " in banner("again.html")
     chain = section("again.html", "chain")
-    assert "not made again here" in chain
+    assert "not computed again" in chain
     assert chain.count('<span class="form open">') == 1
     assert "TensorRT" not in chain  # the manifest names no engine
     assert "a manifest is checked without the model" in section("again.html", "branches")

@@ -153,7 +153,7 @@ def test_stress_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("verify nets.py:tiny", "nets.py:tiny: give B, what to compare it with, or one FILE.mani"),
+        ("verify nets.py:tiny", "nets.py:tiny: give a second side to compare it with, or a FILE."),
         ("verify net.onnx.manifest.json net.onnx", "a manifest is checked alone; leave out net"),
         ("verify gone.onnx.manifest.json", "gone.onnx.manifest.json: no such manifest"),
         (f"verify nets.py:tiny gone.onnx {SHAPE}", "gone.onnx: no such file"),

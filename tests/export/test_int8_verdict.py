@@ -95,7 +95,7 @@ def test_what_is_no_int8_file_of_that_model_is_refused(
     ):
         with pytest.raises(orepa.ReparamError, match=said):
             orepa.verify(reference, candidate, images(), precision="int8")
-    with pytest.raises(orepa.ReparamError, match="what stress=True makes is beyond them"):
+    with pytest.raises(orepa.ReparamError, match="stress=True are beyond them"):
         orepa.verify(float32, int8, images(), precision="int8", stress=True)
 
 

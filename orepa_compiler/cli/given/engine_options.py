@@ -94,7 +94,7 @@ def check_engine_options(
     if compute_capability is not None and not re.fullmatch(r"\d+\.\d", compute_capability):
         raise ReparamError(f"--compute-capability {compute_capability}: write it as 8.9")
     if timing_cache is not None and flavor == "rtx":
-        raise ReparamError("--timing-cache: TensorRT for RTX times nothing; leave it out")
+        raise ReparamError("--timing-cache: TensorRT for RTX times no kernels; leave it out")
 
 
 def check_preset_option(preset: Preset | None, *, precision: Precision, has_engine: bool) -> None:
@@ -103,7 +103,7 @@ def check_preset_option(preset: Preset | None, *, precision: Precision, has_engi
     if preset == "cpu" and has_engine:
         raise ReparamError(
             "--int8-preset cpu: TensorRT refuses its zero points and quantized biases; leave out "
-            "--trt, or write the engine from an export of its own"
+            "--trt, or export the engine separately"
         )
 
 
@@ -154,5 +154,5 @@ def _check_rising(name: str, shapes: tuple[Shape, ...]) -> None:
     if not rises:
         raise ReparamError(
             f"--min-shapes, --opt-shapes and --max-shapes{f' of {name}' if name else ''} are "
-            f"{low}, {opt} and {high}; each must lie within the next"
+            f"{low}, {opt} and {high}; each must be at most the next"
         )

@@ -138,8 +138,8 @@ class ExportRequest:
         asked = f"--output-names {','.join(names)}"
         if names and is_named:
             raise ReparamError(
-                f"{asked}: the model returns its outputs by name ({', '.join(own)}), which is what "
-                "compares them; rename the keys in its forward, or leave it out"
+                f"{asked}: the model returns its outputs by name ({', '.join(own)}), and they are "
+                "compared by these names; rename the keys in its forward, or leave it out"
             )
         if names and own and len(names) != len(own):
             raise ReparamError(

@@ -62,9 +62,9 @@ def check_sizes(
         given = shape(shapes[0])
         if not _lies_in(given, profile):
             raise ReparamError(
-                f"--input-shape {shapes[0]}: is compared, and lies outside --min-shapes "
-                f"{_text(profile[0])} to --max-shapes {_text(profile[-1])}; give one that lies "
-                "within"
+                f"--input-shape {shapes[0]}: the engine is run at this shape, and takes "
+                f"--min-shapes {_text(profile[0])} to --max-shapes {_text(profile[-1])}; give a "
+                "shape in this range"
             )
 
 

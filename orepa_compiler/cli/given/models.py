@@ -56,7 +56,7 @@ def typed_shape(text: str) -> tuple[Shape, torch.dtype | None]:
     """
     sizes, colon, name = text.partition(":")
     if colon and name not in _WHOLE:
-        raise ReparamError(f"--input-shape {text}: behind the colon stands {', '.join(_WHOLE)}")
+        raise ReparamError(f"--input-shape {text}: after the colon, write {', '.join(_WHOLE)}")
     return shape(sizes), _WHOLE.get(name)
 
 
@@ -213,8 +213,8 @@ def check_tensors(source: str, given: Any) -> None:
     kinds = [type(leaf).__name__ for leaf in others_in(given)]
     if kinds or not any(True for _ in tensors_in(given)):
         raise ReparamError(
-            f"{source}: its forward returns {f'a {kinds[0]}' if kinds else 'no tensor'}; a model "
-            "here returns tensors, alone or in tuples, lists and dicts"
+            f"{source}: its forward returns {f'a {kinds[0]}' if kinds else 'no tensor'}; it must "
+            "return tensors, alone or in tuples, lists and dicts"
         )
 
 

@@ -65,7 +65,7 @@ def compare_sides(
         check_checkpoint(*side)
     if precision == "int8" and data is None:
         raise ReparamError(
-            "--precision int8 is judged on your own data, which its ranges were taken on: give "
+            "--precision int8 is judged on your own data, because its ranges come from it: give "
             "--inputs"
         )
     inputs = _inputs((reference[0], candidate[0]), data, shapes, batch)

@@ -101,7 +101,7 @@ class _Recheck:
     def network(self) -> Step:
         path = self.path_of("onnx")
         if load_graph(path).metadata_props.get(PRESET_KEY) == "cpu":
-            raise NotRun("its int8 is for CPUs, which TensorRT does not parse")
+            raise NotRun("it is an int8 file for CPUs, which TensorRT cannot parse")
         try:
             summary = inspect_network(path)
         except MissingPackage:

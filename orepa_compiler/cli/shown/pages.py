@@ -197,7 +197,7 @@ def _collapse_link(step: Step) -> Link:
         return _link({step.name: step}, "collapsed model", "model as loaded", step.name)
     error = max((block.error or 0.0 for block in step.certificate.blocks), default=None)
     outcome: Outcome = "pass" if step.certificate else "mismatch"
-    note = "by the certificate in the file, block by block in float64; not made again here"
+    note = "from the certificate in the file, block by block in float64; not computed again"
     return Link("collapsed model", "model as loaded", outcome, error, LIMIT, note)
 
 

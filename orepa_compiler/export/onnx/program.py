@@ -203,8 +203,8 @@ def named_outputs(
     own = tuple(output_names(program))
     if names and returns_mapping(program):
         raise ExportError(
-            f"output_names: the model returns its outputs by name ({', '.join(own)}), which is "
-            "what compares them; rename the keys in its forward, or leave it out"
+            f"output_names: the model returns its outputs by name ({', '.join(own)}), and they "
+            "are compared by these names; rename the keys in its forward, or leave it out"
         )
     if names and len(names) != len(own):
         raise ExportError(
