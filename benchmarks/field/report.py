@@ -13,30 +13,32 @@ from benchmarks.zoo.counting import normalised
 _INTRODUCTION = """\
 # The field
 
-Every published block that is trained as several layers and run as one, written from its paper, and
-every model of timm with a `fuse`, `reparameterize` or `switch_to_deploy` of its own. Weights are
-random and norm statistics look trained. Each is collapsed by `orepa.collapse`, by the one analysis
-that knows none of them by name, and compared with itself.
+This page collapses published blocks (each trained as several layers and deployed as one), written
+from their papers, and every model of timm that has a method `fuse`, `reparameterize` or
+`switch_to_deploy`. Weights are random, and norm statistics are as if trained. `orepa.collapse`
+knows none of these blocks by name: one analysis collapses them all, and each result is compared
+with the model before. The [glossary](words.md) explains region, fold and the other terms.
 
-- **convs**, **norms**, **MACs** are counted while the model runs, before and after, for one image;
-  convs and norms that are called as functions count too. **left**: norms that alone read what a
-  conv or a linear layer gives, after collapse. The goal is 0.
-- **error**: the largest difference from the untouched model in float64, over its largest output:
-  collapsed in float64, collapsed in float32, and the untouched model itself in float32.
-- A row is *collapsed* with at most {float64:.0e} in float64 and {float32:.0e} in float32, no norm
-  left, and no more MACs. A row is *refused* where it must be, and says why.
-- A net that amplifies rounding is allowed more: in float32 twice the untouched model's own error;
-  in float64 four times **one ulp**, which is what the untouched model's outputs do when each of
-  its weights moves by at most one unit in the last place (the worst of three draws). A fold cannot
-  do better: it rounds each weight.
+- **convs**, **norms** and **MACs** (multiply-accumulates) are counted while the model runs on one
+  image, before and after; convs and norms that are called as functions count too. **left**: norms
+  after collapse that are the only reader of a conv or linear layer. The goal is 0.
+- **error**: the largest difference from the original model in float64, divided by its largest
+  output: for the collapsed model in float64, in float32, and for the original model in float32.
+- A row is *collapsed* if the error is at most {float64:.0e} in float64 and {float32:.0e} in
+  float32, no norm is left, and there are no more MACs than before. A row is *refused* if
+  `collapse` must leave it alone, and does, with the right reason.
+- A net that amplifies rounding may have a larger error: in float32 twice the original model's own;
+  in float64 four times **one ulp**, by which we mean how far the original model's outputs move if
+  each weight moves by at most one unit in the last place (the worst of three draws). Folding a
+  norm rounds each weight, so it cannot do better.
 """
 _TIMM = """\
-Every model with such a method, at {size} pixels, beside timm's own `reparameterize_model`. A row
-fails where timm leaves fewer norms or fewer MACs, or has less than half the error in float32. What
-is within that factor is rounding: compare the column of the untouched model.
+Every model with such a method, at {size} pixels, compared with timm's own `reparameterize_model`. A
+row fails if timm leaves fewer norms or fewer MACs, or has less than half the error in float32. A
+smaller difference is rounding: compare the column *original*, the model before either.
 
-**own**: modules that the analysis would not finish and that are replaced by what their own method
-makes of them in float64, after a check.
+**own**: modules that the analysis cannot collapse completely; `collapse` calls the module's own
+method in float64, checks the result, and uses it.
 """
 
 
@@ -52,17 +54,21 @@ def report(rows: Iterable[Row], environment: dict[str, Any]) -> str:
         _INTRODUCTION.format(**tolerances),
         _markdown(("", ""), headline(blocks, models, others)),
         "## Blocks\n\n" + _markdown(_TITLES, [_block_line(row) for row in blocks]),
-        "## Refused, and why\n\n" + _markdown(("block", "why"), _refusals(blocks)),
+        "## Refused, and why\n\n" + _markdown(("block", "reason"), _refusals(blocks)),
         "## timm\n\n" + _TIMM.format(size=" or ".join(map(str, sizes))),
         _markdown(_FAMILY_TITLES, _families(models)),
         _markdown(_TIMM_TITLES, [_timm_line(row) for row in models]),
-        "## Without a row\n\n"
-        + _markdown(("model", "", "why"), [(r["name"], r["status"], r["why"]) for r in others]),
-        "## What is kept apart in timm's models, and why\n\n"
-        + _markdown(("model", "norms left", "why"), _left(models)),
+        "## Models without a result\n\n" + _others(others),
+        "## What stays separate in timm's models, and why\n\n"
+        + _markdown(("model", "norms left", "reasons"), _left(models)),
         "## How it was run\n\n" + _markdown(("", ""), list(environment.items())),
     ]
     return "\n".join(parts)
+
+
+def _others(rows: Sequence[Row]) -> str:
+    lines = [(row["name"], row["status"], row["why"]) for row in rows]
+    return _markdown(("model", "", "why"), lines) if lines else "None.\n"
 
 
 def has_failed(row: Row) -> bool:
@@ -78,18 +84,24 @@ def headline(
     beside = [row for row in models if "after" in row["timm"]]
     return [
         ("published blocks collapsed as they should be", _share(blocks, "collapsed")),
-        ("refused as they should be", _share(blocks, "refused")),
+        ("published blocks refused as they should be", _share(blocks, "refused")),
         ("models of timm collapsed", _share(models, "collapsed")),
         ("failed", str(sum(map(has_failed, [*every, *others])))),
         ("not run", str(sum(row["status"] == "not run" for row in others))),
         ("largest error of a block in float64", f"{_largest(blocks, 'float64'):.1e}"),
         ("largest error of a model of timm in float64", f"{_largest(models, 'float64'):.1e}"),
-        ("models of timm above 1e-12, by rounding", str(sum(map(_is_rounding, models)))),
+        ("models of timm above 1e-12, but within rounding", str(sum(map(_is_rounding, models)))),
         ("largest error of a block in float32", f"{_largest(blocks, 'float32'):.1e}"),
-        ("norms left alone behind a conv", str(sum(row["after"]["behind"] for row in every))),
+        ("norms left directly after a conv", str(sum(row["after"]["behind"] for row in every))),
         ("rows with more MACs than before", str(sum(_grows(row) for row in every))),
-        ("norms left in timm's models, by us", str(sum(row["after"]["norms"] for row in beside))),
-        ("by timm", str(sum(row["timm"]["after"]["norms"] for row in beside))),
+        (
+            "norms that `orepa.collapse` leaves in timm's models",
+            str(sum(row["after"]["norms"] for row in beside)),
+        ),
+        (
+            "norms that timm's own method leaves in them",
+            str(sum(row["timm"]["after"]["norms"] for row in beside)),
+        ),
     ]
 
 
@@ -111,11 +123,11 @@ _TITLES = (
     "",
 )  # fmt: skip
 _FAMILY_TITLES = (
-    "module of timm", "models", "collapsed", "largest error, float64", "of", "norms left", "timm",
+    "module of timm", "models", "collapsed", "largest error, float64", "in", "norms left", "timm",
 )  # fmt: skip
 _TIMM_TITLES = (
     "model", "classes", "regions", "own", "convs", "norms", "timm", "left", "timm", "MACs",
-    "error, float64", "one ulp", "timm", "float32", "timm", "untouched", "",
+    "error, float64", "one ulp", "timm", "float32", "timm", "original", "",
 )  # fmt: skip
 
 

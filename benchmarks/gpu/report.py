@@ -10,45 +10,46 @@ from benchmarks.gpu.measuring import CUDA, TENSORRT, Row
 _INTRODUCTION = """\
 # On a GPU
 
-What a machine without a GPU cannot tell: whether an engine gives the model's outputs, and how long
-it takes. A cell says *not run* until it was run, which is no pass.
+Only a machine with a GPU can tell whether a TensorRT engine gives the model's outputs, and how long
+it takes. A cell says *not run* until it has been measured; *not run* is not a pass.
 
 **{done} of {all} rows were run.**
 
 On a machine with a GPU:
 
-    pip install -e '.[gpu,trt,models]'     # or trt-rtx in the place of trt, see below
+    pip install -e '.[gpu,trt,models]'     # or trt-rtx instead of trt, see below
     python -m benchmarks.gpu
 
-For each model and precision it expands the stock net (random weights, norm statistics as training
-leaves them), collapses it, exports both to ONNX, builds both engines, compares the collapsed one's
-outputs with the float64 truth, and times it beside the stock one. It writes
-`benchmarks/results/gpu.json` and this page after every row. Interrupted, it goes on where it was;
-`--redo` begins again, as after installing what was missing. The same for a model of your own:
+For each model and precision this expands the stock net (random weights, norm statistics as training
+leaves them), collapses it, exports both nets to ONNX, builds both engines, compares the outputs of
+the collapsed net's engine with the net in float64, and times both engines in turn. It writes
+`benchmarks/results/gpu.json` and this page after every row. If interrupted, it continues where it
+stopped; `--redo` starts again, for instance after you installed a missing package. For a model of
+your own:
 
     orepa-export nets.py:trained --onnx net.onnx --trt net.engine --precision fp16
     orepa verify net.onnx net.engine --precision fp16
     orepa bench net.onnx net.engine --against stock.onnx --against-engine stock.engine --gate
 
-- **H100, H200, B200** need classic TensorRT (extra `trt`): TensorRT for RTX builds for compute
-  capabilities 7.5, 8.0, 8.6, 8.9, 12.0 and 12.1, not for 9.0 and 10.0. Where classic TensorRT
-  cannot be installed, onnxruntime's CUDA provider (extra `gpu`) compares and times the same ONNX
-  file; the engine's cells then say why there is none.
-- Engines are built for the GPU at hand, with TF32 off.
+- **H100, H200, B200** need classic TensorRT (extra `trt`): TensorRT for RTX builds engines for
+  compute capabilities 7.5, 8.0, 8.6, 8.9, 12.0 and 12.1, not for 9.0 and 10.0. If you cannot
+  install classic TensorRT, onnxruntime's CUDA provider (extra `gpu`) still compares and times the
+  ONNX file; the cells of the engine then say why there is none.
+- Engines are built for the GPU of the machine, with TF32 off.
 """
 _AGREEMENT = """\
 ## Outputs
 
-The largest error over the largest output, and its verdict: at most 4 times the noise of the model's
-own precision (in int8: of rounding to its steps), on normal inputs and, but in int8, on random,
-constant, large and small ones.
+The largest error divided by the largest output, and the verdict. A row passes if the error is at
+most 4 times the [noise](words.md) of the model's own precision (in int8: of rounding to its steps),
+on inputs from a normal distribution and, except in int8, on random, constant, large and small ones.
 """
 _LATENCY = """\
 ## Latency
 
-Milliseconds at the median, collapsed / stock, both in turn; the ratio and its 95 % interval. Both
-files must have the same number of nodes, and the collapsed one be within noise of the stock one, or
-faster.
+Median milliseconds, collapsed / stock, measured in turn; then the ratio with its 95 % interval.
+Both files must have the same number of nodes, and the collapsed net must be as fast as the stock
+net within noise, or faster.
 """
 _AGREEMENT_TITLES = ("model", "precision", CUDA, "TensorRT engine")
 _LATENCY_TITLES = ("model", "precision", "nodes", CUDA, TENSORRT)

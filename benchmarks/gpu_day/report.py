@@ -16,7 +16,7 @@ def page(made: Sequence[Row], facts: dict[str, Any]) -> str:
     named = [known.get(name, Row(name)) for name, _ in rows("cuda", Scale())]
     steps = [row for row in named if row.name.startswith("step, resnet")]
     others = [row for row in named if row not in steps]
-    where = facts.get("gpu", "no GPU was at hand")
+    where = facts.get("gpu", "no GPU was available")
     return (
         f"{where}, torch {facts.get('torch', '-')}\n\n"
         f"{_table(('row', 'state', 'figures'), [_line(row) for row in others])}\n"

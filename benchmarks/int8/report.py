@@ -53,9 +53,9 @@ def lines(records: Records) -> list[str]:
         made.append(f"| {name} of the QAT file / float | {' | '.join(cells)} |")
     made += ["", *map(_said, nets_run(records))]
     made += [
-        "Mean differences in points, with the 95 % interval over n seeds (paired). Each file in "
-        f"onnxruntime as it is written. Weight decay {DECAY:g}. Time of the processor: batch 32, "
-        "one thread, in turn with the float file, with the int8 kernels that onnxruntime has.",
+        "Mean differences in points, with their 95 % interval over n paired seeds. Each file runs "
+        f"in onnxruntime as it is written. Weight decay {DECAY:g}. Processor time is that of batch "
+        "32 on one thread, in turn with the float file, with onnxruntime's own int8 kernels.",
     ]
     return made
 
@@ -70,12 +70,12 @@ def nets_run(records: Records) -> list[Setting]:
 
 def _said(setting: Setting) -> str:
     is_large = setting.net == PRETRAINED
-    who = f"{PRETRAINED}, from weights of ImageNet," if is_large else "The small nets"
+    who = f"{PRETRAINED}, from ImageNet weights" if is_large else "The small nets"
     size = PRETRAINED_SIZE if is_large else 14
     return (
-        f"{who}: {setting.train:,} images of {size} x {size}, {setting.epochs} epochs at rate "
-        f"{setting.rate:g}; all but float and PTQ train {setting.tuned} more; {setting.test:,} "
-        "images of the test."
+        f"{who}: trained on {setting.train:,} images of {size} x {size}, {setting.epochs} epochs "
+        f"at rate {setting.rate:g}, all but float and PTQ for {setting.tuned} epochs more; tested "
+        f"on {setting.test:,} images."
     )
 
 

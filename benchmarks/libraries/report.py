@@ -20,16 +20,17 @@ def section(rows: Iterable[Row], environment: dict[str, Any]) -> str:
     every = sorted(rows, key=lambda row: (row["library"], row["name"]))
     libraries = sorted({row["library"] for row in every})
     header = (
-        "| library | models | pass | refused | spatial convs | expanded | norms right behind convs "
-        "| left | exports, of those that torch exports |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+        "| library | models | pass | refused | spatial convs | expanded | norms directly "
+        "after convs | not folded | exports, of those that torch exports |\n"
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     lines = [_line(name, [r for r in every if r["library"] == name]) for name in libraries]
     return "\n\n".join(
         (
             _HEADING,
-            f"Models of libraries that are installed, small, with random weights: "
+            f"Small models of other libraries, with random weights: "
             f"`{environment.get('command', '')}`, {environment.get('date', '')}. "
-            f"Exports were tried of {sum('exports' in row for row in every)} of them.",
+            f"An export was tried for {sum('exports' in row for row in every)} of them.",
             "\n".join((header, *lines, _line("all", every))),
             _reasons(every),
             _not_passed(every),
@@ -73,7 +74,7 @@ def _reasons(rows: list[Row]) -> str:
 def _not_passed(rows: list[Row]) -> str:
     lines = [f"- {r['library']}, {r['name']}: {r['status']}, {_why(r)}" for r in rows
              if r["status"] not in ("pass", "no conv")]  # fmt: skip
-    return "\n".join(("Not passed:\n", *lines)) if lines else "Every model passed."
+    return "\n".join(("Did not pass:\n", *lines)) if lines else "Every model passed."
 
 
 def _why(row: Row) -> str:

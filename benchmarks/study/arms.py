@@ -124,7 +124,8 @@ ARMS: dict[str, Arm] = {
     },
     "gradient": Arm(
         preconditioned,
-        "the plain net; each kernel's gradient times the J J^T of OREPA's block at its start",
+        "the plain net; each kernel's gradient is multiplied by J J^T, where J is the derivative "
+        "of the kernel of OREPA's block by its parameters, at its start",
     ),
     "gradient, diagonal": Arm(
         diagonally_preconditioned, "the same with the diagonal of J J^T alone: a rate per weight"

@@ -80,16 +80,17 @@ HEADS = (
     "net",
     "epochs",
     "at equal epochs",
-    f"at equal time, steps of {LARGE_NET_STEP:.2f}",
-    "at equal time here",
-    "steps here",
+    f"at equal time, if a step takes {LARGE_NET_STEP:.2f}",
+    "at equal time, as measured here",
+    "step / plain's, as measured here",
     "epochs for plain's result",
 )
 MEANS = (
-    "The default less plain, and its 95 % interval, where plain has trained for as many epochs, or "
-    "for as long: read between\ntwo of its budgets, in proportion to the logarithm of the epochs. "
-    "Last, the epochs that bring the default's mean to plain's at that\nbudget. Steps here are of "
-    "tiny nets on one core, where making the kernels takes as long as the convs do."
+    "The default minus plain, with the 95 % interval, where plain has trained for as many epochs, "
+    "or for as long. For equal time,\nplain's accuracy is interpolated between two of its budgets, "
+    "linearly in the logarithm of the epochs. The last column says\nhow many epochs the default "
+    "needs to reach plain's mean at that budget. Steps are measured here on tiny nets and one "
+    "core,\nwhere computing the kernels takes as long as the convs do."
 )
 
 

@@ -34,7 +34,7 @@ def _gains(pyplot: Any, found: list[Line]) -> Any:
         axis.set_title(net)
         _curve(axis, [line for line in compared if line.cell.net == net])
     figure.supxlabel("epochs", fontsize=9)
-    figure.supylabel("accuracy less plain's, points", fontsize=9)
+    figure.supylabel("accuracy minus plain's, points", fontsize=9)
     return figure
 
 

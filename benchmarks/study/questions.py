@@ -46,7 +46,7 @@ FASHION_QUESTIONS: dict[str, Question] = {
     ),
     "width": Question(
         "At which width?",
-        "The same, four epochs.",
+        "The same comparison at four epochs.",
         ("ResNet-8", "VGG-7"),
         ("plain", DEFAULT),
         settings={f"width {n}": {**_TOO_SMALL, "epochs": 4, "width": n} for n in (4, 8, 16)},
@@ -54,7 +54,7 @@ FASHION_QUESTIONS: dict[str, Question] = {
     ),
     "preconditioner": Question(
         "Is it a preconditioner?",
-        "The plain net with the block's first-order effect on a step, and no block.",
+        "The plain net without a block, but with a block's first-order effect on each step.",
         _ONE_NET,
         ("plain", DEFAULT, "gradient", "gradient, diagonal"),
         settings=_budgets(1, 4),
@@ -90,27 +90,27 @@ SMALL_QUESTIONS: dict[str, Question] = {
     ),
     "start": Question(
         "How small should the other branches start?",
-        "The plain net's kernels kept; the other branches' scaling times 0 to 1. Beside it RepVGG.",
+        "Kernels start as the plain net's; the other branches are scaled by 0 to 1. Also RepVGG.",
         _ONE_NET,
         ("plain", *PRESERVED, "RepVGG"),
     ),
     "branches": Question(
         "Which branches pay?",
-        "One branch left out at a time (Table 2 in small).",
+        "One branch left out at a time (as in the paper's Table 2).",
         _ONE_NET,
         ("vector scaling", *_BRANCHES, "plain"),
         base="vector scaling",
     ),
     "scaling": Question(
         "Which scaling?",
-        "Vector, scalar, none, and no norm behind the sum (Table 3).",
+        "Vector, scalar, none, and no norm after the sum (as in the paper's Table 3).",
         _ONE_NET,
         ("vector scaling", "scalar scaling", "no scaling", "no norm behind the sum"),
         base="vector scaling",
     ),
     "stem": Question(
         "The deep stem",
-        "For a 7 x 7 stem: the deep stem, or the block of every k x k conv.",
+        "A 7 x 7 stem as the deep stem, or with the block that other k x k convs get.",
         ("ResNet-8, 7 x 7 stem",),
         ("plain", "deep stem", "stem as k x k"),
     ),
@@ -158,8 +158,8 @@ SMALL_QUESTIONS: dict[str, Question] = {
         settings={f"{epochs} epochs": {"epochs": epochs} for epochs in (10, 20, 40)},
     ),
     "norms": Question(
-        "Can online training have what branch norms give?",
-        "Kernels normalized, or scaled once from the data, beside DBB.",
+        "Can online blocks do what branch norms do?",
+        "Normalized kernels, or branches scaled once from the data, compared with DBB.",
         ("ResNet-8", "VGG-7"),
         (
             *("plain", "vector scaling", "DBB", "normalized", "standardized"),

@@ -190,7 +190,7 @@ def section(name: str, question: Question, records: Records) -> str:
     made, total = progress(question, records)
     text = [f"### {question.title}", "", f"{question.asks} `--question {name}`", ""]
     if made < total:
-        text += [f"{made} of {total} runs are made; what is not made is not shown.", ""]
+        text += [f"{made} of {total} runs are done; the table leaves out the others.", ""]
     return "\n".join((*text, markdown(table(found)), ""))
 
 
@@ -218,7 +218,7 @@ def proposition() -> str:
             "",
             f"Proposition 1: over {STEPS} steps of SGD in float64, {BRANCHES} branches without",
             f"scaling layers stay within {without:.0e} of one conv that learns {BRANCHES} times as",
-            f"fast. With a scaling layer behind each they part from it by {with_scales:.0e}.",
+            f"fast. With a scaling layer after each, they differ from it by {with_scales:.0e}.",
             "",
         )
     )

@@ -16,33 +16,35 @@ _TEXT = 220  # characters of an error in the table of failures
 _INTRODUCTION = """\
 # The zoo
 
-Every conv-bearing model of timm and torchvision, each with random weights and random norm
-statistics, on the smallest input that is useful. For each model:
+This page tests the package on every model of timm and torchvision that has a conv. Each model gets
+random weights, random norm statistics and the smallest useful input. The [glossary](words.md)
+explains plan, stock model, fold and the other terms. The checks, in order:
 
-1. `plan`: every conv is expanded or has a reason.
-2. `expand(init="preserve")` gives the model's own outputs.
-3. One step of SGD in train mode changes them, and all stays finite.
-4. `collapse` gives the outputs of the expanded model, in eval mode.
-5. `collapse(fold_norm=False)` loads with `strict=True` into a fresh stock model, which gives the
-   same outputs. Where a norm was inserted behind a conv without a bias, the stock model has no
-   place for it: the library refuses, and the row says so.
+1. `plan`: every conv is either expanded or listed with a reason.
+2. `expand(init="preserve")` leaves the model's outputs as they were.
+3. One step of SGD in train mode changes the outputs, and everything stays finite.
+4. `collapse` leaves the outputs of the expanded model as they were, in eval mode.
+5. `collapse(fold_norm=False)` loads with `strict=True` into a fresh stock model, which then gives
+   the same outputs. If `expand` inserted a norm after a conv without a bias, the stock model has no
+   place for it: the package refuses, and the page lists the model.
 
-An error is the largest difference over the largest output, for the worst output tensor. A model
-passes in float32 with {float32:.0e}; where float32 itself is noisier, all checks are made again in
-float64, with {float64:.0e}. Detectors return boxes after thresholds, so their feature maps and head
-outputs are compared, for given boxes.
+An error is the largest difference divided by the largest output, for the worst output tensor. A
+model passes in float32 if every error is at most {float32:.0e}. If float32 itself is noisier than
+that, all checks run again in float64, with a limit of {float64:.0e}. Detectors return boxes after
+thresholds, so their feature maps and head outputs are compared, for given boxes.
 """
 
 
 _FIGURES = """\
-![Relative errors of all models, and what they may be](zoo/errors.svg)
+![Relative errors of all models, and their limits](zoo/errors.svg)
 
-Each check of each model. What lies to the right of the dashed line fails.
+For each check, the number of models with an error of that size. To the right of the dashed line a
+model fails.
 
 ![Spatial convs expanded by default, by family](zoo/families.svg)
 
-Of each family's spatial convs (their number in brackets), the share that `expand` turns into blocks
-by default. The rest has its reason below, and `where=` asks for it.
+The share of each family's spatial convs (their number in brackets) that `expand` turns into blocks
+by default. The table below has the reasons for the others; `where=` expands them too.
 """
 
 
@@ -56,11 +58,11 @@ def report(rows: Iterable[Row], environment: dict[str, Any]) -> str:
         _headline(bearing, without=len(every) - len(bearing)),
         _FIGURES,
         "## Why convs are left alone\n\n" + _reasons(bearing),
-        "## Batch norms left behind a conv\n\n" + _norms_left(bearing),
+        "## Batch norms not folded into the conv before them\n\n" + _norms_left(bearing),
         "## Families\n\n" + _families(bearing),
         "## Failed or not compared\n\n" + _failures(bearing),
-        "## Stock model refused\n\n" + _refusals(bearing),
-        "## Checked on a depth-reduced model\n\n" + _reduced(bearing),
+        "## Not loaded into the stock model\n\n" + _refusals(bearing),
+        "## Checked at reduced depth\n\n" + _reduced(bearing),
         "## How it was run\n\n" + _environment(bearing, environment),
     ]
     return "\n".join(parts)
@@ -78,19 +80,19 @@ def _headline(rows: Sequence[Row], *, without: int) -> str:
     silent = sum(len(row["plan"]["silent"]) for row in planned)
     reduced = sum("reduced_for" in row for row in rows if row["status"] == "pass")
     lines = [
-        ("models gone over, in a random order", _share(len(rows) + without, len(subjects("*")))),
+        ("models examined, in random order", _share(len(rows) + without, len(subjects("*")))),
         ("models with a conv", f"{len(rows):,} ({without} more have none)"),
         ("pass", _share(status["pass"], len(rows))),
-        ("of these checked with fewer blocks, for time or memory", f"{reduced:,}"),
+        ("of these, checked at reduced depth to save time or memory", f"{reduced:,}"),
         ("fail", f"{failed:,}"),
         ("not compared", f"{status['not compared']:,}"),
         ("pass in float32", f"{_passed(rows, 'float32'):,}"),
-        ("pass in float64, float32 being noisier", f"{_passed(rows, 'float64'):,}"),
+        ("pass in float64, because float32 is noisier", f"{_passed(rows, 'float64'):,}"),
         ("strict load into the stock model", f"{stock['pass']:,} ({stock['refused']:,} refused)"),
-        ("convs", f"{convs:,}, of which {silent} without a word"),
+        ("convs", f"{convs:,}, of which {silent} neither expanded nor explained"),
         ("convs expanded by default", _share(_sum(planned, "plan", "expanded"), convs)),
         ('convs expanded with `where="**"`', _share(_sum(planned, "plan_all", "expanded"), convs)),
-        ("spatial convs (k > 1, no patch embeddings, not transposed)", f"{spatial:,}"),
+        ("spatial convs (k > 1, neither patch embeddings nor transposed)", f"{spatial:,}"),
         (
             "spatial convs expanded by default",
             _share(_sum(planned, "plan", "spatial_expanded"), spatial),
@@ -100,9 +102,9 @@ def _headline(rows: Sequence[Row], *, without: int) -> str:
             _share(_sum(planned, "plan_all", "spatial_expanded"), spatial),
         ),
         ("batch norms", f"{norms:,}"),
-        ("of these left by `collapse`", _share(norms_left, norms)),
-        ("batch norms right behind a conv or linear layer", f"{found:,}"),
-        ("of these left by `collapse`", f"{left:,}"),
+        ("of these, not folded by `collapse`", _share(norms_left, norms)),
+        ("batch norms directly after a conv or linear layer", f"{found:,}"),
+        ("of these, not folded by `collapse`", f"{left:,}"),
     ]
     return _table(("", ""), lines)
 
@@ -118,7 +120,7 @@ def _reasons(rows: Sequence[Row]) -> str:
     keys = ("plan.reasons", "plan.spatial_reasons", "plan_all.reasons", "plan_all.spatial_reasons")
     ordered = sorted(counts.items(), key=lambda item: -item[1][keys[0]])
     lines = [(_cell(reason), *(f"{found[key]:,}" for key in keys)) for reason, found in ordered]
-    titles = ("reason", "convs", "spatial", 'convs, `where="**"`', 'spatial, `where="**"`')
+    titles = ("reason", "convs", "of these spatial", 'convs, `where="**"`', 'spatial, `where="**"`')
     return _table(titles, lines, right=(1, 2, 3, 4))
 
 
@@ -142,7 +144,7 @@ def _families(rows: Sequence[Row]) -> str:
     lines = [_family(library, family, group) for (library, family), group in groups.items()]
     titles = (
         "library", "family", "models", "pass", "convs", "expanded", "spatial", "expanded",
-        "left alone, the main reasons", "error, float32", "float64", "seconds a model",
+        "left alone, main reasons", "error, float32", "float64", "seconds per model",
     )  # fmt: skip
     return _table(titles, lines, right=(2, 3, 4, 5, 6, 7, 9, 10, 11))
 
@@ -221,7 +223,7 @@ def _refusals(rows: Sequence[Row]) -> str:
         (_cell(text), str(len(names)), ", ".join(names[:8]) + (" ..." if len(names) > 8 else ""))
         for text, names in sorted(found.items(), key=lambda item: -len(item[1]))
     ]
-    return _table(("what the library says", "models", "which"), lines) if lines else "None.\n"
+    return _table(("the reason given", "models", "which"), lines) if lines else "None.\n"
 
 
 def _reduced(rows: Sequence[Row]) -> str:
@@ -238,10 +240,11 @@ def _reduced(rows: Sequence[Row]) -> str:
     if not lines:
         return "None.\n"
     text = (
-        "The plan, and every count on this page, is of the full model, made on the `meta` device. "
-        "The checks ran on a model with two blocks of each run of equal ones, or on the smaller "
-        "model of the same class that is named. To save memory: with its gradients and those of "
-        "its blocks it comes near to, or went over, what one of two models at a time may take.\n\n"
+        "The plan, and every count on this page, is of the full model, on the `meta` device. The "
+        "checks ran on a model that keeps two of each run of equal blocks (the net's own, such as "
+        "residual blocks), or on the smaller model of the same class that the table names. To save "
+        "memory: with all gradients, the full model needs about as much as one of two models that "
+        "run at the same time may use, or more.\n\n"
     )
     titles = ("model", "parameters", "to save", "what was checked", "seconds to plan the full one")
     return text + _table(titles, lines, right=(1, 4))
@@ -261,10 +264,10 @@ def _versions(rows: Sequence[Row], source: str | None) -> str:
     counts = Counter(row.get("source") for row in rows)
     others = len(counts.keys() - {source})
     if not others:
-        return "all from this version of the library's source"
+        return "all from this version of the source"
     return (
-        f"{counts[source]:,} of {len(rows):,} from this version of the library's source, "
-        f"the others from {others} earlier"
+        f"{counts[source]:,} of {len(rows):,} from this version of the source, the others from "
+        f"{others} earlier ones"
     )
 
 

@@ -241,11 +241,13 @@ def timed(
 
 
 def _engines(engine: Path | None, against: Path | None) -> tuple[Any, Any]:
+    if engine is None and against is None:
+        raise ExportError(
+            "no engine was given; to time TensorRT too, give ENGINE and --against-engine"
+        )
     for path, option in ((engine, "ENGINE"), (against, "--against-engine")):
         if path is None:
-            raise ExportError(
-                f"no engine was given; give both ENGINE and --against-engine ({option})"
-            )
+            raise ExportError(f"{option} is missing; give the engines of both files, or of none")
     assert engine is not None
     assert against is not None
     return TensorRTRunner(engine), TensorRTRunner(against)

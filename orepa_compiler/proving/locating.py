@@ -36,11 +36,11 @@ WIDE = 4.0
 
 # Of a torch model, and of a file.
 UNSEEN = (
-    f"every module that both have agrees within {WIDE:g} times its tolerance: the fault is small, "
-    "or behind the last of them"
+    f"no module shows the fault: each one that both sides have is within {WIDE:g} times its "
+    "tolerance, so the fault is smaller than that, or after the last of them"
 )
 UNSEEN_IN_FILE = (
-    f"{UNSEEN}, or in what onnxruntime's optimizations make of the graph: they are off here"
+    f"{UNSEEN}, or in the graph optimizations of onnxruntime, which are off in this search"
 )
 
 

@@ -51,7 +51,8 @@ def test_the_page_has_the_means_and_how_many_seeds(tmp_path: Path) -> None:
     assert "| QAT in training form | +0.00 ± 6.36 | +0.25 |" in lines(records)
     said = "| *QAT in training form, minus QAT after collapse* | +0.00 ± 0.00 | +0.00 |"
     assert said in lines(records)
-    assert "The small nets: 2,000 images of 14 x 14, 6 epochs at rate 0.2; all but" in text
+    said = "The small nets: trained on 2,000 images of 14 x 14, 6 epochs at rate 0.2, all but"
+    assert said in text
     assert "| bytes of the QAT file / float | 0.25 | 0.25 |" in text
     assert "| processor time of the QAT file / float | not measured | not measured |" in text
     first = (tmp_path / "pictures" / "int8.svg").read_bytes()

@@ -228,7 +228,7 @@ def test_lines_on_disk_are_gone_on_with(tmp_path: Path) -> None:
     again = Records(made.path)
     assert len(needed(ASKED, again)) == 3
     assert progress(ASKED, again) == (35, 38)
-    assert "35 of 38 runs are made" in section("asked", ASKED, again)
+    assert "35 of 38 runs are done" in section("asked", ASKED, again)
     assert "pairs" not in section("asked", ASKED, made)
 
 

@@ -41,7 +41,7 @@ def test_each_backend_is_a_row_and_says_why_it_did_not_run(exported: dict[str, P
     assert cpu.model.median_ms <= cpu.model.p95_ms
     assert cpu.model.throughput == pytest.approx(3000 / cpu.model.median_ms)
     assert cuda.verdict.startswith("not run: CUDAExecutionProvider is not in the installed")
-    assert tensorrt.verdict.startswith("not run: no engine was given; give both ENGINE and")
+    assert tensorrt.verdict.startswith("not run: no engine was given; to time TensorRT too")
     assert told == ["onnxruntime CPU", "onnxruntime CUDA", "OpenVINO CPU", "TensorRT"]
     text = str(found)
     assert "not run: no engine was given" in text
@@ -80,6 +80,8 @@ def test_an_engine_without_a_gpu_is_not_run(exported: dict[str, Path], tmp_path:
         turn_s=0.001,
     )
     assert "net.engine: device numerics: not run; torch sees no CUDA GPU" in found.rows[3].verdict
+    with pytest.raises(ExportError, match=r"^--against-engine is missing; give the"):
+        latency._engines(engine, None)
 
 
 def test_the_files_are_timed_in_turn_and_the_slower_is_seen(

@@ -47,12 +47,11 @@ def page_of_export(request: ExportRequest, steps: Sequence[ExportStep]) -> Page:
     links = [
         _link(by_name, "collapsed model", first, "check collapse"),
         _link(by_name, "ONNX file", "collapsed model", "check onnx"),
-        _link(by_name, "TensorRT engine", "collapsed model", "check engine"),
     ]
     if request.openvino is not None:
-        links.insert(2, _link(by_name, "OpenVINO file", "collapsed model", "check openvino"))
-    if request.engine is None:
-        links[-1] = Link("TensorRT engine", "collapsed model", "not run", note="no engine was made")
+        links.append(_link(by_name, "OpenVINO file", "collapsed model", "check openvino"))
+    if request.engine is not None:
+        links.append(_link(by_name, "TensorRT engine", "collapsed model", "check engine"))
     file = by_name["write manifest"].file if "write manifest" in by_name else None
     return Page(
         title=f"orepa-export {request.model}",
@@ -74,10 +73,9 @@ def page_of_recheck(path: Path, steps: Sequence[ExportStep], command: str = "") 
         _collapse_link(by_name["certificate"]),
         _link(by_name, "ONNX file on the CPU", "collapsed model", "onnx on the CPU"),
         _link(by_name, "ONNX file on the GPU", "collapsed model", "onnx on the GPU"),
-        _link(by_name, "TensorRT engine", "collapsed model", "engine"),
     ]
-    if "engine" not in by_name:
-        links[-1] = Link("TensorRT engine", "collapsed model", "not run", note="no engine was made")
+    if "engine" in by_name:
+        links.append(_link(by_name, "TensorRT engine", "collapsed model", "engine"))
     manifest = read_manifest(path)
     onnx = path.parent / next((record.name for record in manifest.of("onnx")), "")
     return Page(
