@@ -73,7 +73,7 @@ def is_named_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
-def made_again(value: Any, parts: Sequence[Any]) -> Any:
+def rebuilt(value: Any, parts: Sequence[Any]) -> Any:
     """Makes a container like this one, with other parts in the order of its items."""
     if isinstance(value, Mapping):
         return _mapping_made_again(value, parts)
@@ -101,4 +101,4 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     held = shown(value)
     if held is None:
         return change(value)
-    return made_again(value, [mapped(part, change) for _, part in held])
+    return rebuilt(value, [mapped(part, change) for _, part in held])

@@ -14,7 +14,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from orepa_compiler.capture.effects.nested import tensors
-from orepa_compiler.containers import attributes, items, made_again, mapped, members, shown
+from orepa_compiler.containers import attributes, items, mapped, members, rebuilt, shown
 from orepa_compiler.verification.nesting import map_tensors, named_leaves, tensors_in
 
 Boxes = namedtuple("Boxes", "boxes scores")
@@ -120,7 +120,7 @@ def test_the_code_of_a_mapping_is_asked_for_the_arguments_of_calls_only() -> Non
     assert shown(UserDict(a=1)) == [("a", 1)]
     assert shown(UserList([1])) is None
     frozen = MappingProxyType({"a": 1})
-    assert made_again(frozen, [2]) is frozen  # nobody but its class can make another
+    assert rebuilt(frozen, [2]) is frozen  # nobody but its class can make another
 
 
 def test_attributes_are_those_in_slots_too() -> None:

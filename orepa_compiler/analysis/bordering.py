@@ -15,10 +15,10 @@ from orepa_compiler.algebra.geometry import Padding
 from orepa_compiler.algebra.operators import identity
 from orepa_compiler.algebra.padding import padded_with_bias, padding_operator
 from orepa_compiler.analysis.context import Context
-from orepa_compiler.analysis.forms import Form, at_least, beside_channels
+from orepa_compiler.analysis.forms import MapForm, at_least, beside_channels
 from orepa_compiler.analysis.values import LinearValue, absorbable
 from orepa_compiler.capture.constants import as_tensor, with_constants
-from orepa_compiler.capture.forwards import tried
+from orepa_compiler.capture.forwards import with_trial_values
 from orepa_compiler.capture.tracing.proxies import write_
 from orepa_compiler.errors import NotLinear
 
@@ -100,13 +100,13 @@ def bordered(walk: Context, border: WrittenBorder) -> LinearValue | None:
 
 def _is_bias(walk: Context, border: fx.Node, before: LinearValue) -> bool:
     """Whether a constant is the bias of a value, for all values of the parameters."""
-    other = walk.interpreter.reading(tried(walk.interpreter.capture))
+    other = walk.interpreter.reading(with_trial_values(walk.interpreter.capture))
     op = other.value_of(walk.owner, [node.name for node in before.nodes]).operator
     value = as_tensor(other.constant(walk.owner, border))
     if value is None or op is None or op.bias is None:
         return False
     try:
-        shift = beside_channels(value, Form(op.gives, at_least(value.dim())))
+        shift = beside_channels(value, MapForm(op.gives, at_least(value.dim())))
     except NotLinear:
         return False
     return torch.allclose(shift, op.bias, rtol=1e-12, atol=1e-12)

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from orepa_compiler.algebra.operators import ConvOperator
-from orepa_compiler.analysis.forms import Form
+from orepa_compiler.analysis.forms import MapForm
 from orepa_compiler.analysis.inference import Forms
 from orepa_compiler.analysis.values import LinearValue
 from orepa_compiler.capture.forwards import Forwards, Read
@@ -96,7 +96,7 @@ class Context(Protocol):
         """The nodes that hang on no input."""
         ...
 
-    def form(self, node: fx.Node) -> Form:
+    def form(self, node: fx.Node) -> MapForm:
         """What is known of the form of a map."""
         ...
 

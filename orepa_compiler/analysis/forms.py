@@ -20,7 +20,7 @@ _MOST = 8  # axes; a map with more of them is nowhere known
 
 
 @dataclass(frozen=True)
-class Form:
+class MapForm:
     """What is known of a map, at every call.
 
     maps: its channels, and where they stand. counts: how many axes it may have in all, a batch
@@ -33,7 +33,7 @@ class Form:
     dtype: torch.dtype | None = None
     is_batched: bool = False
 
-    def narrowed(self, other: Form) -> Form:
+    def narrowed(self, other: MapForm) -> MapForm:
         """Join what both know; where they contradict each other, what is known already stays."""
         counts = (self.counts & other.counts) or self.counts
         is_batched = self.is_batched or other.is_batched
@@ -45,18 +45,18 @@ class Form:
                 maps = self.maps
         if maps is not None:
             maps, counts = _agreed(maps, counts, is_batched)
-        return Form(maps, counts, self.dtype or other.dtype, is_batched)
+        return MapForm(maps, counts, self.dtype or other.dtype, is_batched)
 
     @property
     def count(self) -> int | None:
         """The number of axes, if there is but one possible."""
         return next(iter(self.counts)) if len(self.counts) == 1 else None
 
-    def without_type(self) -> Form:
+    def without_type(self) -> MapForm:
         return replace(self, dtype=None)
 
 
-NOTHING = Form()
+NOTHING = MapForm()
 
 
 def at_least(count: int) -> frozenset[int]:
@@ -77,7 +77,7 @@ def _agreed(maps: Maps, counts: frozenset[int], is_batched: bool) -> tuple[Maps,
     return maps, (counts & allowed) or counts
 
 
-def identity_of(form: Form, device: torch.device) -> ConvOperator:
+def identity_of(form: MapForm, device: torch.device) -> ConvOperator:
     """The operator that does nothing to such maps. Raises NotLinear where they are not known."""
     if form.maps is None:
         raise NotLinear("the number of channels that it sees is not known")
@@ -85,7 +85,7 @@ def identity_of(form: Form, device: torch.device) -> ConvOperator:
     return identity(form.maps.channels, form.maps.axes, like=like)
 
 
-def beside_channels(value: Tensor, form: Form) -> Tensor:
+def beside_channels(value: Tensor, form: MapForm) -> Tensor:
     """A constant beside a map as one number for each channel, (C,).
 
     Its axes are counted from the right, as torch does. Raises NotLinear where it is anything else:
@@ -116,7 +116,7 @@ def beside_channels(value: Tensor, form: Form) -> Tensor:
     return value.flatten()
 
 
-def check_type(constant: Any, form: Form) -> None:
+def check_type(constant: Any, form: MapForm) -> None:
     """Check that a map of floating point keeps its type beside a constant; or NotLinear."""
     if form.dtype is None:
         raise NotLinear("what it reads is not known to be of floating point")

@@ -22,7 +22,7 @@ from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.algebra.padding import padding_operator
 from orepa_compiler.analysis.elementwise import PRODUCT, QUOTIENT, arithmetic
-from orepa_compiler.analysis.forms import Form, beside_channels, check_type, identity_of
+from orepa_compiler.analysis.forms import MapForm, beside_channels, check_type, identity_of
 from orepa_compiler.capture.constants import as_tensor
 from orepa_compiler.capture.tracing.forward import trace
 from orepa_compiler.errors import NotLinear
@@ -52,7 +52,7 @@ class FunctionCall:
     operand: fx.Node
     value: Callable[[Any], Any]
     of_model: Callable[[Any], Any]
-    form: Callable[[], Form]
+    form: Callable[[], MapForm]
     device: Callable[[], torch.device]
 
     def identity(self) -> ConvOperator:
@@ -180,7 +180,7 @@ def _crop(call: FunctionCall) -> tuple[ConvOperator, int, int] | None:
     return padding_operator(like, pairs, "constant", 0.0), 0, 1
 
 
-def _on_last(parts: list[Any], rank: int, form: Form) -> list[slice]:
+def _on_last(parts: list[Any], rank: int, form: MapForm) -> list[slice]:
     """The slices of the axes behind the channels; none where others are cut, too.
 
     Raises NotLinear where the number of axes decides which ones an index from the left cuts.

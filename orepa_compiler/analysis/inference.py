@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from orepa_compiler.analysis.form_rules import Rule, function_rule, layer_rule, sum_form
-from orepa_compiler.analysis.forms import NOTHING, Form
+from orepa_compiler.analysis.form_rules import FormRule, function_rule, layer_rule, sum_form
+from orepa_compiler.analysis.forms import NOTHING, MapForm
 from orepa_compiler.capture import Call, Capture, join
 from orepa_compiler.capture.constants import evaluated
 from orepa_compiler.capture.forwards import Forwards
@@ -27,8 +27,8 @@ class Forms:
 
     def __init__(self, forwards: Forwards) -> None:
         self._forwards = forwards
-        self._found: dict[tuple[str, str], Form] = {}
-        self._layers: dict[tuple[str, str], Rule | None] = {}
+        self._found: dict[tuple[str, str], MapForm] = {}
+        self._layers: dict[tuple[str, str], FormRule | None] = {}
         self._entered: dict[str, bool] = {}
         self._constants: dict[fx.Node, Any] = {}
         self._is_done = self._is_changed = False
@@ -37,7 +37,7 @@ class Forms:
     def _capture(self) -> Capture:
         return self._forwards.capture
 
-    def of(self, owner: str, node: fx.Node) -> Form:
+    def of(self, owner: str, node: fx.Node) -> MapForm:
         """What is known of the map that a node gives."""
         if not self._is_done:
             self._is_done = True
@@ -94,7 +94,7 @@ class Forms:
             for rule in self._rules(owner, node):
                 self._keep(owner, node, rule)
 
-    def _rules(self, owner: str, node: fx.Node) -> Iterator[Rule]:
+    def _rules(self, owner: str, node: fx.Node) -> Iterator[FormRule]:
         if node.op == "call_module":
             path = self._capture.path_of(Call(owner, node))
             if (owner, node.name) not in self._layers:
@@ -111,13 +111,13 @@ class Forms:
                 left, right = (self._form(owner, x) for x in operands)
                 self._narrow(owner, node, sum_form(node, left, right))
 
-    def _layer_rule(self, path: str, node: fx.Node) -> Rule | None:
+    def _layer_rule(self, path: str, node: fx.Node) -> FormRule | None:
         is_plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
         if not is_plain or self._capture.hook_refusal(path) is not None:
             return None
         return layer_rule(self._capture.module(path), node.all_input_nodes[0])
 
-    def _keep(self, owner: str, node: fx.Node, rule: Rule) -> None:
+    def _keep(self, owner: str, node: fx.Node, rule: FormRule) -> None:
         """Write down what a rule tells of the operand and of what is made of it."""
         self._narrow(owner, rule.operand, rule.before)
         self._narrow(owner, node, rule.after)
@@ -146,10 +146,10 @@ class Forms:
                 self._narrow(path, inner, self._form(owner, outer))
                 self._narrow(owner, outer, self._form(path, inner))
 
-    def _form(self, owner: str, node: fx.Node) -> Form:
+    def _form(self, owner: str, node: fx.Node) -> MapForm:
         return self._found.get((owner, node.name), NOTHING)
 
-    def _narrow(self, owner: str, node: fx.Node, form: Form) -> None:
+    def _narrow(self, owner: str, node: fx.Node, form: MapForm) -> None:
         before = self._form(owner, node)
         after = before.narrowed(form)
         if after != before:

@@ -23,7 +23,7 @@ from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.analysis.bordering import bordered, written_border
 from orepa_compiler.analysis.context import Interpretation
 from orepa_compiler.analysis.elementwise import addition
-from orepa_compiler.analysis.forms import Form
+from orepa_compiler.analysis.forms import MapForm
 from orepa_compiler.analysis.functional import FunctionCall, function_operator, operand_of
 from orepa_compiler.analysis.sums import sum_value
 from orepa_compiler.analysis.values import LinearValue, absorbable, joined
@@ -117,10 +117,12 @@ class Walk:
         layer = LinearValue(operand, op.to(torch.float64), (), op.macs, layers, convs)
         return self._extended(node, operand, layer)
 
-    def form(self, node: fx.Node) -> Form:
+    def form(self, node: fx.Node) -> MapForm:
         """What is known of the map that a node gives."""
         value = self.values.get(node)
-        known = Form() if value is None or value.operator is None else Form(value.operator.gives)
+        known = (
+            MapForm() if value is None or value.operator is None else MapForm(value.operator.gives)
+        )
         return known.narrowed(self.interpreter.forms.of(self.owner, node))
 
     def _flattened_norm(self, node: fx.Node) -> LinearValue | None:

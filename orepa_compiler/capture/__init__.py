@@ -26,9 +26,9 @@ from orepa_compiler.capture.effects.finding import Surroundings, surroundings_of
 from orepa_compiler.capture.effects.remembering import code_kept
 from orepa_compiler.capture.recording import Recording
 from orepa_compiler.capture.skeleton import (
+    aliases_of,
     check_wrapper,
     meta_copy,
-    names_of,
     tied_modules,
     uncollected,
 )
@@ -100,7 +100,7 @@ def _captured(
     *,
     flips: bool = False,
 ) -> Capture:
-    aliases = names_of(skeleton)
+    aliases = aliases_of(skeleton)
     around = replace(surroundings_of(skeleton), flips=flips)
     graphs, untraced, recorded, arguments = _forwards(skeleton, aliases, is_leaf, recording, around)
     for path in _doubtful_owners(graphs, untraced, recorded, aliases):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.effects.nested import parts
-from orepa_compiler.capture.tracing.kinds import kind_of
+from orepa_compiler.capture.tracing.kinds import inferred_type
 
 # How those that collect the rest of a call are named, and what they hold when there is none.
 _STARS: dict[Any, str] = {
@@ -86,7 +86,7 @@ def _sorted(signature: inspect.Signature, given: Mapping[str, Any]) -> Arguments
         if value is Tensor or isinstance(value, Tensor):
             kinds[target] = Tensor
         elif isinstance(value, (fx.Proxy, fx.Node)):  # of a type that its graph may know
-            kinds[target] = kind_of(value.node if isinstance(value, fx.Proxy) else value)
+            kinds[target] = inferred_type(value.node if isinstance(value, fx.Proxy) else value)
         elif _holds_value(value):
             kinds[target] = type(value)
         else:

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from orepa_compiler.capture.effects.nested import tensors
-from orepa_compiler.capture.operators import OF_SHAPE, draws
-from orepa_compiler.capture.operators import writes as writes_by_name
+from orepa_compiler.capture.schemas import OF_SHAPE, draws, writes
 from orepa_compiler.capture.tracing.kinds import READ
 from orepa_compiler.capture.tracing.proxies import write_
 from orepa_compiler.errors import NotLinear
@@ -114,10 +113,10 @@ def reads_form(node: fx.Node) -> bool:
     return node.target is READ and node.args[1] in OF_SHAPE
 
 
-def writes(node: fx.Node) -> bool:
+def call_writes(node: fx.Node) -> bool:
     """Whether a call writes over its first operand, by its name: mul_, __setitem__, __iadd__."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return writes_by_name(name)
+    return writes(name)
 
 
 def writes_over_numbers(node: fx.Node) -> bool:
@@ -146,7 +145,7 @@ def _is_constant(node: fx.Node, found: set[fx.Node]) -> bool:
     if _is_fact(node) or _is_width(node):
         return True
     name = str(getattr(node.target, "__name__", node.target))
-    if writes(node) or not _is_pure(node) or draws(name):
+    if call_writes(node) or not _is_pure(node) or draws(name):
         return False
     operands = node.all_input_nodes
     if node.target in _CASTS:

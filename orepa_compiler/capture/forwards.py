@@ -105,7 +105,7 @@ class Forwards(Graphs):
         return self._reading[owner]
 
 
-def tried(capture: Capture) -> Read:
+def with_trial_values(capture: Capture) -> Read:
     """Gives modules with random positive values in float64, the same at each call.
 
     What two formulas give on these, they give alike for all values, or a coincidence of 15 digits.

@@ -18,7 +18,7 @@ from torch import fx, nn
 from orepa_compiler.algebra.classifiers import is_idle, is_norm
 from orepa_compiler.algebra.overriding import has_torch_forward
 from orepa_compiler.capture import Call
-from orepa_compiler.capture.constants import writes, writes_over_numbers
+from orepa_compiler.capture.constants import call_writes, writes_over_numbers
 from orepa_compiler.capture.effects.finding import written_buffers
 from orepa_compiler.capture.graphs import Graphs
 from orepa_compiler.capture.tracing.proxies import IN_PLACE_OPERATORS
@@ -176,7 +176,9 @@ def is_in_place(node: fx.Node) -> bool:
     """Whether a function or method writes over its first operand: by its name, or if told to."""
     if node.op not in ("call_function", "call_method"):
         return False
-    return node.target in IN_PLACE_OPERATORS or writes(node) or bool(_argument(node, "inplace"))
+    return (
+        node.target in IN_PLACE_OPERATORS or call_writes(node) or bool(_argument(node, "inplace"))
+    )
 
 
 @cache

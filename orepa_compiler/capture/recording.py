@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from orepa_compiler.capture.arguments import Arguments, arguments_of, bound_forward
 from orepa_compiler.capture.effects.nested import PLAIN, parts, tensors
-from orepa_compiler.capture.operators import writes
+from orepa_compiler.capture.schemas import writes
 from orepa_compiler.capture.watching import tells_form, watching_functions
 
 # Reads of a tensor's form that sizes do not decide.

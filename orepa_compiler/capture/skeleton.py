@@ -174,7 +174,7 @@ def _holds_on(value: Any, own: set[int], *, depth: int = 4) -> bool:
     return any(id(h) in own or _holds_on(h, own, depth=depth - 1) for h in holders)
 
 
-def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def aliases_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Path -> all the paths under which the same module is registered."""
     paths: dict[int, list[str]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):

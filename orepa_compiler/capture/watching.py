@@ -11,7 +11,7 @@ from torch.jit._fuser import optimized_execution
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orepa_compiler.capture.operators import OF_FORM
+from orepa_compiler.capture.schemas import OF_FORM
 
 # Is told the name of a function, the function, its arguments and what it gave.
 Called = Callable[[str, Any, tuple[Any, ...], dict[str, Any], Any], None]

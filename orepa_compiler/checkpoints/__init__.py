@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orepa_compiler.blocks import Block
 from orepa_compiler.capture.skeleton import is_sharded, value_copy
-from orepa_compiler.checkpoints.parts import inside, made_again, planned_parts, wrapper_of
+from orepa_compiler.checkpoints.parts import inside, planned_parts, replayed, wrapper_of
 from orepa_compiler.checkpoints.reading import PLAN_KEY, has_plan
 from orepa_compiler.checkpoints.weights import load_weights
 from orepa_compiler.errors import CheckpointError, ReparamError
@@ -113,7 +113,7 @@ def load(
     read = {} if is_plain else load_file(path)
     state = {k: tensor for key, tensor in read.items() if (k := inside(key, wrapper)) is not None}
     try:
-        model = made_again(stock, inner, set(state), block)
+        model = replayed(stock, inner, set(state), block)
     except _UNFIT as error:
         raise CheckpointError(
             f"{path}: its plan does not fit {type(stock).__name__} ({error}); "

@@ -71,7 +71,7 @@ def _has(model: nn.Module, path: str) -> bool:
     return True
 
 
-def made_again(
+def replayed(
     stock: nn.Module, parts: Parts, keys: set[str], block: Block | Literal["auto"]
 ) -> nn.Module:
     """Applies the plans of its parts to the stock model, so that its keys are those of the file.

@@ -34,7 +34,7 @@ SHOWN_KEYS = 3
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundState:
     """A state_dict, and how it was found. under: the key it stood under; "" for the file itself."""
 
     state: Mapping[str, Any]
@@ -48,14 +48,14 @@ def find_state(
     weights: Weights | None = None,
     *,
     otherwise: str = ", or pass --allow-pickle if you trust it",
-) -> Found:
+) -> FoundState:
     """Finds the mapping from keys to tensors inside what a file held.
 
     weights: the model's own, or their running average. Raises CheckpointError where the file has
     both, they differ and none was chosen; where it has not the one that was; and for no mapping.
     """
     if isinstance(saved, nn.Module):
-        return Found(saved.state_dict())
+        return FoundState(saved.state_dict())
     if named := stands_for(saved):
         raise runs_code(path, named, otherwise)
     if not isinstance(saved, Mapping):
@@ -76,9 +76,9 @@ def find_state(
     key = average if weights == "ema" or plain is None else plain
     if key is not None:
         inner = find_state(path, saved[key], None, otherwise=otherwise)
-        return Found(inner.state, f"{key}.{inner.under}" if inner.under else key)
+        return FoundState(inner.state, f"{key}.{inner.under}" if inner.under else key)
     if any(isinstance(value, Tensor) for value in saved.values()):
-        return Found(saved)
+        return FoundState(saved)
     raise CheckpointError(
         f"{path}: holds no state_dict, neither itself nor under {', '.join(WRAPPERS)}; "
         f"{first_few('keys in it', [str(key) for key in saved])}"
@@ -103,7 +103,7 @@ def _plain(state: Any) -> Mapping[str, Any]:
     return state.state_dict() if isinstance(state, nn.Module) else state
 
 
-def fitted(found: Found, own: Iterable[str]) -> Found:
+def fitted(found: FoundState, own: Iterable[str]) -> FoundState:
     """Gives the state_dict the model's own names: a prefix before all of its keys is dropped.
 
     own: the model's keys. A prefix is one or several whole parts of a path (`module.`, `model.`,
@@ -119,7 +119,7 @@ def fitted(found: Found, own: Iterable[str]) -> Found:
         # Hooks may rename keys later, so the prefixes of wrappers go without any key that fits.
         is_wrapper = part in PREFIXES and not all(name.startswith(part) for name in names)
         if fit > best_fit or (is_wrapper and fit == best_fit):
-            best = Found(state, found.under, prefix)
+            best = FoundState(state, found.under, prefix)
     return best
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from orepa_compiler.blocks import Block
 from orepa_compiler.blocks.catalogue import BLOCKS
-from orepa_compiler.checkpoints.states import Found, fitted
+from orepa_compiler.checkpoints.states import FoundState, fitted
 from orepa_compiler.checkpoints.weights import Loaded, misfit, put_into
 from orepa_compiler.compiler import expand
 from orepa_compiler.errors import CheckpointError, NothingExpandedWarning, ReparamError
@@ -30,7 +30,7 @@ def is_training_form(state: Iterable[str], model: nn.Module) -> bool:
 def load_training_form(
     model: nn.Module,
     path: Path,
-    found: Found,
+    found: FoundState,
     *,
     block: Block | Literal["auto"] | None = None,
 ) -> tuple[nn.Module, Loaded]:

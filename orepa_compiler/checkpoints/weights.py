@@ -14,7 +14,7 @@ from orepa_compiler.capture.skeleton import value_copy
 from orepa_compiler.checkpoints.reading import read_checkpoint
 from orepa_compiler.checkpoints.states import (
     AVERAGES,
-    Found,
+    FoundState,
     Weights,
     find_state,
     first_few,
@@ -75,7 +75,7 @@ def load_weights(
     return put_into(model, path, found)
 
 
-def put_into(model: nn.Module, path: Path, found: Found) -> Loaded:
+def put_into(model: nn.Module, path: Path, found: FoundState) -> Loaded:
     """Copies a state_dict that was found in a file into `model` if every key and shape fits."""
     own = model.state_dict()
     found = fitted(found, own)

@@ -13,7 +13,7 @@ from orepa_compiler.cli.given.options import (
     Json,
     Quiet,
     check_there,
-    check_written,
+    check_writable,
 )
 from orepa_compiler.errors import ReparamError
 
@@ -59,7 +59,7 @@ def bench_command(
     """
     if against is None:
         raise ReparamError("nothing to compare with: give --against STOCK.onnx")
-    check_written(json=output)
+    check_writable(json=output)
     check_there(a=model, b=engine, c=against, d=against_engine)
     from rich.console import Console
 

@@ -29,7 +29,7 @@ from orepa_compiler.cli.given.interface_options import (
     OutputNames,
     check_names,
     check_sizes,
-    named,
+    split_names,
 )
 from orepa_compiler.cli.given.options import (
     Checkpoint,
@@ -53,7 +53,7 @@ from orepa_compiler.cli.given.options import (
     check_ending,
     check_kept,
     check_there,
-    check_written,
+    check_writable,
     has_no_effect,
     report_files,
 )
@@ -162,7 +162,7 @@ def export_command(
         "junit": junit,
         "report": report,
     }
-    check_written(**written, timing_cache=timing_cache)
+    check_writable(**written, timing_cache=timing_cache)
     check_kept(written, checkpoint, model, inputs, calibration, evaluate)
     check_ending("--onnx", onnx, ".onnx")
     check_ending("--trt", trt, *ENGINES)
@@ -183,7 +183,7 @@ def export_command(
         compute_capability=compute_capability,
         flavor=trt_flavor,
     )
-    names = named("--input-names", input_names), named("--output-names", output_names)
+    names = split_names("--input-names", input_names), split_names("--output-names", output_names)
     check_names(*names, input_shape or ())
     check_sizes(dynamic_size, trt is not None, shapes, input_shape or ())
     has_no_effect("--weights", weights is not None and not checkpoint, "there is no --checkpoint")

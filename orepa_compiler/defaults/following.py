@@ -107,7 +107,7 @@ def _kind(capture: Capture, consumer: Call | None, rank: int) -> str | None:
     if consumer is None:
         return _RETURNED
     is_embedding = adds_per_channel(consumer.node, rank)
-    return PASSED if is_embedding else kind_of(capture, consumer)
+    return PASSED if is_embedding else role_of(capture, consumer)
 
 
 def adds_per_channel(node: fx.Node, rank: int) -> bool:
@@ -162,7 +162,7 @@ def _feeds_layers(capture: Capture, call: Call) -> bool:
 
 
 def _is_layer(capture: Capture, reader: Call) -> bool:
-    kind = kind_of(capture, reader)
+    kind = role_of(capture, reader)
     if kind == PASSED:
         return _feeds_layers(capture, reader)
     if reader.node.op != "call_module":
@@ -171,7 +171,7 @@ def _is_layer(capture: Capture, reader: Call) -> bool:
     return kind == NORM or is_conv_like(module) or isinstance(module, nn.Linear)
 
 
-def kind_of(capture: Capture, consumer: Call) -> str | None:
+def role_of(capture: Capture, consumer: Call) -> str | None:
     """NORM, ACTIVATION, PASSED to look behind it, None to ignore it, or a description."""
     node = consumer.node
     if node.op == "call_module":
@@ -217,7 +217,7 @@ def _is_pooled(capture: Capture, call: Call, rank: int) -> bool:
             return node.args[1] in (1, (1, 1), [1, 1])
         elif node.target in ("mean", torch.mean):
             return _is_global_mean(node, rank)
-        elif kind_of(capture, producer) not in (NORM, ACTIVATION, PASSED):
+        elif role_of(capture, producer) not in (NORM, ACTIVATION, PASSED):
             return False
         producer = capture.producer(producer)
     return False

@@ -23,7 +23,7 @@ from orepa_compiler.algebra.layers import linear_part
 from orepa_compiler.analysis.elementwise import is_add
 from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import Call, Capture
-from orepa_compiler.defaults.following import ACTIVATION, GATE, NORM, PASSED, kind_of
+from orepa_compiler.defaults.following import ACTIVATION, GATE, NORM, PASSED, role_of
 from orepa_compiler.errors import NotLinear
 
 _CONCATENATIONS = ("cat", "concat", "concatenate")
@@ -71,7 +71,7 @@ def is_summed(capture: Capture, path: str) -> bool:
             seen.add(target)
             if is_add(target.node):
                 return True
-            if kind_of(capture, target) in (NORM, PASSED) and not _hides_activation(
+            if role_of(capture, target) in (NORM, PASSED) and not _hides_activation(
                 capture, target
             ):
                 open_ends.append(target)
@@ -85,7 +85,7 @@ def _flow(capture: Capture) -> _Flow | str:
         for node in graph.nodes:
             call = Call(owner, node)
             for target in capture.consumers(call) if node.op != "output" else ():
-                if target is None or (kind := kind_of(capture, target)) is None:
+                if target is None or (kind := role_of(capture, target)) is None:
                     continue
                 if _is_opaque(capture, target):
                     return f"the dataflow in {target.owner or 'the model'} is not known"

@@ -198,7 +198,7 @@ def bench(
     """
     if rounds < 6:
         raise ExportError(f"rounds={rounds}: an interval for the median needs 6 rounds or more")
-    contents = tuple(contents_of(path) for path in (model, against))
+    contents = tuple(file_contents(path) for path in (model, against))
     pairs: dict[str, Callable[[], tuple[Any, Any]]] = {
         name: lambda provider=provider: (  # type: ignore[misc]
             OnnxRunner(model, provider=provider),
@@ -218,7 +218,7 @@ def bench(
     return Bench(contents, tuple(rows), batch, rounds)
 
 
-def contents_of(path: Path) -> Contents:
+def file_contents(path: Path) -> Contents:
     """Counts the nodes, convs and norms of an ONNX file, and its size with its weights."""
     model = load_graph(path)
     counts = Counts.of_graph(model)

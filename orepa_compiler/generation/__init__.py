@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from orepa_compiler.algebra.operators import ConvOperator
 from orepa_compiler.generation.batched import Batch, Stacks, kernels
 from orepa_compiler.generation.batched_gradients import grad_slot, gradients
-from orepa_compiler.generation.forms import Form, block_form
-from orepa_compiler.generation.rules import RULES, Rule, Term, TermGradient
+from orepa_compiler.generation.forms import BlockForm, block_form
+from orepa_compiler.generation.rules import RULES, KernelRule, Term, TermGradient
 from orepa_compiler.generation.squeezing import full_precision, squeeze
 from orepa_compiler.generation.stacking import stacked
 
@@ -84,7 +84,7 @@ class Recipe:
     block: SqueezableBlock
     rows: tuple[int, ...]
     branches: tuple[Any, ...]
-    rules: tuple[Rule, ...]
+    rules: tuple[KernelRule, ...]
 
     def parameters(self) -> list[Tensor]:
         """Branch by branch, as the rules name them."""
@@ -104,7 +104,7 @@ class Recipe:
         """The scaling parameter, or None, and the others, of such values."""
         return (None, values) if self.block.scaling is None else (values[0], values[1:])
 
-    def form(self, most: int) -> Form | None:
+    def form(self, most: int) -> BlockForm | None:
         """What it shares with others that are made in the same few operations.
 
         None where the rules do better: on a CPU, for a kernel of more numbers than most.
@@ -161,7 +161,7 @@ class Recipe:
 
     def _by_rule(
         self, scaling: Tensor | None, parameters: Sequence[Tensor]
-    ) -> Iterator[tuple[Rule, list[tuple[int, Term]]]]:
+    ) -> Iterator[tuple[KernelRule, list[tuple[int, Term]]]]:
         """The terms of each rule, in the order of RULES, with their numbers in the recipe."""
         left = iter(parameters)
         factors = [None] * (max(self.rows) + 1) if scaling is None else scaling.unbind()
@@ -180,7 +180,11 @@ class _Squeeze(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, recipe: Recipe, form: Form | None, scaling: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        recipe: Recipe,
+        form: BlockForm | None,
+        scaling: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.recipe, ctx.form = recipe, form
         ctx.save_for_backward(scaling, *parameters)
@@ -205,7 +209,7 @@ class _Squeeze(torch.autograd.Function):
 
 
 def _stacks(
-    recipe: Recipe, form: Form, scaling: Tensor | None, parameters: Sequence[Tensor]
+    recipe: Recipe, form: BlockForm, scaling: Tensor | None, parameters: Sequence[Tensor]
 ) -> Stacks:
     values = [*([] if scaling is None else [scaling]), *parameters]
     batch = Batch(form, [recipe.branches], [values])

@@ -28,7 +28,7 @@ from orepa_compiler.branches import (
     PointwisePointwise,
 )
 from orepa_compiler.generation.filters import filters_of
-from orepa_compiler.generation.forms import Form
+from orepa_compiler.generation.forms import BlockForm
 from orepa_compiler.generation.stacking import Slot, handed_out
 
 ONE_TAP = (Pointwise, AveragePool, FrequencyFilter)
@@ -45,7 +45,7 @@ class Batch:
     branches: of each block, those of the form.
     """
 
-    form: Form
+    form: BlockForm
     branches: Sequence[Sequence[Any]]
     values: Sequence[Values]
 
@@ -68,7 +68,9 @@ class Batch:
 class Stacks:
     """The stacked parameters of a batch."""
 
-    def __init__(self, form: Form, branches: Sequence[Sequence[Any]], given: list[Tensor]) -> None:
+    def __init__(
+        self, form: BlockForm, branches: Sequence[Sequence[Any]], given: list[Tensor]
+    ) -> None:
         self.form, self.count = form, len(branches)
         left = iter(given)
         one_tap = form.of_kind(*ONE_TAP)
@@ -224,5 +226,5 @@ def copied(kernel: Tensor) -> Tensor:
     return kernel.clone(memory_format=torch.contiguous_format)
 
 
-def has_identity(form: Form, branch: int) -> bool:
+def has_identity(form: BlockForm, branch: int) -> bool:
     return form.kinds[branch] is PointwiseKernel

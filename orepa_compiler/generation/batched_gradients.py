@@ -25,11 +25,11 @@ from orepa_compiler.generation.batched import (
     scaled_stack,
     times_difference,
 )
-from orepa_compiler.generation.forms import Form
+from orepa_compiler.generation.forms import BlockForm
 from orepa_compiler.generation.stacking import Slot, handed_out
 
 
-def grad_slot(form: Form, grads: Sequence[Tensor]) -> Slot:
+def grad_slot(form: BlockForm, grads: Sequence[Tensor]) -> Slot:
     """The gradients of the blocks' kernels, in one order in memory, whatever came."""
     if not form.last:
         return [grad.contiguous() for grad in grads]
@@ -58,7 +58,7 @@ def gradients(stacks: Stacks, given: Tensor) -> list[list[Tensor]]:
 
 
 def _by_block(
-    form: Form, found: dict[int, list[Tensor]], of_scaling: Tensor | None
+    form: BlockForm, found: dict[int, list[Tensor]], of_scaling: Tensor | None
 ) -> list[list[Tensor]]:
     columns = []
     if of_scaling is not None:
@@ -70,7 +70,7 @@ def _by_block(
     return [list(own) for own in zip(*columns, strict=True)]
 
 
-def _kernels_of(form: Form, given: Tensor) -> Tensor:
+def _kernels_of(form: BlockForm, given: Tensor) -> Tensor:
     """G, (b, o, k, i)."""
     if form.last:
         return given.view(-1, form.rows_out, form.taps, form.width)
@@ -81,7 +81,7 @@ def _kernels_of(form: Form, given: Tensor) -> Tensor:
 class _Table:
     """The products that make dv: (b, o, columns), so many columns for each row of the scaling."""
 
-    def __init__(self, form: Form, count: int, like: Tensor) -> None:
+    def __init__(self, form: BlockForm, count: int, like: Tensor) -> None:
         self.form = form
         self.segments = _segments(form)
         width = sum(size for _, size in self.segments)
@@ -110,7 +110,7 @@ class _Table:
         return made.sum(2, keepdim=True) if self.form.scaling.shape[1] < made.shape[2] else made
 
 
-def _segments(form: Form) -> tuple[tuple[int, int], ...]:
+def _segments(form: BlockForm) -> tuple[tuple[int, int], ...]:
     """Rows of the scaling parameter, and how many products each adds up; one-tap ones first."""
     one_tap = form.of_kind(*ONE_TAP)
     sizes = dict.fromkeys(one_tap, form.width)

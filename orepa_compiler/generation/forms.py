@@ -14,7 +14,7 @@ from orepa_compiler.generation.stacking import Layout, layout_of
 
 
 @dataclass(frozen=True)
-class Form:
+class BlockForm:
     """All of a block but its values.
 
     kinds: of the branches. rows: theirs in the scaling parameter. scaling, parameters, kernel:
@@ -67,7 +67,7 @@ def block_form(
     rows: Sequence[int],
     scaling: Tensor | None,
     parameters: Sequence[Sequence[Tensor]],
-) -> Form | None:
+) -> BlockForm | None:
     """The form of a block, or None where a parameter is neither contiguous nor channels_last.
 
     parameters: of each branch.
@@ -79,7 +79,7 @@ def block_form(
     if is_odd:
         return None
     first = parameters[0][0]
-    return Form(
+    return BlockForm(
         tuple(type(branch) for branch in branches),
         tuple(rows),
         of_scaling,

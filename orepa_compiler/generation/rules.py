@@ -70,7 +70,7 @@ class TermGradient:
     parameters: tuple[Tensor, ...]
 
 
-class Rule(Protocol):
+class KernelRule(Protocol):
     """How the branches of one kind make their kernels."""
 
     @property
@@ -204,7 +204,7 @@ class Separable:
 
 # By exact type: a subclass may have a kernel of its own.
 _one_tap = OneTap()
-RULES: dict[type, Rule] = {
+RULES: dict[type, KernelRule] = {
     PointwiseKernel: Contraction(("pointwise", "kernel"), has_identity=True),
     PointwisePointwise: Contraction(("first", "second"), has_identity=False),
     Kernel: FullKernel(),

@@ -23,7 +23,7 @@ from orepa_compiler.generation import (
 )
 from orepa_compiler.generation.batched import Batch, Stacks, kernels
 from orepa_compiler.generation.batched_gradients import grad_slot, gradients
-from orepa_compiler.generation.forms import Form
+from orepa_compiler.generation.forms import BlockForm
 from orepa_compiler.generation.squeezing import full_precision
 from orepa_compiler.generation.stacking import stacked
 
@@ -84,7 +84,7 @@ class Members:
     """The blocks that are made by one Function, all of one dtype on one device."""
 
     recipes: tuple[Recipe, ...]
-    forms: tuple[Form, ...]
+    forms: tuple[BlockForm, ...]
 
     def values(self, flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """The scaling parameter, if there is one, and the others, of each block."""
@@ -93,7 +93,7 @@ class Members:
 
     def batches(self, wanted: Sequence[int]) -> Iterator[list[int]]:
         """The wanted blocks, those of one form together."""
-        alike: dict[Form, list[int]] = {}
+        alike: dict[BlockForm, list[int]] = {}
         for number in wanted:
             alike.setdefault(self.forms[number], []).append(number)
         for form, numbers in alike.items():

@@ -34,7 +34,7 @@ _MOST_ROUNDS = 8
 _MOST_PAIRED = 5  # arguments that are tried two by two
 
 
-class Step(Protocol):
+class TriedPass(Protocol):
     """A pass, as far as it is tried here."""
 
     @property
@@ -46,7 +46,7 @@ class Step(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class Differences:
     """kept: module path -> why it must stay. steered: owner -> why its graph is one of several."""
 
     kept: Mapping[str, str]
@@ -67,7 +67,7 @@ class Retracing:
     recording: Recording
 
     @uncollected()
-    def planned(self, step: Step, model: nn.Module, captured: Capture) -> tuple[Capture, Plan]:
+    def planned(self, step: TriedPass, model: nn.Module, captured: Capture) -> tuple[Capture, Plan]:
         """The capture with what has to stay, and the plan of a pass on it."""
         wanted = step.plan(captured)
         if not wanted.edits or step.training is None:
@@ -87,20 +87,22 @@ class Retracing:
                 wanted = Plan((), wanted.refusals)
         return captured, wanted
 
-    def _captured(self, step: Step, tried: nn.Module, *, flips: bool = False) -> Capture:
+    def _captured(self, step: TriedPass, tried: nn.Module, *, flips: bool = False) -> Capture:
         """The capture of what was tried, which is a copy already."""
         return capture(
             tried, training=step.training, is_leaf=self.is_leaf, recording=self.recording,
             flips=flips, copies=False,
         )  # fmt: skip
 
-    def _other_ways(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
+    def _other_ways(
+        self, step: TriedPass, model: nn.Module, captured: Capture, wanted: Plan
+    ) -> Differences:
         """What does not hold where the model is called with other arguments."""
         kept: dict[str, str] = {}
         writes_anew = any(_writes_anew(step, edit) for edit in wanted.edits)
         for what, arguments in other_calls(captured):
             if writes_anew:  # it would know one way alone
-                return Found({"": f"written anew, it could not be called with {what}"}, {})
+                return Differences({"": f"written anew, it could not be called with {what}"}, {})
             recording = replace(self.recording, arguments=(arguments,))
             other = capture(
                 model, training=step.training, is_leaf=self.is_leaf, recording=recording
@@ -109,13 +111,13 @@ class Retracing:
                 continue  # it takes no such call
             if "" in other.untraced or "" in other.doubtful:
                 if "" in captured.graphs and "" not in captured.doubtful:
-                    return Found({}, {"": f"it cannot be told what it does with {what}"})
+                    return Differences({}, {"": f"it cannot be told what it does with {what}"})
                 continue
             kept |= self._lost(step, captured, other, wanted, f"with {what}")
-        return Found(kept | self._other_process(step, model, captured, wanted), {})
+        return Differences(kept | self._other_process(step, model, captured, wanted), {})
 
     def _other_process(
-        self, step: Step, model: nn.Module, captured: Capture, wanted: Plan
+        self, step: TriedPass, model: nn.Module, captured: Capture, wanted: Plan
     ) -> dict[str, str]:
         """What does not hold where torch is asked whether it traces, and the like."""
         asking: dict[str, frozenset[str]] = {}
@@ -139,7 +141,7 @@ class Retracing:
         return kept
 
     def _lost(
-        self, step: Step, captured: Capture, other: Capture, wanted: Plan, what: str
+        self, step: TriedPass, captured: Capture, other: Capture, wanted: Plan, what: str
     ) -> dict[str, str]:
         """The modules of edits that a pass would not make in another capture, and runs there."""
         kept: dict[str, str] = {}
@@ -158,12 +160,14 @@ class Retracing:
                 kept |= dict.fromkeys(modules, f"{what} the forward goes another way")
         return kept
 
-    def _looks_again(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> Found:
+    def _looks_again(
+        self, step: TriedPass, model: nn.Module, captured: Capture, wanted: Plan
+    ) -> Differences:
         """What is not the same once the rewrite is in place and gradients are off."""
         after = self._captured(step, self._tried(step, model, captured, wanted), flips=True)
         parted = list(_parted(captured, after))
         if not parted:
-            return Found({}, {})
+            return Differences({}, {})
         calmly = self._captured(step, self._tried(step, model, captured, wanted))
         truly = set(_parted(captured, calmly))
         steered = {
@@ -177,9 +181,11 @@ class Retracing:
             if owner in calmly.untraced and owner not in captured.untraced:
                 reason += f" ({calmly.untraced[owner].partition('; give inputs')[0]})"
             kept |= dict.fromkeys(_blamed(step, captured, owner, wanted), reason)
-        return Found(kept, steered)
+        return Differences(kept, steered)
 
-    def _tried(self, step: Step, model: nn.Module, captured: Capture, wanted: Plan) -> nn.Module:
+    def _tried(
+        self, step: TriedPass, model: nn.Module, captured: Capture, wanted: Plan
+    ) -> nn.Module:
         product = meta_copy(model)
         holdings = holdings_of(product)
         product, _ = step.apply(product, captured, wanted)
@@ -306,17 +312,17 @@ def _may_part(captured: Capture, other: Capture, owner: str) -> bool:
     return graph is None or _form(graph) != _form(captured.graphs[owner])
 
 
-def _writes_anew(step: Step, edit: Edit) -> bool:
+def _writes_anew(step: TriedPass, edit: Edit) -> bool:
     """Whether an edit writes the forward of the model itself anew, from its graph."""
     return touched_by(step, edit).owner == "" and _is_graph(step, edit)
 
 
-def _is_graph(step: Step, edit: Edit) -> bool:
+def _is_graph(step: TriedPass, edit: Edit) -> bool:
     """Whether an edit writes the forward of its owner anew."""
     return not touched_by(step, edit).modules or edit.options.get("kind") == "graph"
 
 
-def _blamed(step: Step, captured: Capture, owner: str, wanted: Plan) -> set[str]:
+def _blamed(step: TriedPass, captured: Capture, owner: str, wanted: Plan) -> set[str]:
     """The modules of the edits that may have changed what a forward does: those that it calls."""
     groups = [_modules(step, edit) for edit in wanted.edits]
     edited = {path: group for group in groups for path in group}
@@ -328,9 +334,9 @@ def _blamed(step: Step, captured: Capture, owner: str, wanted: Plan) -> set[str]
     return set(edited)
 
 
-def _modules(step: Step, edit: Edit) -> list[str]:
+def _modules(step: TriedPass, edit: Edit) -> list[str]:
     return list(touched_by(step, edit).modules) or [edit.path]
 
 
-def _key(step: Step, edit: Edit) -> tuple[Any, ...]:
+def _key(step: TriedPass, edit: Edit) -> tuple[Any, ...]:
     return edit.path, edit.before, edit.after, tuple(_modules(step, edit))

@@ -17,11 +17,11 @@ from orepa_compiler.planning import Edit, Plan, recorded_plans
 from orepa_compiler.preconditions import check_unrounded
 from orepa_compiler.proving.certificate import BlockCertificate, Certificate, ForwardCertificate
 from orepa_compiler.validation.agreement import largest_error, stale_modules
-from orepa_compiler.validation.behaviour import Call, behaviour
+from orepa_compiler.validation.behaviour import TrialCall, behaviour
 from orepa_compiler.validation.blame import place_of
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate, evaluation_mode
 from orepa_compiler.verification.nesting import map_tensors, named_leaves
-from orepa_compiler.verification.outputs.comparison import size_of
+from orepa_compiler.verification.outputs.comparison import magnitude_of
 
 _DIGITS = 16  # of a sha256, in what is printed and kept
 
@@ -63,7 +63,8 @@ def _forward(
     places = [place_of(edit) for edit in edits]
     models = (exact, precise, value_copy(deploy).double())
     right, collapsed, deployed = (
-        behaviour(m, [batch], [Call(0, False)], dtype=torch.float64, watched=places) for m in models
+        behaviour(m, [batch], [TrialCall(0, False)], dtype=torch.float64, watched=places)
+        for m in models
     )
     errors = [
         largest_error(right.outputs[0], found.outputs[0])[0]  # type: ignore[arg-type]
@@ -151,7 +152,7 @@ def _error(
         if right.numel() != found[name].numel():
             return float("inf"), None, None
         # Tokens may be flattened between a linear layer and the norm that went into it.
-        errors = (found[name].reshape(right.shape) - right).abs() / size_of(right)
+        errors = (found[name].reshape(right.shape) - right).abs() / magnitude_of(right)
         error = max(error, float(errors.nan_to_num(nan=float("inf")).max()))
         if right.ndim > 2 and min(right.shape[2:]) > 2:
             inner = (slice(None),) * 2 + (slice(1, -1),) * (right.ndim - 2)

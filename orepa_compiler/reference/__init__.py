@@ -13,7 +13,7 @@ from orepa_compiler.errors import CheckpointError, ReparamError
 from orepa_compiler.progress import announced
 from orepa_compiler.reference.architectures import Architecture, architecture_named
 from orepa_compiler.reference.blocks import Kind
-from orepa_compiler.reference.keys import Part, checked, kinds_in, state_of
+from orepa_compiler.reference.keys import Part, checked, kinds_in, named_state
 from orepa_compiler.reference.networks import check_eps, expanded_network, stock_network
 
 Form = Literal["expanded", "stock"]
@@ -46,7 +46,7 @@ def load_reference(
     if form not in ("expanded", "stock"):
         raise ReparamError(f"form={form!r} is neither 'expanded' nor 'stock'")
     architecture = architecture_named(arch)
-    source, state = state_of(path)
+    source, state = named_state(path)
     with announced(f"{architecture.name}, {form}") as step:
         step(f"{len(state)} tensors of {source}")
         return network_of(source, state, architecture, form=form)

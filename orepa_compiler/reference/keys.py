@@ -34,7 +34,7 @@ class Part:
         return next(v.dtype for v in self.tensors.values() if v.is_floating_point())
 
 
-def state_of(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def named_state(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name of a checkpoint for messages, and its state_dict without a wrapper's prefix.
 
     Raises CheckpointError when the file cannot be read, or holds no state_dict.

@@ -12,7 +12,7 @@ from orepa_compiler.capture import capture
 from orepa_compiler.errors import CheckpointError
 from orepa_compiler.passes import Expand, Squeeze, is_leaf
 from orepa_compiler.passes.expand.options import NewBlock, growth_of
-from orepa_compiler.passes.expand.wording import describe
+from orepa_compiler.passes.expand.wording import describe_conv
 from orepa_compiler.planning import Edit, Plan, Refusal, record_plan
 from orepa_compiler.reference.composing import EPS, norm_of_tensors
 from orepa_compiler.reference.keys import Part
@@ -112,7 +112,7 @@ def _with_blocks(stock: nn.Module, blocks: Mapping[str, Block]) -> nn.Module:
         stock, applied = step.apply(stock, captured, Plan(edits))
         done += applied
     plain = [
-        Refusal("expand", path, describe(module), "plain in the authors' network")
+        Refusal("expand", path, describe_conv(module), "plain in the authors' network")
         for path, module in captured.skeleton.named_modules()
         if isinstance(module, nn.Conv2d) and path not in blocks
     ]

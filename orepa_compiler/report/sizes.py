@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from orepa_compiler.algebra.classifiers import is_conv_like
 from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ReparamError
-from orepa_compiler.export.latency import contents_of
+from orepa_compiler.export.latency import file_contents
 from orepa_compiler.planning.cost import conv_macs
 from orepa_compiler.verification.evaluation import Side, batches_of, evaluate
 from orepa_compiler.verification.modes import evaluation_mode, unchanged
@@ -45,7 +45,7 @@ class ModelSize:
         """
         if path.suffix != ".onnx":
             return cls(form, None, None, None, None, None, path.stat().st_size)
-        held = contents_of(path)
+        held = file_contents(path)
         return cls(form, held.convs, 0, held.norms, None, None, held.size)
 
 

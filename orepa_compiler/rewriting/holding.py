@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from orepa_compiler.capture.effects.state import OWN
-from orepa_compiler.containers import items, made_again
+from orepa_compiler.containers import items, rebuilt
 
 _DEEPEST = 4
 
@@ -72,6 +72,6 @@ def _replaced(value: Any, keys: tuple[Any, ...], module: nn.Module) -> Any:
     key, *rest = keys
     part = _replaced(value[key], tuple(rest), module)
     if isinstance(value, tuple):
-        return made_again(value, [part if i == key else old for i, old in enumerate(value)])
+        return rebuilt(value, [part if i == key else old for i, old in enumerate(value)])
     value[key] = part
     return value

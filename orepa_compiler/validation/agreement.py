@@ -13,7 +13,7 @@ from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.capture import ancestors
 from orepa_compiler.validation.behaviour import Behaviour
 from orepa_compiler.verification.nesting import is_comparable
-from orepa_compiler.verification.outputs.comparison import size_of
+from orepa_compiler.verification.outputs.comparison import magnitude_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def leaf_error(right: Any, found: Any) -> float:
         return float("inf")
     wide = torch.complex128 if right.is_complex() else torch.float64
     exact, other = (torch.where(both, t, 0).to(wide) for t in (right, found))
-    return float((other - exact).abs().max()) / size_of(exact)
+    return float((other - exact).abs().max()) / magnitude_of(exact)
 
 
 def stale_modules(stock: Behaviour, made: Behaviour, places: Iterable[str]) -> Disagreement | None:

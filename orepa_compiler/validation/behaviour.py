@@ -29,7 +29,7 @@ _MOST_FLAGS = 6
 
 
 @dataclass(frozen=True)
-class Call:
+class TrialCall:
     """One call of a model: batch, its number; with_grad, whether gradients are recorded.
 
     flags: arguments by name beside those of the batch; the model may refuse such a call.
@@ -54,7 +54,7 @@ class Behaviour:
     whether a call left something behind.
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[TrialCall, ...]
     outputs: tuple[dict[str, Any] | str, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
@@ -68,19 +68,19 @@ class Behaviour:
         return next((found for call, found in pairs if is_failure(found, call)), "")
 
 
-def is_failure(output: dict[str, Any] | str, call: Call) -> TypeGuard[str]:
+def is_failure(output: dict[str, Any] | str, call: TrialCall) -> TypeGuard[str]:
     """Whether a call raised that had no reason to."""
     return isinstance(output, str) and not call.flags
 
 
-def evaluation_calls(model: nn.Module, batches: list[Batch], *, rounds: int = 1) -> list[Call]:
+def evaluation_calls(model: nn.Module, batches: list[Batch], *, rounds: int = 1) -> list[TrialCall]:
     """Each batch with and without gradients, in turn, so often; each flag turned once.
 
     A flag is an argument of the model that is True or False where it is not given.
     """
     numbers = range(len(batches))
-    pairs = [Call(number, with_grad) for number in numbers for with_grad in (True, False)]
-    flags = [Call(0, False, (flag,)) for flag in _turned_flags(model, len(batches[0]))]
+    pairs = [TrialCall(number, with_grad) for number in numbers for with_grad in (True, False)]
+    flags = [TrialCall(0, False, (flag,)) for flag in _turned_flags(model, len(batches[0]))]
     return pairs * rounds + flags
 
 
@@ -97,7 +97,7 @@ def _turned_flags(model: nn.Module, given: int) -> list[tuple[str, bool]]:
 def behaviour(
     model: nn.Module,
     batches: list[Batch],
-    calls: Iterable[Call],
+    calls: Iterable[TrialCall],
     *,
     training: bool = False,
     dtype: torch.dtype | None = None,
@@ -152,7 +152,7 @@ def _plain_torch() -> Iterator[None]:
 
 
 def _called(
-    model: nn.Module, batch: Batch, call: Call, reached: dict[int, Tensor] | None
+    model: nn.Module, batch: Batch, call: TrialCall, reached: dict[int, Tensor] | None
 ) -> dict[str, Any] | str:
     """The leaves of what one call returned, or what it raised."""
     try:

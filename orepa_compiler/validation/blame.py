@@ -14,7 +14,7 @@ from orepa_compiler.capture import ancestors
 from orepa_compiler.planning import Edit
 from orepa_compiler.planning.overlaps import touched_modules
 from orepa_compiler.validation.agreement import Disagreement, largest_error
-from orepa_compiler.validation.behaviour import Call, behaviour, flat
+from orepa_compiler.validation.behaviour import TrialCall, behaviour, flat
 from orepa_compiler.verification.evaluation import Batch
 
 
@@ -42,7 +42,7 @@ class Watch:
 
 
 def outputs_by_module(
-    model: nn.Module, batches: list[Batch], calls: list[Call], dtype: torch.dtype | None
+    model: nn.Module, batches: list[Batch], calls: list[TrialCall], dtype: torch.dtype | None
 ) -> Watch:
     """What each module gives in the last of the calls, in eval mode."""
     paths = frozenset(path for path, _ in model.named_modules(remove_duplicate=False))

@@ -26,7 +26,7 @@ from orepa_compiler.validation.agreement import (
     stale_modules,
     training_difference,
 )
-from orepa_compiler.validation.behaviour import Behaviour, Call, behaviour, evaluation_calls
+from orepa_compiler.validation.behaviour import Behaviour, TrialCall, behaviour, evaluation_calls
 from orepa_compiler.validation.blame import (
     blamed_edits,
     kept_by,
@@ -44,7 +44,7 @@ from orepa_compiler.validation.precision import (
 )
 from orepa_compiler.validation.state import state_of
 from orepa_compiler.verification.evaluation import Batch
-from orepa_compiler.verification.nesting import describe
+from orepa_compiler.verification.nesting import describe_argument
 from orepa_compiler.verification.outputs.rounding import (
     MAX_TOLERANCE,
     NOISE_FACTOR,
@@ -293,7 +293,7 @@ class _Trial:
             record = self._record(self.model)
         if record.evaluated.raised:
             number = record.evaluated.calls[len(record.evaluated.outputs) - 1].batch
-            shapes = ", ".join(describe(argument) for argument in self.batches[number])
+            shapes = ", ".join(describe_argument(argument) for argument in self.batches[number])
             raise ReparamError(
                 f"the model raised at batch {number}, inputs {shapes}: {record.evaluated.raised}; "
                 "give inputs= that it takes"
@@ -305,7 +305,7 @@ class _Trial:
         evaluated = self._evaluated(model, runnable)
         if not self.wanted.training:
             return _Record(evaluated, None)
-        calls = [Call(number, True) for number, _ in enumerate(self.batches)]
+        calls = [TrialCall(number, True) for number, _ in enumerate(self.batches)]
         trained = self._behaviour(runnable, calls, training=True, dtype=self.dtype)
         return _Record(evaluated, trained)
 
@@ -321,7 +321,7 @@ class _Trial:
     def _behaviour(
         self,
         runnable: nn.Module,
-        calls: list[Call],
+        calls: list[TrialCall],
         *,
         dtype: torch.dtype | None,
         training: bool = False,

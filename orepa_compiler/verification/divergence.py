@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from orepa_compiler.verification.evaluation import Batch
 from orepa_compiler.verification.nesting import is_comparable
-from orepa_compiler.verification.outputs.comparison import Comparison, compare, size_of
+from orepa_compiler.verification.outputs.comparison import Comparison, compare, magnitude_of
 
 # The largest picture: two rows of a terminal's line, and no more columns than it has.
 MAP_ROWS, MAP_COLUMNS = 32, 64
@@ -195,7 +195,7 @@ def _side(border: float, interior: float, tolerance: float | None) -> str:
 
 
 def _errors(tap: Tap) -> Tensor:
-    difference = (tap.found.double() - tap.truth.double()).abs() / size_of(tap.truth.double())
+    difference = (tap.found.double() - tap.truth.double()).abs() / magnitude_of(tap.truth.double())
     return difference.nan_to_num(nan=float("inf"))
 
 

@@ -16,7 +16,7 @@ from orepa_compiler.errors import ReparamError
 from orepa_compiler.verification.modes import evaluation_mode as evaluation_mode
 from orepa_compiler.verification.nesting import (
     Form,
-    describe,
+    describe_argument,
     form_of,
     is_finite,
     kind_name,
@@ -155,7 +155,7 @@ def _evaluate(side: Side, index: int, batch: Batch, follows: bool) -> Outputs:
         # Copied at once: a session may write its next outputs into the same memory.
         leaves = {name: _copied(leaf) for name, leaf in returned.items()}
     except Exception as error:
-        shapes = ", ".join(describe(argument) for argument in batch)
+        shapes = ", ".join(describe_argument(argument) for argument in batch)
         raise ReparamError(
             f"the {side.role} raised at batch {index}, inputs {shapes}: {type(error).__name__}: "
             f"{' '.join(str(error).split())}{side.hint}"

@@ -105,7 +105,7 @@ def nonfinite_counts(tensor: Tensor) -> dict[str, int]:
     return {word: count for word, count in counts.items() if count}
 
 
-def describe(argument: Any) -> str:
+def describe_argument(argument: Any) -> str:
     """An argument as a message shows it: (2, 3, 64, 64) float32."""
     if isinstance(argument, Tensor):
         return f"{tuple(argument.shape)} {str(argument.dtype).removeprefix('torch.')}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from orepa_compiler.errors import NoVerdict
 from orepa_compiler.verification.evaluation import Batch, Outputs, Side, evaluate
 from orepa_compiler.verification.nesting import is_comparable, is_smooth, map_tensors, tensors_in
-from orepa_compiler.verification.outputs.compared_output import size_of, wide
+from orepa_compiler.verification.outputs.compared_output import magnitude_of, wide
 from orepa_compiler.verification.outputs.rounding import least_noise
 
 
@@ -64,7 +64,7 @@ def _relative(old: Tensor, new: Tensor) -> float:
     )
     if not before.numel():
         return 0.0
-    return float((after - before).abs().max()) / size_of(before)
+    return float((after - before).abs().max()) / magnitude_of(before)
 
 
 def _first_restless(side: Side, batch: Batch) -> str:

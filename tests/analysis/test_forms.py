@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import orepa_compiler as orepa
 from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.algebra.maps import TOKENS, Maps, second
-from orepa_compiler.analysis.forms import Form
+from orepa_compiler.analysis.forms import MapForm
 from orepa_compiler.analysis.regions import Interpreter
 from orepa_compiler.capture import capture
 from orepa_compiler.passes import is_leaf
@@ -53,7 +53,7 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
-def form_of(run: Run) -> Form:
+def form_of(run: Run) -> MapForm:
     """What is known of the input of a net."""
     found = capture(Net(run), training=False, is_leaf=is_leaf)
     graph = found.graphs[""]
@@ -61,61 +61,64 @@ def form_of(run: Run) -> Form:
 
 
 MAPS, F32 = Maps(SIZE, second(2)), torch.float32
-TOLD: dict[str, tuple[Run, Form]] = {
-    "nothing": (lambda m, x: x.exp(), Form()),
-    "a conv": (lambda m, x: m.conv(x), Form(MAPS, frozenset({3, 4}), F32)),
+TOLD: dict[str, tuple[Run, MapForm]] = {
+    "nothing": (lambda m, x: x.exp(), MapForm()),
+    "a conv": (lambda m, x: m.conv(x), MapForm(MAPS, frozenset({3, 4}), F32)),
     "a conv behind an activation": (
         lambda m, x: m.conv(torch.relu(x)),
-        Form(MAPS, frozenset({3, 4})),
+        MapForm(MAPS, frozenset({3, 4})),
     ),
-    "a norm": (lambda m, x: m.norm(x), Form(MAPS, frozenset({4}), is_batched=True)),
+    "a norm": (lambda m, x: m.norm(x), MapForm(MAPS, frozenset({4}), is_batched=True)),
     "a norm behind a conv": (
         lambda m, x: m.norm(m.conv(x)),
-        Form(MAPS, frozenset({4}), F32, is_batched=True),
+        MapForm(MAPS, frozenset({4}), F32, is_batched=True),
     ),
     "a norm of any rank behind a conv": (
         lambda m, x: m.any_norm(m.cube(x)),
-        Form(Maps(SIZE, second(3)), frozenset({5}), F32, is_batched=True),
+        MapForm(Maps(SIZE, second(3)), frozenset({5}), F32, is_batched=True),
     ),
     "BatchNorm1d": (
         lambda m, x: m.tokens(x),
-        Form(Maps(SIZE, second(0, 1)), frozenset({2, 3}), is_batched=True),
+        MapForm(Maps(SIZE, second(0, 1)), frozenset({2, 3}), is_batched=True),
     ),
     "BatchNorm1d of what has two axes": (
         lambda m, x: m.tokens(m.relu(m.linear(x.permute(1, 0)))),
-        Form(counts=frozenset({2}), dtype=F32),
+        MapForm(counts=frozenset({2}), dtype=F32),
     ),
     "a linear layer": (
         lambda m, x: m.linear(x),
-        Form(Maps(SIZE, TOKENS), frozenset(range(1, 9)), F32),
+        MapForm(Maps(SIZE, TOKENS), frozenset(range(1, 9)), F32),
     ),
     "four slices": (
         lambda m, x: m.conv(x)[:, :, 1:, :],
-        Form(MAPS, frozenset({4}), F32),
+        MapForm(MAPS, frozenset({4}), F32),
     ),
-    "a crop of its rows": (lambda m, x: m.conv(x[..., 1:, :]), Form(MAPS, frozenset({3, 4}), F32)),
+    "a crop of its rows": (
+        lambda m, x: m.conv(x[..., 1:, :]),
+        MapForm(MAPS, frozenset({3, 4}), F32),
+    ),
     "a module around": (
         lambda m, x: m.norm(m.gain(m.conv(x))),
-        Form(MAPS, frozenset({4}), F32, is_batched=True),
+        MapForm(MAPS, frozenset({4}), F32, is_batched=True),
     ),
-    "a conv behind a division": (lambda m, x: m.conv(x / 255), Form(MAPS, frozenset({3, 4}))),
+    "a conv behind a division": (lambda m, x: m.conv(x / 255), MapForm(MAPS, frozenset({3, 4}))),
     "a conv behind a factor in place": (
         lambda m, x: m.conv(x.mul_(2)),
-        Form(MAPS, frozenset({3, 4}), F32),
+        MapForm(MAPS, frozenset({3, 4}), F32),
     ),
     "a conv behind three channels": (
         lambda m, x: m.conv(x - m.gain.gamma),
-        Form(counts=frozenset(range(5))),
+        MapForm(counts=frozenset(range(5))),
     ),
     "functions": (
         lambda m, x: F.max_pool2d(F.conv2d(F.pad(x, (1, 1)), m.point.weight), 2),
-        Form(MAPS, frozenset({3, 4}), F32),
+        MapForm(MAPS, frozenset({3, 4}), F32),
     ),
 }
 
 
 @pytest.mark.parametrize(("run", "form"), TOLD.values(), ids=TOLD)
-def test_what_is_known_of_an_input(run: Run, form: Form) -> None:
+def test_what_is_known_of_an_input(run: Run, form: MapForm) -> None:
     assert form_of(run) == form
 
 

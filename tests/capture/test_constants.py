@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from orepa_compiler.capture import capture
 from orepa_compiler.capture.constants import as_tensor, constants_of, evaluated, with_constants
-from orepa_compiler.capture.forwards import Forwards, tried
+from orepa_compiler.capture.forwards import Forwards, with_trial_values
 from orepa_compiler.capture.tracing.forward import trace
 from orepa_compiler.errors import NotLinear
 from orepa_compiler.passes import is_leaf
@@ -155,7 +155,7 @@ def test_arguments_are_given_back_with_their_constants_computed() -> None:
 
 def test_tried_values_are_the_same_by_any_path() -> None:
     net = nn.Sequential(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)))
-    read = tried(capture(net, training=False, is_leaf=is_leaf))
+    read = with_trial_values(capture(net, training=False, is_leaf=is_leaf))
     outer, inner = read("0")[1], read("0.1")  # type: ignore[index]
     assert torch.equal(outer.running_var, inner.running_var)
     assert not torch.equal(inner.running_var, inner.running_mean)

@@ -17,7 +17,7 @@ import orepa_compiler as orepa
 from orepa_compiler.algebra.classifiers import is_batch_norm
 from orepa_compiler.capture import Capture, capture, visiting
 from orepa_compiler.capture.likeness import Likeness
-from orepa_compiler.capture.skeleton import names_of
+from orepa_compiler.capture.skeleton import aliases_of
 from orepa_compiler.passes import is_leaf
 from tests.norms import randomise_norms
 
@@ -71,7 +71,7 @@ def shared_tensor(block: Any) -> None:
 
 def likeness(*modules: nn.Module) -> list[int | None]:
     model = copy.deepcopy(nn.ModuleList(modules))
-    likeness = Likeness(dict(model.named_modules()), names_of(model))
+    likeness = Likeness(dict(model.named_modules()), aliases_of(model))
     return [likeness.number(module) for module in model]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import orepa_compiler as orepa
 from orepa_compiler.checkpoints.reading import read_checkpoint, stands_for
-from orepa_compiler.checkpoints.states import Found, find_state
+from orepa_compiler.checkpoints.states import FoundState, find_state
 from orepa_compiler.checkpoints.training_form import is_training_form, load_training_form
 from orepa_compiler.checkpoints.weights import Loaded, load_weights
 from orepa_compiler.errors import CheckpointError
@@ -187,17 +187,17 @@ def test_the_plain_state_dict_of_an_expanded_model_is_read(block: str) -> None:
     model = randomise_norms(orepa.expand(net(), block=block))
     state, x = prefixed(model.state_dict(), "module."), torch.randn(2, 3, 8, 8)
     assert is_training_form(state, net())
-    read, loaded = load_training_form(net(), Path("e.pth"), Found(state))
+    read, loaded = load_training_form(net(), Path("e.pth"), FoundState(state))
     assert same(read, model)
     assert torch.equal(read.eval()(x), model.eval()(x))
     assert loaded.block == "OREPA_VGG" if block == "auto" else block in loaded.block
     chosen = orepa.blocks.catalogue.named(block)
-    assert same(load_training_form(net(), Path("e.pth"), Found(state), block=chosen)[0], model)
+    assert same(load_training_form(net(), Path("e.pth"), FoundState(state), block=chosen)[0], model)
 
 
 def test_a_part_that_was_expanded_is_read_as_that_part() -> None:
     model = orepa.expand(net(), block="OREPA", where="last")
-    read, _ = load_training_form(net(), Path("e.pth"), Found(model.state_dict()))
+    read, _ = load_training_form(net(), Path("e.pth"), FoundState(model.state_dict()))
     assert same(read, model)
     assert isinstance(read.get_submodule("conv"), nn.Conv2d)
 
@@ -205,7 +205,7 @@ def test_a_part_that_was_expanded_is_read_as_that_part() -> None:
 def test_blocks_that_no_name_gives_are_refused() -> None:
     state = orepa.expand(net(), block="OREPA").state_dict()
     with pytest.raises(CheckpointError, match="no block of that name gives Sequential these keys"):
-        load_training_form(net(), Path("e.pth"), Found(state), block=orepa.DBB)
+        load_training_form(net(), Path("e.pth"), FoundState(state), block=orepa.DBB)
     strange = {key.replace("frequency", "wavelet"): value for key, value in state.items()}
     with pytest.raises(CheckpointError, match=r"training form .1 block: conv.,.*orepa.save"):
-        load_training_form(net(), Path("e.pth"), Found(strange))
+        load_training_form(net(), Path("e.pth"), FoundState(strange))

@@ -20,7 +20,7 @@ from orepa_compiler.checkpoints import save
 from orepa_compiler.cli import export_main, main
 from orepa_compiler.cli.run import comparing, sampling, stages, steps
 from orepa_compiler.cli.run import named_sides as sides
-from orepa_compiler.cli.run.steps import Step
+from orepa_compiler.cli.run.steps import ExportStep
 from orepa_compiler.compiler import expand
 from orepa_compiler.errors import ExportError, MissingPackage, ReparamError
 from orepa_compiler.model_source import load_model
@@ -104,9 +104,9 @@ class Verbs:
     def certify(self, model: Any, deploy: Any, inputs: Any) -> Certificate:
         return Certificate(())
 
-    def write_manifest(self, export: Any, steps: Any) -> Step:
+    def write_manifest(self, export: Any, steps: Any) -> ExportStep:
         self.calls["manifest"] = [step.verdict for step in steps]
-        return Step("write manifest", "done")
+        return ExportStep("write manifest", "done")
 
     def export_onnx(self, model: Any, inputs: Any, path: Path, **options: Any) -> Path:
         self.calls["onnx"] = {"path": path, **options}
@@ -139,7 +139,7 @@ def verbs(monkeypatch: pytest.MonkeyPatch) -> Verbs:
     monkeypatch.setattr(
         stages._Export, "write_manifest", lambda self, steps: fakes.write_manifest(self, steps)
     )
-    monkeypatch.setattr(stages._Export, "audit", lambda self: Step("audit half", "done"))
+    monkeypatch.setattr(stages._Export, "audit", lambda self: ExportStep("audit half", "done"))
     monkeypatch.setattr(comparing, "verify", fakes.verify)
     monkeypatch.setattr(stages, "OnnxRunner", fakes.runner)
     monkeypatch.setattr(sides, "OnnxRunner", lambda path, provider: fakes.runner(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from orepa_compiler.cli.run.steps import Step
+from orepa_compiler.cli.run.steps import ExportStep
 from orepa_compiler.cli.shown.junit import Case, junit_xml, write_junit
 from orepa_compiler.cli.shown.summary import cases
 from orepa_compiler.errors import ExportError
@@ -38,10 +38,10 @@ def test_control_characters_do_not_break_the_file(tmp_path: Path) -> None:
 
 def test_what_is_due_and_was_not_run_is_an_error_and_never_a_pass() -> None:
     steps = [
-        Step("check onnx", "not run", cause=ExportError("no onnxruntime")),
-        Step("check engine", "not run", note="no GPU", is_required=False),
-        Step("write onnx", "failed", cause=ExportError("bn1: not collapsed")),
-        Step("load", "done"),
+        ExportStep("check onnx", "not run", cause=ExportError("no onnxruntime")),
+        ExportStep("check engine", "not run", note="no GPU", is_required=False),
+        ExportStep("write onnx", "failed", cause=ExportError("bn1: not collapsed")),
+        ExportStep("load", "done"),
     ]
     assert [(case.outcome, case.message) for case in cases(steps)] == [
         ("error", "no onnxruntime"),

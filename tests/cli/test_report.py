@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from orepa_compiler.cli import export_main, main
-from orepa_compiler.export.latency import contents_of
+from orepa_compiler.export.latency import file_contents
 from orepa_compiler.export.onnx.reading import load_graph
 
 pytest.importorskip("jinja2")
@@ -134,7 +134,7 @@ def test_the_counts_are_the_same_wherever_they_are_shown(
     assert facts("again.html")["graph"] == [held]
     steps = {s["step"]: s for s in json.loads(Path("again.json").read_text())["steps"]}
     assert steps["onnx gates"]["note"].startswith(held)
-    counted = contents_of(Path("net.onnx"))
+    counted = file_contents(Path("net.onnx"))
     assert (
         held
         == f"{counted.convs} convs, 0 sums of maps, {counted.norms} norms, {counted.nodes} nodes"

@@ -18,8 +18,8 @@ from orepa_compiler.export.latency import (
     BenchRow,
     Timing,
     bench,
-    contents_of,
     example_inputs,
+    file_contents,
     median_interval,
 )
 from orepa_compiler.export.onnx.writing import export_onnx
@@ -114,7 +114,7 @@ def test_within_noise_is_an_interval_that_holds_one(low: float, high: float, ver
 
 
 def test_another_node_count_and_a_slower_backend_are_problems(exported: dict[str, Path]) -> None:
-    timing, file = Timing.of([1.0], 1), contents_of(exported["fp32"])
+    timing, file = Timing.of([1.0], 1), file_contents(exported["fp32"])
     rows = tuple(
         BenchRow(name, timing, timing, (low + high) / 2, low, high)
         for name, low, high in (("cpu", 0.9, 1.1), ("cuda", 0.5, 0.6), ("trt", 1.01, 1.2))
@@ -157,7 +157,7 @@ def test_inputs_are_of_the_files_types() -> None:
 
 
 def test_the_contents_of_a_file_are_counted(exported: dict[str, Path], net: SmallNet) -> None:
-    found = contents_of(exported["fp32"])
+    found = file_contents(exported["fp32"])
     assert (found.convs, found.norms) == (3, 0)
     assert found.nodes > 5
     assert found.size == exported["fp32"].stat().st_size

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from orepa_compiler.capture.effects.nested import tensors
 from orepa_compiler.capture.effects.state import held_proxies
-from orepa_compiler.capture.operators import OF_FORM, draws, writes
+from orepa_compiler.capture.schemas import OF_FORM, draws, writes
 from orepa_compiler.containers import mapped
 
 # Beside what writes: a property set, and what hands out the memory of a tensor to be written.

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from orepa_compiler.capture.tracing.bytecode import contents_of, names_in
+from orepa_compiler.capture.tracing.bytecode import cell_contents, names_in
 
 # torch.jit.is_scripting is not among them: no forward that Python runs is told that it is.
 _QUESTIONS = {
@@ -34,7 +34,7 @@ def _named(function: FunctionType) -> Iterator[str]:
     names = names_in(function.__code__)
     yield from names
     around = [function.__globals__[name] for name in names if name in function.__globals__]
-    around += [contents_of(cell) for cell in function.__closure__ or ()]
+    around += [cell_contents(cell) for cell in function.__closure__ or ()]
     for value in around:
         if isinstance(value, (FunctionType, BuiltinFunctionType)):  # imported as another name
             yield value.__name__

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from orepa_compiler.capture.effects.state import is_state, variables_of
 from orepa_compiler.capture.positions import is_hidden, is_iterator, position_of, puts_back
-from orepa_compiler.capture.tracing.bytecode import contents_of, functions_of, is_of_torch, names_in
+from orepa_compiler.capture.tracing.bytecode import (
+    cell_contents,
+    functions_of,
+    is_of_torch,
+    names_in,
+)
 from orepa_compiler.containers import members, slots_of
 
 # How many objects, one hanging on the other, are looked into from a module on.
@@ -213,7 +218,7 @@ class Remembered:
 
 def _attribute(holder: Any, name: str) -> Any:
     if isinstance(holder, CellType):
-        return contents_of(holder)
+        return cell_contents(holder)
     return vars(holder).get(name) if isinstance(holder, type) else getattr(holder, name, None)
 
 

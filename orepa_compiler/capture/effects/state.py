@@ -16,7 +16,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from orepa_compiler.capture.positions import is_hidden, position_of
-from orepa_compiler.capture.tracing.bytecode import contents_of, defaults_of, is_of_torch, names_in
+from orepa_compiler.capture.tracing.bytecode import (
+    cell_contents,
+    defaults_of,
+    is_of_torch,
+    names_in,
+)
 from orepa_compiler.containers import attributes, items
 
 OWN = ("_parameters", "_buffers", "_modules")
@@ -73,7 +78,7 @@ def visible_to(module: nn.Module, functions: list[FunctionType]) -> Visible:
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
-            if name != "__class__" and is_state(value := contents_of(cell)):
+            if name != "__class__" and is_state(value := cell_contents(cell)):
                 seen.add(f"{name}, a variable around its forward", value, id(cell))
     return seen
 
@@ -123,7 +128,7 @@ def held_values(value: Any, depth: int = 0) -> Iterator[nn.Module | Tensor]:
     elif isinstance(value, partial):
         inside = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, FunctionType):
-        inside = [contents_of(cell) for cell in value.__closure__ or ()]
+        inside = [cell_contents(cell) for cell in value.__closure__ or ()]
         inside += value.__defaults__ or ()
     for part in inside if depth < _DEEPEST else ():
         yield from held_values(part, depth + 1)

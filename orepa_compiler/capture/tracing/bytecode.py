@@ -32,7 +32,7 @@ def functions_of(module: nn.Module, forward: str = "forward") -> list[FunctionTy
             open_ends += _methods(module, name)
             open_ends += functions_in(function.__globals__.get(name))
         for cell in function.__closure__ or ():
-            open_ends += functions_in(contents_of(cell))
+            open_ends += functions_in(cell_contents(cell))
     return list(found.values())
 
 
@@ -139,7 +139,7 @@ def functions_in(value: Any) -> Iterator[FunctionType]:
         value = getattr(value, "__wrapped__", None)
 
 
-def contents_of(cell: Any) -> Any:
+def cell_contents(cell: Any) -> Any:
     """What a variable around a function holds; None where it was never given a value."""
     try:
         return cell.cell_contents

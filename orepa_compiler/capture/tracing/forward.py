@@ -15,7 +15,7 @@ from torch import fx, nn
 from orepa_compiler.capture.arguments import Arguments, bound_forward, usual_arguments
 from orepa_compiler.capture.effects.finding import Effects, Surroundings, keep_, output
 from orepa_compiler.capture.tracing.bytecode import type_reason
-from orepa_compiler.capture.tracing.kinds import kind_of, kind_of_leaf
+from orepa_compiler.capture.tracing.kinds import inferred_type, kind_of_leaf
 from orepa_compiler.capture.tracing.patching import traced_by
 from orepa_compiler.capture.tracing.proxies import answering
 from orepa_compiler.capture.tracing.tracer import OPAQUE, ChildrenAreLeaves, Returned
@@ -144,11 +144,11 @@ def _chain(module: nn.Module, arguments: Arguments, returned: Returned | None) -
         value = OPAQUE if returned is None else returned(name, (node,), {})
         before, node = node, graph.call_module(name, (node,))
         if isinstance(value, fx.Node):
-            node.meta["kind"] = kind_of(value)
+            node.meta["kind"] = inferred_type(value)
         elif value is not OPAQUE:
             node.meta["kind"] = type(value)
         elif isinstance(child, nn.Identity):
-            node.meta["kind"] = kind_of(before)
+            node.meta["kind"] = inferred_type(before)
         else:
             node.meta["kind"] = kind_of_leaf(child, ())
     graph.output(node)

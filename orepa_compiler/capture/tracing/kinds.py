@@ -32,7 +32,7 @@ _NUMBERS = (bool, int, float)
 READ = getattr  # while a forward is traced, the name means another function
 
 
-def kind_of(node: fx.Node) -> type | None:
+def inferred_type(node: fx.Node) -> type | None:
     """The type of a node's value, or None where the graph does not tell.
 
     meta["kind"] is what the tracer knows of it: of an argument, and of what a module returns.
@@ -75,14 +75,14 @@ def _of_function(node: fx.Node) -> type | None:
 
 def _of_item(node: fx.Node) -> type | None:
     value, index = node.args
-    kind = kind_of(value) if isinstance(value, fx.Node) else None
+    kind = inferred_type(value) if isinstance(value, fx.Node) else None
     if kind is torch.Size:
         return torch.Size if isinstance(index, slice) else int
     return Tensor if kind is Tensor else None
 
 
 def _of_arithmetic(node: fx.Node) -> type | None:
-    kinds = [kind_of(a) if isinstance(a, fx.Node) else type(a) for a in node.args]
+    kinds = [inferred_type(a) if isinstance(a, fx.Node) else type(a) for a in node.args]
     if Tensor in kinds:
         return Tensor
     if not all(kind in _NUMBERS for kind in kinds):
@@ -96,7 +96,7 @@ def kind_of_leaf(module: nn.Module | None, args: Sequence[Any]) -> type | None:
     if module is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return tuple
     if isinstance(module, nn.Identity) and args and isinstance(args[0], fx.Proxy):
-        return kind_of(args[0].node)
+        return inferred_type(args[0].node)
     is_layer = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
     is_named = is_norm(module) or is_activation(module) or is_dropout(module)
     has_weights = any(True for _ in module.parameters())  # a conv of its own class, a block

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from orepa_compiler.capture.operators import writes
-from orepa_compiler.capture.tracing.kinds import kind_of
+from orepa_compiler.capture.schemas import writes
+from orepa_compiler.capture.tracing.kinds import inferred_type
 from orepa_compiler.containers import members
 
 # What `x += y` and its kin call: they write over their first operand.
@@ -94,13 +94,13 @@ class Proxy(fx.Proxy):
 
     def _is_now(self, function: Callable[..., Tensor], *args: Any) -> None:
         """From here on, what reads it reads it as the function leaves it."""
-        kind = kind_of(self.node)
+        kind = inferred_type(self.node)
         written = self.tracer.create_proxy("call_function", function, (self, *args), {})
         written.node.meta["kind"] = kind
         self.node = written.node
 
     def __getattr__(self, name: str) -> Any:
-        kind = kind_of(self.node)
+        kind = inferred_type(self.node)
         if name in self.tracer.attributes_set:
             raise self.tracer.stopped(f"it asks for {name!r}, which some forward sets on a tensor")
         if name.startswith("__") and name.endswith("__"):
@@ -138,7 +138,7 @@ class Proxy(fx.Proxy):
 
 def _written(self: Proxy, *specification: Any) -> str:
     """As text: a number of a shape by its name, as in messages; the values of a map by nothing."""
-    if kind_of(self.node) is Tensor:
+    if inferred_type(self.node) is Tensor:
         raise self.tracer.stopped("it asks for the values of a tensor as text")
     return repr(self)
 
@@ -237,7 +237,7 @@ def _is_instance(value: Any, classes: Any) -> bool:
         return _isinstance(value, classes)
     if (held := value.tracer.attribute_of(value.node)) is not None:
         return _isinstance(held, classes)
-    if kind := kind_of(value.node):
+    if kind := inferred_type(value.node):
         if not (is_one := issubclass(kind, classes)):
             value.tracer.is_none_of(value.node, _flat(classes))
         return is_one
@@ -266,13 +266,13 @@ def _get_attribute(value: Any, name: str, *default: Any) -> Any:
 
 
 def _check_known(value: Proxy, name: str) -> None:
-    if kind_of(value.node) is None:
+    if inferred_type(value.node) is None:
         raise value.tracer.stopped(f"it asks whether a value that a trace does not know has {name}")
 
 
 def _is_callable(value: Any) -> bool:
     if type(value) in (Proxy, Attribute) and _asked_of_a_value(value, sys._getframe(1)):
-        kind = kind_of(value.node)
+        kind = inferred_type(value.node)
         return kind is None or any("__call__" in vars(cls) for cls in kind.__mro__)
     return _callable(value)
 

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from orepa_compiler.capture.arguments import Arguments, AskedFor
 from orepa_compiler.capture.constants import OF_NUMBERS
 from orepa_compiler.capture.effects.finding import Effects, Surroundings
-from orepa_compiler.capture.tracing.kinds import kind_of, kind_of_leaf
+from orepa_compiler.capture.tracing.kinds import inferred_type, kind_of_leaf
 from orepa_compiler.capture.tracing.proxies import Proxy
-from orepa_compiler.containers import items, made_again
+from orepa_compiler.containers import items, rebuilt
 
 # Gives what a child returns, from its path as the caller sees it and the arguments of the call:
 # containers and constants with the nodes of the child's graph in them, or OPAQUE.
@@ -203,13 +203,13 @@ class ChildrenAreLeaves(fx.Tracer):
         """What a call gives: the containers and constants that the child makes, proxies inside."""
         value = _named_tuple(value)
         if isinstance(value, fx.Node):
-            proxy.node.meta["kind"] = kind_of(value)
+            proxy.node.meta["kind"] = inferred_type(value)
             return proxy
         if (held := items(value)) is None:
             return value
         proxy.node.meta["kind"] = type(value)
         parts = [self._unpacked(self._item(proxy, key), part) for key, part in held]
-        return made_again(value, parts)
+        return rebuilt(value, parts)
 
     def _item(self, proxy: Proxy, key: Any) -> Any:
         return self.create_proxy("call_function", operator.getitem, (proxy, key), {})

@@ -22,7 +22,7 @@ OutputNames = Annotated[
 ]
 
 
-def named(option: str, text: str | None) -> tuple[str, ...]:
+def split_names(option: str, text: str | None) -> tuple[str, ...]:
     """The names in `image,ids`; none where none are given. Raises ReparamError for what is none."""
     names = () if text is None else tuple(text.split(","))
     if said := problem(names):

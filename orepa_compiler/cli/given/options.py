@@ -139,7 +139,7 @@ def check_folder(path: Path | None) -> None:
         raise ReparamError(f"{path}: this is a folder; name a file in it")
 
 
-def check_written(**files: Path | None) -> None:
+def check_writable(**files: Path | None) -> None:
     """Raises ReparamError where a file cannot be written, or two options name the same one.
 
     files: by the name of its option.

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from orepa_compiler.cli.given.export_request import ExportRequest
-from orepa_compiler.cli.run.steps import Step, finite
+from orepa_compiler.cli.run.steps import ExportStep, finite
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.manifest import Check, Role, make_manifest, manifest_path, write_manifest
 from orepa_compiler.export.onnx.external_data import external_files
@@ -18,8 +18,8 @@ from orepa_compiler.verification.sample_file import save_samples
 
 
 def manifest_step(
-    request: ExportRequest, steps: Sequence[Step], samples: Callable[[], Samples]
-) -> Step:
+    request: ExportRequest, steps: Sequence[ExportStep], samples: Callable[[], Samples]
+) -> ExportStep:
     """Writes the manifest beside the ONNX file. samples: gives what the collapsed model gives."""
     path, note = manifest_path(request.onnx), ""
     files = list(_files(request, {step.name for step in steps if step.verdict == "done"}))
@@ -29,7 +29,7 @@ def manifest_step(
         note = f"without samples, so it cannot be checked again elsewhere: {error}"
     checks = [Check(s.name, s.verdict, finite(s.error), s.note) for s in steps]
     write_manifest(path, make_manifest(path, files, options=asdict(request), checks=checks))
-    return Step("write manifest", "done", path, note=note)
+    return ExportStep("write manifest", "done", path, note=note)
 
 
 def _files(request: ExportRequest, done: set[str]) -> Iterator[tuple[Role, Path]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from orepa_compiler.cli.run.steps import NOT_RUN_ON_A_GPU, Step, Verdict, attempt, judged
+from orepa_compiler.cli.run.steps import NOT_RUN_ON_A_GPU, ExportStep, Verdict, attempt, judged
 from orepa_compiler.errors import ExportError, MissingPackage, NotRun, ReparamError
 from orepa_compiler.export.gates.artifact import check_collapsed, check_precision
 from orepa_compiler.export.gates.counting import Counts, node_count
@@ -27,7 +27,7 @@ from orepa_compiler.verification.sample_file import load_samples
 CUDA = "CUDAExecutionProvider"
 
 
-def recheck_steps(path: Path) -> list[Step]:
+def recheck_steps(path: Path) -> list[ExportStep]:
     """Every check of a manifest, made again; one that cannot be made here is "not run".
 
     The checkpoint, the GPU and TensorRT may be missing: the files are then judged without them.
@@ -44,7 +44,7 @@ class _Recheck:
     def __init__(self, path: Path) -> None:
         self.folder, self.manifest = path.parent, read_manifest(path)
 
-    def stages(self) -> Iterator[tuple[str, bool, Callable[[], Step]]]:
+    def stages(self) -> Iterator[tuple[str, bool, Callable[[], ExportStep]]]:
         """Name, whether it has to be made for a pass, and what to do."""
         for record in self.manifest.files:
             is_needed = record.role != "checkpoint"
@@ -65,15 +65,15 @@ class _Recheck:
             raise NotRun(f"the manifest names no {role} file; export again to have one")
         return self.folder / records[0].name
 
-    def file(self, record: FileRecord) -> Step:
+    def file(self, record: FileRecord) -> ExportStep:
         name, path = f"{record.role} file", self.folder / record.name
         if record.role == "checkpoint" and not path.is_file():
             raise NotRun(f"{path} is not here, and the artifact does not need it")
         if problem := record.problem(self.folder):
-            return Step(name, "mismatch", cause=ReparamError(problem))
-        return Step(name, "pass", path)
+            return ExportStep(name, "mismatch", cause=ReparamError(problem))
+        return ExportStep(name, "pass", path)
 
-    def gates(self) -> Step:
+    def gates(self) -> ExportStep:
         path = self.path_of("onnx")
         model = load_graph(path)
         convs = conv_nodes(model)
@@ -83,11 +83,11 @@ class _Recheck:
             check_precision(convs, ELEMENT_TYPES[self.manifest.options["precision"]], kept=kept)
             check_collapsed(model, convs)
         except ExportError as error:
-            return Step("onnx gates", "mismatch", cause=error)
+            return ExportStep("onnx gates", "mismatch", cause=error)
         held = f"{Counts.of_graph(model)}, {node_count(model)} nodes"
-        return Step("onnx gates", "pass", note=f"{held}; {weights} weights unchanged")
+        return ExportStep("onnx gates", "pass", note=f"{held}; {weights} weights unchanged")
 
-    def certificate(self) -> Step:
+    def certificate(self) -> ExportStep:
         model = load_graph(self.path_of("onnx"))
         text = model.metadata_props.get(CERTIFICATE_KEY)
         if text is None:
@@ -96,9 +96,9 @@ class _Recheck:
         reason = None if certificate else ReparamError(certificate.verdict)
         note = "" if reason else certificate.verdict
         verdict: Verdict = "mismatch" if reason else "pass"
-        return Step("certificate", verdict, note=note, cause=reason, certificate=certificate)
+        return ExportStep("certificate", verdict, note=note, cause=reason, certificate=certificate)
 
-    def network(self) -> Step:
+    def network(self) -> ExportStep:
         path = self.path_of("onnx")
         if load_graph(path).metadata_props.get(PRESET_KEY) == "cpu":
             raise NotRun("it is an int8 file for CPUs, which TensorRT cannot parse")
@@ -107,19 +107,19 @@ class _Recheck:
         except MissingPackage:
             raise
         except ExportError as error:
-            return Step("network gates", "mismatch", cause=error)
-        return Step("network gates", "pass", note=str(summary))
+            return ExportStep("network gates", "mismatch", cause=error)
+        return ExportStep("network gates", "pass", note=str(summary))
 
-    def onnx(self, provider: str) -> Step:
+    def onnx(self, provider: str) -> ExportStep:
         name = "onnx on the GPU" if provider == CUDA else "onnx on the CPU"
         runner = OnnxRunner(self.path_of("onnx"), provider=provider)
         return judged(name, load_samples(self.path_of("samples")), runner)
 
-    def openvino(self) -> Step:
+    def openvino(self) -> ExportStep:
         samples = load_samples(self.path_of("samples"))
         return judged("openvino", samples, OpenVINORunner(self.path_of("openvino")))
 
-    def engine(self) -> Step:
+    def engine(self) -> ExportStep:
         if not torch.cuda.is_available():
             raise NotRun(f"{NOT_RUN_ON_A_GPU} (there is no GPU here)")
         samples = load_samples(self.path_of("samples"))

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.export.audit import HALVES
 from orepa_compiler.export.int8.dithering import with_int8_noise
-from orepa_compiler.export.onnx.inspection import names_of
+from orepa_compiler.export.onnx.inspection import value_names
 from orepa_compiler.export.onnx.precision import PRECISIONS, cast, kept_modules, lies_in
 from orepa_compiler.export.onnx.reading import load_graph
 from orepa_compiler.export.onnx.sizes import other_sizes, resized
@@ -73,7 +73,7 @@ def second_size(
     """Gives the batch at another height and width, one that the engine takes where one is built."""
     if request.profile is None:
         return [next(other_sizes(deploy, first))]
-    names = names_of(load_graph(request.onnx).graph.inputs)
+    names = value_names(load_graph(request.onnx).graph.inputs)
     ranges = request.profile if isinstance(request.profile, dict) else {names[0]: request.profile}
     images = iter(names)
 

@@ -23,7 +23,7 @@ from orepa_compiler.cli.run.manifesting import manifest_step
 from orepa_compiler.cli.run.sampling import INT8_BATCHES, preset_advice, samples_for
 from orepa_compiler.cli.run.steps import (
     NOT_RUN_ON_A_GPU,
-    Step,
+    ExportStep,
     Verdict,
     attempt,
     compared,
@@ -50,13 +50,13 @@ from orepa_compiler.verification import Samples
 from orepa_compiler.verification.nesting import tensors_in
 
 
-def export_steps(request: ExportRequest) -> list[Step]:
+def export_steps(request: ExportRequest) -> list[ExportStep]:
     """The steps of an export, up to the first that fails or differs.
 
     Raises ReparamError for a mistake in what was asked for; what goes wrong later is a step.
     """
     export = _Export(request)
-    steps: list[Step] = []
+    steps: list[ExportStep] = []
     for name, is_check, run in export.stages():
         try:
             steps.append(attempt(name, is_check, run))
@@ -69,7 +69,7 @@ def export_steps(request: ExportRequest) -> list[Step]:
     return steps
 
 
-def _left(name: str, steps: list[Step]) -> str:
+def _left(name: str, steps: list[ExportStep]) -> str:
     """What Ctrl-C leaves behind: whole files, for each is put in its place when it is finished."""
     files = [str(step.file) for step in steps if step.file and step.name != "load"]
     written = f"{' and '.join(files)} is written and whole" if files else "nothing was written"
@@ -105,10 +105,10 @@ class _Export:
         self._samples: Samples | None = None
         self.has_written = False
 
-    def stages(self) -> list[tuple[str, bool, Callable[[], Step]]]:
+    def stages(self) -> list[tuple[str, bool, Callable[[], ExportStep]]]:
         """Name, whether it only checks, and what to do, in order."""
         request = self.request
-        stages: list[tuple[str, bool, Callable[[], Step]]] = [
+        stages: list[tuple[str, bool, Callable[[], ExportStep]]] = [
             ("load", False, self.loaded),
             ("collapse", False, self.collapse),
             ("check collapse", True, self.check_collapse),
@@ -132,15 +132,15 @@ class _Export:
             ]
         return stages
 
-    def loaded(self) -> Step:
-        return Step("load", "done", self.request.checkpoint, note=self.origin)
+    def loaded(self) -> ExportStep:
+        return ExportStep("load", "done", self.request.checkpoint, note=self.origin)
 
-    def collapse(self) -> Step:
+    def collapse(self) -> ExportStep:
         with announced("collapsing"), warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", NormsLeftWarning)
             self.deploy = collapse(self.model, inputs=self.inputs)
         left = [str(w.message) for w in told if issubclass(w.category, NormsLeftWarning)]
-        step = Step("collapse", "done", note="; ".join(left))
+        step = ExportStep("collapse", "done", note="; ".join(left))
         if self.request.report is None:
             return step
         sizes = (
@@ -149,7 +149,7 @@ class _Export:
         )
         return replace(step, sizes=sizes, branches=block_branches(self.model))
 
-    def check_collapse(self) -> Step:
+    def check_collapse(self) -> ExportStep:
         with announced("comparing the collapsed model"):
             report = verify(self.model, self.deploy, self.inputs, stress=True)
         step = compared("check collapse", report)
@@ -158,22 +158,24 @@ class _Export:
         found = explain_report(self.model, self.deploy, self.inputs, report)
         return replace(step, divergence=found)
 
-    def certify(self) -> Step:
+    def certify(self) -> ExportStep:
         if self.is_trained:
             note = "it rounds to int8: its integers are compared with the file's, one by one"
-            return Step("certify collapse", "done", note=note)
+            return ExportStep("certify collapse", "done", note=note)
         with announced("certifying the collapse"):
             certificate = certify(self.model, self.deploy, self.inputs)
         if not certificate.blocks:
             note = "there was nothing to collapse"
-            return Step("certify collapse", "done", note=note)
+            return ExportStep("certify collapse", "done", note=note)
         self.certificate = certificate
         verdict: Verdict = "pass" if certificate else "mismatch"
         cause = None if certificate else ReparamError(certificate.verdict)
         error = max(block.error or 0.0 for block in certificate.blocks)
-        return Step("certify collapse", verdict, None, error, cause=cause, certificate=certificate)
+        return ExportStep(
+            "certify collapse", verdict, None, error, cause=cause, certificate=certificate
+        )
 
-    def audit(self) -> Step:
+    def audit(self) -> ExportStep:
         request = self.request
         with announced(f"looking at what {request.precision} does to the values"):
             found = audit_half(
@@ -183,19 +185,19 @@ class _Export:
                 keep_fp32=request.keep_fp32,
             )
         # What half precision breaks is seen when the file is checked; this says where and why.
-        return Step("audit half", "done", note=found.verdict, audit=found)
+        return ExportStep("audit half", "done", note=found.verdict, audit=found)
 
     @property
     def is_calibrated(self) -> bool:
         """Whether it is written in int8 with ranges that no training made."""
         return self.request.precision == "int8" and not self.is_trained
 
-    def measure_int8(self) -> Step:
+    def measure_int8(self) -> ExportStep:
         with announced("measuring each module in int8"):
             found = int8_loss(self.deploy, self.calibration[:INT8_BATCHES])
-        return Step("measure int8", "done", note=found.verdict)
+        return ExportStep("measure int8", "done", note=found.verdict)
 
-    def write_onnx(self) -> Step:
+    def write_onnx(self) -> ExportStep:
         request = self.request
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", Int8RangeWarning)
@@ -217,9 +219,9 @@ class _Export:
             )
         self.has_written = True
         ranges = [str(w.message) for w in told if issubclass(w.category, Int8RangeWarning)]
-        return Step("write onnx", "done", path, note="; ".join(ranges))
+        return ExportStep("write onnx", "done", path, note="; ".join(ranges))
 
-    def check_onnx(self) -> Step:
+    def check_onnx(self) -> ExportStep:
         with announced("running the ONNX file"):
             runner = OnnxRunner(self.request.onnx)
             step = self._timed(judged("check onnx", self.samples(), runner), runner)
@@ -240,20 +242,20 @@ class _Export:
             )
         return self._samples
 
-    def write_openvino(self) -> Step:
+    def write_openvino(self) -> ExportStep:
         assert self.request.openvino is not None
         with announced("writing OpenVINO's file"):
             path = write_openvino(self.request.onnx, self.request.openvino)
-        return Step("write openvino", "done", path)
+        return ExportStep("write openvino", "done", path)
 
-    def check_openvino(self) -> Step:
+    def check_openvino(self) -> ExportStep:
         assert self.request.openvino is not None
         with announced("running OpenVINO"):
             runner = OpenVINORunner(self.request.openvino)
             step = judged("check openvino", self.samples(), runner)
         return step if step.report else replace(step, note=preset_advice(self.request.onnx))
 
-    def evaluations(self) -> list[tuple[str, bool, Callable[[], Step]]]:
+    def evaluations(self) -> list[tuple[str, bool, Callable[[], ExportStep]]]:
         """Where a function tells how good a form is: the model, the collapsed one, the file."""
         if self.evaluation is None:
             return []
@@ -270,23 +272,23 @@ class _Export:
             (f"evaluate {form}", True, partial(self.evaluate, form, side)) for form, side in forms
         ]
 
-    def evaluate(self, form: str, side: Callable[[], Callable[..., Any]]) -> Step:
+    def evaluate(self, form: str, side: Callable[[], Callable[..., Any]]) -> ExportStep:
         assert self.evaluation is not None
         found = self.evaluation.of(form, side())
-        return Step(f"evaluate {form}", "done", note=str(found), scores=found.scores)
+        return ExportStep(f"evaluate {form}", "done", note=str(found), scores=found.scores)
 
     def stock(self) -> Callable[..., Any]:
         """The expanded model as the architecture that it began as, its norms kept."""
         return collapse(self.model, inputs=self.inputs, fold_norm=False)
 
-    def evaluate_engine(self) -> Step:
+    def evaluate_engine(self) -> ExportStep:
         engine = self.request.engine
         assert engine is not None
         return _without_gpu("evaluate engine") or self.evaluate(
             "engine", lambda: TensorRTRunner(engine)
         )
 
-    def build_engine(self) -> Step:
+    def build_engine(self) -> ExportStep:
         request = self.request
         assert request.engine is not None
         path = build_engine(
@@ -299,9 +301,9 @@ class _Export:
             tf32=request.tf32,
             timing_cache=request.timing_cache,
         )
-        return Step("build engine", "done", path)
+        return ExportStep("build engine", "done", path)
 
-    def check_engine(self) -> Step:
+    def check_engine(self) -> ExportStep:
         assert self.request.engine is not None
         if (step := _without_gpu("check engine")) is not None:
             return step
@@ -309,7 +311,7 @@ class _Export:
             runner = TensorRTRunner(self.request.engine)
             return self._timed(judged("check engine", self.samples(), runner), runner)
 
-    def _timed(self, step: Step, runner: Callable[..., Any]) -> Step:
+    def _timed(self, step: ExportStep, runner: Callable[..., Any]) -> ExportStep:
         """With the latency of what was run, where a page is to show it."""
         if self.request.report is None:
             return step
@@ -318,13 +320,13 @@ class _Export:
         tensors = [cast_tensors(leaf, dtype) for leaf in tensors_in(batch)]
         return replace(step, latency=timed(runner, tensors, len(tensors[0])))
 
-    def write_manifest(self, steps: list[Step]) -> Step:
+    def write_manifest(self, steps: list[ExportStep]) -> ExportStep:
         return manifest_step(self.request, steps, self.samples)
 
 
-def _without_gpu(name: str) -> Step | None:
+def _without_gpu(name: str) -> ExportStep | None:
     """The step of an engine where there is no GPU to run it on; None where there is one."""
     if torch.cuda.is_available():
         return None
     note = f"{NOT_RUN_ON_A_GPU} (there is no GPU here)"
-    return Step(name, "not run", note=note, is_required=False)
+    return ExportStep(name, "not run", note=note, is_required=False)

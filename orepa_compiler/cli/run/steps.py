@@ -23,7 +23,7 @@ NOT_RUN_ON_A_GPU = "device numerics: not run"
 
 
 @dataclass(frozen=True)
-class Step:
+class ExportStep:
     """One step of an export and what came of it.
 
     error: the largest error of a comparison. report: the comparison itself. cause: what kept the
@@ -53,8 +53,8 @@ class Step:
 
 
 def attempt(
-    name: str, is_check: bool, run: Callable[[], Step], *, is_required: bool = True
-) -> Step:
+    name: str, is_check: bool, run: Callable[[], ExportStep], *, is_required: bool = True
+) -> ExportStep:
     """What a step came to, whatever happens in it."""
     start = time.perf_counter()
     try:
@@ -64,13 +64,13 @@ def attempt(
     except Exception as error:  # whatever stops a step is told in one line, and is no pass
         # A check that cannot be made says nothing against the artifact: the next step may go on.
         verdict: Verdict = "not run" if is_check else "failed"
-        step = Step(name, verdict, cause=error, is_required=is_required)
+        step = ExportStep(name, verdict, cause=error, is_required=is_required)
         if not is_required:
             step = replace(step, note=" ".join(str(error).split()))
     return replace(step, seconds=time.perf_counter() - start)
 
 
-def judged(name: str, samples: Samples, runner: Callable[..., Any]) -> Step:
+def judged(name: str, samples: Samples, runner: Callable[..., Any]) -> ExportStep:
     """The verdict on an artifact by samples of the model that it was made from."""
     step = compared(name, judge(samples, runner))
     placement: dict[str, int] = getattr(runner, "placement", {})
@@ -78,9 +78,9 @@ def judged(name: str, samples: Samples, runner: Callable[..., Any]) -> Step:
     return replace(step, note=", ".join(where))
 
 
-def compared(name: str, report: Report) -> Step:
+def compared(name: str, report: Report) -> ExportStep:
     """The step that a comparison is."""
-    return Step(name, "pass" if report else "mismatch", error=report.max_error, report=report)
+    return ExportStep(name, "pass" if report else "mismatch", error=report.max_error, report=report)
 
 
 def finite(error: float | None) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orepa_compiler.cli.given.export_request import ExportRequest
-from orepa_compiler.cli.run.steps import Step
+from orepa_compiler.cli.run.steps import ExportStep
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.gates.counting import Counts, node_count
 from orepa_compiler.export.onnx.reading import load_graph
@@ -18,7 +18,7 @@ Fact = tuple[str, tuple[str, ...]]
 Facts = tuple[Fact, ...]
 
 
-def export_facts(request: ExportRequest, steps: Sequence[Step]) -> Facts:
+def export_facts(request: ExportRequest, steps: Sequence[ExportStep]) -> Facts:
     """Of orepa-export."""
     by_name = {step.name: step for step in steps}
     written = by_name.get("write onnx")
@@ -38,7 +38,7 @@ def export_facts(request: ExportRequest, steps: Sequence[Step]) -> Facts:
 _NOT_MEASURED = "not measured: no file was run"
 
 
-def recheck_facts(command: str, precision: str, onnx: Path, steps: Sequence[Step]) -> Facts:
+def recheck_facts(command: str, precision: str, onnx: Path, steps: Sequence[ExportStep]) -> Facts:
     """Of a manifest that is checked again."""
     facts = [("command", (command,)), ("precision", (precision,)), *file_facts(onnx)]
     return _filled((*facts, *_agreement(precision, steps)))
@@ -67,7 +67,7 @@ def file_facts(path: Path) -> list[Fact]:
     ]
 
 
-def _agreement(precision: str, steps: Sequence[Step]) -> Facts:
+def _agreement(precision: str, steps: Sequence[ExportStep]) -> Facts:
     if precision != "int8":
         return ()
     said = [f"{s.name}: {a}" for s in steps if s.report for a in s.report.agreements]

@@ -12,7 +12,7 @@ from torch import nn
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.options import ExitCode, NotVerified
 from orepa_compiler.cli.run.named_sides import side_file
-from orepa_compiler.cli.run.steps import Step, finite
+from orepa_compiler.cli.run.steps import ExportStep, finite
 from orepa_compiler.cli.shown.facts import comparison_facts, export_facts, recheck_facts
 from orepa_compiler.cli.shown.summary import complaints, verdict
 from orepa_compiler.export.manifest import Check, read_manifest
@@ -39,10 +39,10 @@ _NO_BLOCKS = "the model has no block, so it has no branches; load the expanded m
 _NOT_LOADED = "a manifest is checked without the model"
 
 
-def page_of_export(request: ExportRequest, steps: Sequence[Step]) -> Page:
+def page_of_export(request: ExportRequest, steps: Sequence[ExportStep]) -> Page:
     """The page of orepa-export."""
     by_name = {step.name: step for step in steps}
-    collapsed = by_name.get("collapse", Step("collapse", "not run"))
+    collapsed = by_name.get("collapse", ExportStep("collapse", "not run"))
     first = "expanded model" if collapsed.branches else "model as loaded"
     links = [
         _link(by_name, "collapsed model", first, "check collapse"),
@@ -66,7 +66,7 @@ def page_of_export(request: ExportRequest, steps: Sequence[Step]) -> Page:
     )
 
 
-def page_of_recheck(path: Path, steps: Sequence[Step], command: str = "") -> Page:
+def page_of_recheck(path: Path, steps: Sequence[ExportStep], command: str = "") -> Page:
     """The page of a manifest that was checked again."""
     by_name = {step.name: step for step in steps}
     links = [
@@ -161,7 +161,7 @@ def not_run_page(path: Path | None, reference: str, candidate: str) -> Iterator[
         raise
 
 
-def _found(steps: Sequence[Step]) -> dict[str, Any]:
+def _found(steps: Sequence[ExportStep]) -> dict[str, Any]:
     """What the steps of any command tell."""
     outcome = _OUTCOMES[verdict(steps)]
     checks = [Check(s.name, s.verdict, finite(s.error), _note(s)) for s in steps]
@@ -181,7 +181,7 @@ def _found(steps: Sequence[Step]) -> dict[str, Any]:
     }
 
 
-def _link(by_name: dict[str, Step], form: str, against: str, name: str) -> Link:
+def _link(by_name: dict[str, ExportStep], form: str, against: str, name: str) -> Link:
     step = by_name.get(name)
     if step is None:
         return Link(form, against, "not run", note="an earlier step stopped it")
@@ -191,7 +191,7 @@ def _link(by_name: dict[str, Step], form: str, against: str, name: str) -> Link:
     return Link(form, against, outcome, note=_note(step))
 
 
-def _collapse_link(step: Step) -> Link:
+def _collapse_link(step: ExportStep) -> Link:
     """The collapse, by the certificate that the file holds: it is not made again."""
     if step.certificate is None:
         return _link({step.name: step}, "collapsed model", "model as loaded", step.name)
@@ -201,14 +201,14 @@ def _collapse_link(step: Step) -> Link:
     return Link("collapsed model", "model as loaded", outcome, error, LIMIT, note)
 
 
-def _file_sizes(steps: Sequence[Step]) -> list[ModelSize]:
+def _file_sizes(steps: Sequence[ExportStep]) -> list[ModelSize]:
     forms = {"write onnx": "ONNX file", "build engine": "TensorRT engine"}
     forms |= {"write openvino": "OpenVINO file"}
     made = [(forms[step.name], step.file) for step in steps if step.name in forms]
     return [ModelSize.of_file(form, file) for form, file in made if file is not None]
 
 
-def _recorded_sizes(path: Path, steps: Sequence[Step]) -> tuple[ModelSize, ...]:
+def _recorded_sizes(path: Path, steps: Sequence[ExportStep]) -> tuple[ModelSize, ...]:
     """Of the files that are still what the manifest says."""
     forms = {"onnx file": "ONNX file", "engine file": "TensorRT engine"}
     return tuple(
@@ -218,10 +218,10 @@ def _recorded_sizes(path: Path, steps: Sequence[Step]) -> tuple[ModelSize, ...]:
     )
 
 
-def _why_no_certificate(step: Step | None) -> tuple[tuple[str, str], ...]:
+def _why_no_certificate(step: ExportStep | None) -> tuple[tuple[str, str], ...]:
     note = _note(step) if step is not None else "an earlier step stopped it"
     return (("certificate", note or "no certificate was made"),)
 
 
-def _note(step: Step) -> str:
+def _note(step: ExportStep) -> str:
     return step.note or (" ".join(str(step.cause).split()) if step.cause else "")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from orepa_compiler.cli.given.export_request import ExportRequest
 from orepa_compiler.cli.given.options import ExitCode
-from orepa_compiler.cli.run.steps import Step
+from orepa_compiler.cli.run.steps import ExportStep
 from orepa_compiler.cli.shown.junit import Case, Outcome, write_junit
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.export.manifest import versions
@@ -30,7 +30,7 @@ from orepa_compiler.verification.divergence import Divergence, half_blocks, plai
 WIDTH_OF_A_PIPE = 120
 
 
-def verdict(steps: Sequence[Step]) -> ExitCode:
+def verdict(steps: Sequence[ExportStep]) -> ExitCode:
     """The worst that the steps say; a check that did not run is not a pass."""
     verdicts = {step.verdict for step in steps if step.is_required}
     for found, code in (
@@ -43,7 +43,7 @@ def verdict(steps: Sequence[Step]) -> ExitCode:
     return ExitCode.PASS
 
 
-def show_steps(steps: Sequence[Step]) -> None:
+def show_steps(steps: Sequence[ExportStep]) -> None:
     """Prints one row for each step, and all that is known of a mismatch."""
     console = Console()
     if not console.is_terminal:
@@ -76,7 +76,7 @@ def show_divergence(console: Console, found: Divergence | str) -> None:
         console.print(picture(found.error_map), markup=False, highlight=False)
 
 
-def cases(steps: Sequence[Step]) -> list[Case]:
+def cases(steps: Sequence[ExportStep]) -> list[Case]:
     """The steps as the cases of a JUnit file; what is due and was not run is an error there."""
     outcomes: dict[str, Outcome] = {"mismatch": "failure", "failed": "error"}
     found = []
@@ -106,7 +106,7 @@ def cases_of_report(report: Report, found: Divergence | str | None) -> list[Case
     ]
 
 
-def complaints(steps: Sequence[Step]) -> list[str]:
+def complaints(steps: Sequence[ExportStep]) -> list[str]:
     """One line for each step that failed, differs or could not be made."""
     return [
         ": ".join((step.name, step.verdict, *_why(step)))
@@ -115,7 +115,7 @@ def complaints(steps: Sequence[Step]) -> list[str]:
     ]
 
 
-def _why(step: Step) -> list[str]:
+def _why(step: ExportStep) -> list[str]:
     report = [step.report.verdict] if step.report is not None else []
     return report + ([_reason(step.cause)] if step.cause else [])
 
@@ -125,12 +125,12 @@ def _reason(cause: Exception) -> str:
     return text if isinstance(cause, ReparamError) else f"{type(cause).__name__}: {text}"
 
 
-def report_of(request: ExportRequest, steps: Sequence[Step]) -> dict[str, Any]:
+def report_of(request: ExportRequest, steps: Sequence[ExportStep]) -> dict[str, Any]:
     """All that an export did, as plain data."""
     return {**recheck_report(steps), "request": asdict(request)}
 
 
-def recheck_report(steps: Sequence[Step]) -> dict[str, Any]:
+def recheck_report(steps: Sequence[ExportStep]) -> dict[str, Any]:
     """All that the steps found, as plain data."""
     code = verdict(steps)
     return {
@@ -147,7 +147,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(data, indent=2, default=str, allow_nan=False) + "\n")
 
 
-def _step_data(step: Step) -> dict[str, Any]:
+def _step_data(step: ExportStep) -> dict[str, Any]:
     data: dict[str, Any] = {"step": step.name, "verdict": step.verdict, "note": step.note}
     data["seconds"] = round(step.seconds, 3)
     if step.file is not None:
@@ -175,7 +175,7 @@ def divergence_data(found: Divergence | str) -> dict[str, Any]:
     return found.to_dict() if isinstance(found, Divergence) else {"reason": found}
 
 
-def finish(suite: str, steps: Sequence[Step], junit: Path | None, debug: bool) -> int:
+def finish(suite: str, steps: Sequence[ExportStep], junit: Path | None, debug: bool) -> int:
     show_steps(steps)
     if junit:
         write_junit(junit, suite, cases(steps))

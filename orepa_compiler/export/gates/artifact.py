@@ -19,8 +19,8 @@ from orepa_compiler.export.onnx.inspection import (
     ConvNode,
     conv_nodes,
     foldable_norms_in_file,
-    names_of,
     parallel_convs,
+    value_names,
 )
 from orepa_compiler.export.onnx.precision import lies_in
 from orepa_compiler.export.onnx.program import named_outputs
@@ -159,12 +159,12 @@ def _check_interface(model: ir.Model, expected: Expected) -> None:
         raise ExportError(
             f"the file has operator set {opset}, not {expected.opset}; pass opset={opset} or none"
         )
-    outputs = tuple(names_of(model.graph.outputs))
+    outputs = tuple(value_names(model.graph.outputs))
     if outputs != expected.outputs:
         raise ExportError(
             f"the file returns {', '.join(outputs)}, but the model {', '.join(expected.outputs)}"
         )
-    inputs = tuple(names_of(model.graph.inputs))
+    inputs = tuple(value_names(model.graph.inputs))
     if expected.inputs and inputs != expected.inputs:
         raise ExportError(
             f"the file takes {', '.join(inputs)}, but was to take {', '.join(expected.inputs)}"

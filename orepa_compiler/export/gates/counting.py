@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
-from orepa_compiler.export.onnx.inspection import input_names, output_names
+from orepa_compiler.export.onnx.inspection import input_names, node_outputs
 from orepa_compiler.export.onnx.program import CONVS, count_convs, operator_name, program_nodes
 from orepa_compiler.export.onnx.reading import inferred
 
@@ -163,9 +163,9 @@ def _graph_sums(model: ir.Model, adds: list[ir.Node]) -> int:
     computed = {value.name for value in model.graph.inputs} - {*model.graph.initializers}
     for node in model.graph.all_nodes():
         if computed.intersection(input_names(node)):
-            computed.update(output_names(node))
+            computed.update(node_outputs(node))
     return sum(
-        not small.intersection(output_names(node)) and computed.issuperset(input_names(node))
+        not small.intersection(node_outputs(node)) and computed.issuperset(input_names(node))
         for node in adds
     )
 

@@ -14,7 +14,7 @@ from orepa_compiler.export.gates.counting import MAP_RANK, Counts
 from orepa_compiler.export.onnx.inspection import (
     ConvNode,
     conv_nodes,
-    output_names,
+    node_outputs,
     torch_module,
 )
 from orepa_compiler.export.onnx.reading import load_graph
@@ -162,7 +162,7 @@ def check_network(summary: NetworkSummary, source: Path, model: ir.Model) -> Non
             f"{dict(summary.dtypes)}; the engine would not have the precision of the file"
         )
     nodes = [node for node in model.graph.all_nodes() if node.op_type == "DequantizeLinear"]
-    restored = {name for node in nodes for name in output_names(node)}
+    restored = {name for node in nodes for name in node_outputs(node)}
     quantized = sum(conv.input in restored for conv in convs)
     if summary.quantized != quantized:
         raise ExportError(

@@ -14,7 +14,7 @@ from orepa_compiler.choices import Preset
 from orepa_compiler.dependencies import import_extra
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.external_data import external_files
-from orepa_compiler.export.onnx.inspection import names_of, torch_module
+from orepa_compiler.export.onnx.inspection import torch_module, value_names
 from orepa_compiler.export.onnx.precision import lies_in
 from orepa_compiler.export.onnx.program import quiet
 from orepa_compiler.export.onnx.reading import load_graph, values_of
@@ -103,7 +103,7 @@ def quantize_file(
         quantization.quantize_static(
             str(path),
             str(candidate),
-            _reader(quantization, names_of(model.graph.inputs), batches),
+            _reader(quantization, value_names(model.graph.inputs), batches),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED) if preset == "tensorrt" else None,
             per_channel=True,

@@ -55,12 +55,12 @@ def input_names(node: ir.Node) -> list[str]:
     return ["" if value is None else value.name or "" for value in node.inputs]
 
 
-def output_names(node: ir.Node) -> list[str]:
+def node_outputs(node: ir.Node) -> list[str]:
     """Names what a node makes."""
-    return names_of(node.outputs)
+    return value_names(node.outputs)
 
 
-def names_of(values: Iterable[ir.Value]) -> list[str]:
+def value_names(values: Iterable[ir.Value]) -> list[str]:
     """Names values: the inputs and outputs of a graph, for one."""
     return [value.name or "" for value in values]
 

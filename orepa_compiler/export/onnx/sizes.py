@@ -41,7 +41,7 @@ def check_images(batch: Batch) -> None:
         )
 
 
-def size_of(batch: Batch) -> Size:
+def spatial_size(batch: Batch) -> Size:
     """Gives height and width (depth before them) of the first image."""
     first = next(leaf for leaf in pytree.tree_leaves(batch) if is_image(leaf))
     return tuple(first.shape[2:])
@@ -73,13 +73,13 @@ def other_sizes(model: nn.Module, batch: Batch) -> Iterator[Batch]:
             with torch.no_grad():
                 model(*other)
         except Exception as error:  # whatever the model's own forward raises
-            said = said or f"at {size_of(other)} it raises {type(error).__name__}: {error}"
+            said = said or f"at {spatial_size(other)} it raises {type(error).__name__}: {error}"
             continue
         said = "-"
         yield other
     if said != "-":
         raise ExportError(
-            f"dynamic_size: the model takes no height and width but {size_of(batch)}: "
+            f"dynamic_size: the model takes no height and width but {spatial_size(batch)}: "
             f"{' '.join(said.split())}; leave it out"
         )
 
@@ -117,8 +117,9 @@ def _check_symbols(program: ExportedProgram) -> None:
 
 def _differs(other: Batch, what: str) -> str:
     return (
-        f"dynamic_size: traced at one size, the model {' '.join(what.split())} at {size_of(other)}:"
-        " its forward decides by the height or width, or makes a plain number of it; leave it out"
+        f"dynamic_size: traced at one size, the model {' '.join(what.split())} at "
+        f"{spatial_size(other)}: its forward decides by the height or width, or makes a plain "
+        "number of it; leave it out"
     )
 
 
@@ -131,7 +132,7 @@ def _first_other(expected: dict[str, Any], found: dict[str, Any]) -> str:
     return ""
 
 
-def check_written(path: Path, model: nn.Module, batch: Batch, *, precision: str) -> None:
+def check_other_sizes(path: Path, model: nn.Module, batch: Batch, *, precision: str) -> None:
     """Raises ExportError where the file, run in onnxruntime at another size, is not the model.
 
     Values are compared in float32; in other precisions the shapes are.
@@ -147,10 +148,10 @@ def check_written(path: Path, model: nn.Module, batch: Batch, *, precision: str)
         found = named_leaves(runner(*tensors))
     except ExportError as error:
         reason = error.reason.replace(f"{path}: ", "")
-        said = f"the file does not run at {size_of(other)} ({reason}): {held}"
+        said = f"the file does not run at {spatial_size(other)} ({reason}): {held}"
         raise ExportError(f"dynamic_size: {said}") from error
     for (name, mine), theirs in zip(expected.items(), found.values(), strict=True):
         is_same = torch.equal(mine, theirs) or agree(mine, theirs)
         if mine.shape != theirs.shape or (precision == "fp32" and not is_same):
-            said = f"the file gives another {name} than the model at {size_of(other)}: {held}"
+            said = f"the file gives another {name} than the model at {spatial_size(other)}: {held}"
             raise ExportError(f"dynamic_size: {said}")

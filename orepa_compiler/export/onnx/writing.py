@@ -52,7 +52,7 @@ from orepa_compiler.export.onnx.program import (
     train_mode_modules,
 )
 from orepa_compiler.export.onnx.simplification import simplify_file
-from orepa_compiler.export.onnx.sizes import check_images, check_traced, check_written
+from orepa_compiler.export.onnx.sizes import check_images, check_other_sizes, check_traced
 from orepa_compiler.export.onnx.weight_record import record_weights
 from orepa_compiler.export.onnx.widening import REFUSED_IN_BF16, widen
 from orepa_compiler.export.run.session import PRESET_KEY
@@ -176,7 +176,7 @@ def export_onnx(
         record_weights(draft)
         check_artifact(draft, expected)
         if dynamic_size and precision != "bf16":  # which onnxruntime has no kernels for
-            check_written(draft, model, own, precision=precision)
+            check_other_sizes(draft, model, own, precision=precision)
     remove_stale(real)
     if said := advice(lost_channels(typed, batches, keep=kept)):
         warnings.warn(f"{target}: {said}", Int8RangeWarning, stacklevel=2)

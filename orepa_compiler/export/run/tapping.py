@@ -12,9 +12,9 @@ from torch import Tensor
 from orepa_compiler.errors import ExportError
 from orepa_compiler.export.onnx.inspection import (
     input_names,
-    names_of,
-    output_names,
+    node_outputs,
     torch_module,
+    value_names,
 )
 from orepa_compiler.export.onnx.reading import inferred, load_graph
 from orepa_compiler.export.run.session import first_line, plain_session, run_session
@@ -35,8 +35,8 @@ def boundary_values(graph: ir.Graph) -> dict[str, str]:
         for name in input_names(node):
             readers[name].append(module or "")
         for prefix in _prefixes(module):
-            made[prefix].update(name for name in output_names(node) if name)
-    returned = {*names_of(graph.outputs)}
+            made[prefix].update(name for name in node_outputs(node) if name)
+    returned = {*value_names(graph.outputs)}
     values = {}
     for prefix, names in made.items():
         seen = [
@@ -83,7 +83,7 @@ def tapped(path: Path, names: Iterable[str], tensors: Iterable[Tensor]) -> dict[
     Raises ExportError where the file cannot be run.
     """
     model, tensors = load_graph(path), list(tensors)
-    given = dict(zip(names_of(model.graph.inputs), tensors, strict=False))
+    given = dict(zip(value_names(model.graph.inputs), tensors, strict=False))
     asked = set(names)
     _return_too(model, asked)
     session = plain_session(path, model)

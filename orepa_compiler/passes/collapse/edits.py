@@ -21,7 +21,7 @@ from orepa_compiler.passes.collapse.folds import (
     FoldConcatenation,
     FoldGraph,
     FoldPath,
-    options_of,
+    fold_options,
 )
 from orepa_compiler.planning import Edit
 
@@ -101,7 +101,7 @@ def block_edit(name: str, capture: Capture, path: str, block: ConvBlock, fold_no
 def _edit(
     name: str, path: str, before: str, after: str, sizes: tuple[int, int], fold: Fold
 ) -> Edit:
-    return Edit(name, path, before, after, sizes, options=options_of(fold))
+    return Edit(name, path, before, after, sizes, options=fold_options(fold))
 
 
 def _size(*modules: nn.Module) -> int:

@@ -120,7 +120,7 @@ class FoldConcatenation:
 Fold = FoldPath | FoldGraph | FoldBlock | AbsorbNorm | FoldConcatenation
 
 
-def options_of(fold: Fold) -> dict[str, Any]:
+def fold_options(fold: Fold) -> dict[str, Any]:
     """A fold as the options of an Edit."""
     options: dict[str, Any] = {"kind": fold.kind}
     if isinstance(fold, FoldRegion):

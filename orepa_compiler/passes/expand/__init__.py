@@ -21,7 +21,7 @@ from orepa_compiler.defaults.following import NORM, followed_by
 from orepa_compiler.defaults.residual import is_summed, residual_reason
 from orepa_compiler.defaults.worth import left_alone_reason
 from orepa_compiler.errors import NotLinear, ReparamError
-from orepa_compiler.passes.expand.building import block_for, built, grow, missing, named_block
+from orepa_compiler.passes.expand.building import block_for, built, grow, missing, planned_block
 from orepa_compiler.passes.expand.options import (
     Init as Init,
 )
@@ -29,7 +29,7 @@ from orepa_compiler.passes.expand.options import (
     MoreBranches,
     NewBlock,
     growth_of,
-    options_of,
+    growth_options,
 )
 from orepa_compiler.passes.expand.options import (
     PostNorm as PostNorm,
@@ -41,7 +41,7 @@ from orepa_compiler.passes.expand.soundness import (
     takes_norm,
     unsound_reason,
 )
-from orepa_compiler.passes.expand.wording import describe
+from orepa_compiler.passes.expand.wording import describe_conv
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.planning.overlaps import Touched
 from orepa_compiler.rewriting.selection import Where, is_asked_for, selection
@@ -105,7 +105,7 @@ class Expand:
         done = []
         for edit in plan.edits:
             module, growth = model.get_submodule(edit.path), growth_of(edit)
-            block = named_block(growth.block, self.block)
+            block = planned_block(growth.block, self.block)
             try:
                 if isinstance(growth, MoreBranches):
                     ratio = grow(module, growth, block, edit.path)
@@ -125,7 +125,7 @@ class Expand:
         return Touched((edit.path,), stays=isinstance(growth_of(edit), MoreBranches))
 
     def _refusal(self, path: str, module: nn.Module, reason: str) -> Refusal:
-        return Refusal(self.name, path, describe(module), reason)
+        return Refusal(self.name, path, describe_conv(module), reason)
 
     def _decide(
         self, capture: Capture, path: str, conv: nn.Module, *, is_residual: bool
@@ -142,7 +142,7 @@ class Expand:
         block = self._block(capture, path, conv, is_residual=is_residual)
         branches = block.make(kernel_operator(conv))
         if all(name == "origin" and isinstance(b, Kernel) for name, b in branches.items()):
-            return f"block {block.name} has no branch beside the kernel of a {describe(conv)}"
+            return f"block {block.name} has no branch beside the kernel of a {describe_conv(conv)}"
         is_offline = block.is_offline
         if is_offline and (reason := no_norms_reason(capture, path, conv)):
             return reason
@@ -162,8 +162,8 @@ class Expand:
         cost = features_cost(new) if isinstance(new, OfflineBlock) else None
         growth = NewBlock(block.name, branches, scaling, needs_norm, self.init, cost)
         what, sizes = f"{block.name}, {len(branches)} branches", (before, after)
-        note, options = "; ".join(notes), options_of(growth)
-        return Edit(self.name, path, describe(conv), what, sizes, None, note, options)
+        note, options = "; ".join(notes), growth_options(growth)
+        return Edit(self.name, path, describe_conv(conv), what, sizes, None, note, options)
 
     def _may_grow(self, block: LinearBlock) -> bool:
         """Whether a block may gain branches: a linearized one, or where more are asked for."""
@@ -178,7 +178,7 @@ class Expand:
         before = sum(p.numel() for p in block.parameters())
         row = 0 if block.scaling is None else block.scaling.shape[1]
         grown = sum(row + sum(p.numel() for p in branch.parameters()) for branch in new.values())
-        options = options_of(MoreBranches(kind.name, tuple(new), self.init))
+        options = growth_options(MoreBranches(kind.name, tuple(new), self.init))
         what = f"linear block: {' + '.join(block.branches)}"
         target = f"{kind.name}: and {' + '.join(new)}"
         sizes = (before, before + grown)

@@ -80,7 +80,7 @@ def block_for(conv: _ConvNd, block: Block, *, needs_norm: bool) -> ConvBlock:
     return LinearBlock(conv, block, norm=_post_norm(conv) if needs_norm else None)
 
 
-def named_block(name: str, block: Block | Literal["auto"]) -> Block:
+def planned_block(name: str, block: Block | Literal["auto"]) -> Block:
     """The kind of block that a plan names: a published one, or the one that was given."""
     known = dict(BLOCKS) if block == "auto" else {**BLOCKS, block.name: block}
     if name not in known:

@@ -40,7 +40,7 @@ class MoreBranches:
 Growth = NewBlock | MoreBranches
 
 
-def options_of(growth: Growth) -> dict[str, Any]:
+def growth_options(growth: Growth) -> dict[str, Any]:
     """A growth as the options of an Edit."""
     options = {name: value for name, value in asdict(growth).items() if value is not None}
     options["branches"] = list(growth.branches)

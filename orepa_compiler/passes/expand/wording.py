@@ -8,7 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 from orepa_compiler.algebra.layers import per_axis
 
 
-def describe(module: nn.Module) -> str:
+def describe_conv(module: nn.Module) -> str:
     """A conv in a few words: Conv2d 64 -> 128 3x3 /2."""
     if not isinstance(module, _ConvNd):
         return type(module).__name__

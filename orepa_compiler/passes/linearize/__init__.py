@@ -28,7 +28,7 @@ from orepa_compiler.passes.linearize.options import (
     LinearizeBlock,
     LinearizeSum,
     change_of,
-    options_of,
+    change_options,
 )
 from orepa_compiler.planning import Edit, Plan, Refusal
 from orepa_compiler.planning.overlaps import Touched
@@ -116,7 +116,7 @@ class Linearize:
         chains = region.operator.chains
         names = [" - ".join(layer.name for layer in chain) or "identity" for chain in chains]
         target = f"linear block with {len(chains)} branches"
-        options = options_of(LinearizeSum(tuple(region.nodes), region.source))
+        options = change_options(LinearizeSum(tuple(region.nodes), region.source))
         sizes = (before, after)
         return Edit(self.name, region.owner, " + ".join(names), target, sizes, options=options)
 
@@ -127,7 +127,7 @@ class Linearize:
         before, after = (sum(p.numel() for p in m.parameters()) for m in (block, new))
         what = f"{block.block_name}: {' + '.join(block.branches)}"
         target = f"linear block with {len(new.branches)} branches"
-        options = options_of(LinearizeBlock(norm_follows))
+        options = change_options(LinearizeBlock(norm_follows))
         return Edit(self.name, path, what, target, (before, after), options=options)
 
 

@@ -23,7 +23,7 @@ class LinearizeBlock:
     norm_follows: bool
 
 
-def options_of(change: LinearizeSum | LinearizeBlock) -> dict[str, Any]:
+def change_options(change: LinearizeSum | LinearizeBlock) -> dict[str, Any]:
     """A change as the options of an Edit."""
     if isinstance(change, LinearizeSum):
         return {"nodes": list(change.nodes), "source": change.source}

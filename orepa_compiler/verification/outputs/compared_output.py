@@ -63,7 +63,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def size_of(truth: Tensor) -> float:
+def magnitude_of(truth: Tensor) -> float:
     """What errors are relative to: the largest value of the truth; 1 where that is 0."""
     return float(truth.abs().max()) or 1.0
 

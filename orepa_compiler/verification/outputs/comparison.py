@@ -5,12 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from orepa_compiler.verification.nesting import is_comparable, kind_name, nonfinite_counts
-from orepa_compiler.verification.outputs.compared_output import Comparison, short, size_of, wide
+from orepa_compiler.verification.outputs.compared_output import (
+    Comparison,
+    magnitude_of,
+    short,
+    wide,
+)
 from orepa_compiler.verification.outputs.deciding import decide
 from orepa_compiler.verification.outputs.rounding import measure, noise_of, too_noisy
 from orepa_compiler.verification.verdict import Row
 
-__all__ = ["Comparison", "compare", "short", "size_of", "unfit"]
+__all__ = ["Comparison", "compare", "magnitude_of", "short", "unfit"]
 
 
 def compare(output: Comparison) -> Row:
@@ -41,7 +46,7 @@ def unfit(output: Comparison) -> str:
     if not is_rounded(output):
         return ""
     truth = wide(output.truth)
-    return too_noisy(noise_of(output, truth, size_of(truth)), output)
+    return too_noisy(noise_of(output, truth, magnitude_of(truth)), output)
 
 
 def _kinds(output: Comparison) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orepa_compiler.verification.outputs.compared_output import Comparison, size_of, wide
+from orepa_compiler.verification.outputs.compared_output import Comparison, magnitude_of, wide
 from orepa_compiler.verification.verdict import Row
 
 # How much worse than the reference a right candidate may be. On models with random norms (ResNet,
@@ -40,7 +40,7 @@ UNMEASURED_NOISE = {
 def measure(output: Comparison) -> Row:
     """The row of an output that every side has, finite and of one shape."""
     truth, values = wide(output.truth), wide(output.candidate)
-    size = size_of(truth)
+    size = magnitude_of(truth)
     noise = noise_of(output, truth, size)
     base = max(noise, _floor(output) if truth.abs().max() else 0.0)
     error = distance(values, truth) / size

@@ -15,7 +15,7 @@ from orepa_compiler.passes.collapse.folds import (
     FoldGraph,
     FoldPath,
     fold_of,
-    options_of,
+    fold_options,
 )
 from orepa_compiler.planning import Edit, Plan
 
@@ -86,7 +86,7 @@ def test_a_saved_edit_is_read_as_its_type_and_written_alike(
     saved: dict[str, Any], fold: Fold, places: tuple[str, ...]
 ) -> None:
     assert fold_of(edit(saved)) == fold
-    assert options_of(fold) == saved
+    assert fold_options(fold) == saved
     plan = Plan((edit(saved),))
     assert Plan.from_json(plan.to_json()) == plan
     assert fold.places == places

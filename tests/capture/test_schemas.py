@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orepa_compiler.capture.memory import _FRESH
-from orepa_compiler.capture.operators import _WRITING, OF_FORM, draws, overloads, writes
+from orepa_compiler.capture.schemas import _WRITING, OF_FORM, draws, overloads, writes
 
 HOMES = (torch, Tensor, F)
 SCHEMAS = {s.name.removeprefix("aten::") for s in torch._C._jit_get_all_schemas()}
