@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import orepa_compiler as orepa
-from benchmarks.step import command, measuring, results
+from benchmarks.step import command, measuring, results, variants
 from benchmarks.step.dbb import DiverseBranchBlock, PaddedNorm, with_diverse_branches
 from benchmarks.step.measuring import Setting, ratios, saved_bytes
 from benchmarks.step.naive import NaiveConv, naive
@@ -92,9 +92,17 @@ def test_saved_bytes_tell_kernels_from_features(name: str, kernels: bool) -> Non
     assert found["W_e"] == sum(4 * block.weight.numel() for block in blocks)
 
 
+def small_net(name: str) -> nn.Module:
+    """Of two blocks: dynamo takes seconds for each."""
+    convs = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    convs += [nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
+
+
 @pytest.mark.parametrize("name", ["plain compiled", "orepa compiled"])
 def test_of_a_compiled_model_the_sum_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(variants, "build", small_net)
     stepper = Stepper(name, MODEL, batch=2, size=32, device="cpu", amp=False)
     assert saved_bytes(stepper).keys() == {"saved"}
     assert saved_bytes(stepper)["saved"] > 0
