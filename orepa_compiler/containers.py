@@ -76,7 +76,7 @@ def is_named_tuple(value: Any) -> bool:
 def rebuilt(value: Any, parts: Sequence[Any]) -> Any:
     """Makes a container like this one, with other parts in the order of its items."""
     if isinstance(value, Mapping):
-        return _mapping_made_again(value, parts)
+        return _rebuilt_mapping(value, parts)
     if is_named_tuple(value):
         return type(value)(*parts)
     if isinstance(value, deque):
@@ -84,7 +84,7 @@ def rebuilt(value: Any, parts: Sequence[Any]) -> Any:
     return type(value)(parts)
 
 
-def _mapping_made_again(value: Mapping[Any, Any], parts: Sequence[Any]) -> Any:
+def _rebuilt_mapping(value: Mapping[Any, Any], parts: Sequence[Any]) -> Any:
     named = dict(zip(value, parts, strict=True))
     if type(value) in (dict, immutable_dict):  # fx freezes what stands in a graph
         return named

@@ -78,7 +78,7 @@ def _side(index: Any, padding: Padding) -> tuple[int, int] | None:
 
 
 def bordered(walk: Context, border: WrittenBorder) -> LinearValue | None:
-    """Move padding with the bias of a conv before that conv: pad_b(W x + b) = W pad_0(x) + b.
+    """Moves padding with the bias of a conv before that conv: pad_b(W x + b) = W pad_0(x) + b.
 
     Raises NotLinear where the border holds something else.
     """

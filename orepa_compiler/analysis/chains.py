@@ -118,7 +118,7 @@ class ChainInterpreter(Interpreter):
 
 
 def _remembering(value: LinearValue | None, layer: Layer | None) -> LinearValue | None:
-    """Give the value of one layer an operator that remembers the layer."""
+    """Gives the value of one layer an operator that remembers the layer."""
     if value is None or value.operator is None or isinstance(value.operator, SummedOperator):
         return value
     layer = layer or _arithmetic(value.operator)
@@ -139,13 +139,13 @@ def _is_channelwise(op: ConvOperator) -> bool:
 
 
 def _beside(left: ConvOperator, right: ConvOperator) -> ConvOperator:
-    """Add two operators; a plain one beside one with branches is the input itself."""
+    """Adds two operators; a plain one beside one with branches is the input itself."""
     chains = [op.chains if isinstance(op, SummedOperator) else ((),) for op in (left, right)]
     return summed(_plain(left) + _plain(right), *chains[0], *chains[1])
 
 
 def _after(outer: ConvOperator, inner: ConvOperator) -> ConvOperator:
-    """Compose branch by branch, (A + B) @ C == A @ C + B @ C, where that copies no kernel."""
+    """Composes branch by branch, (A + B) @ C == A @ C + B @ C, where that copies no kernel."""
     chains = [
         op.chains if isinstance(op, SummedOperator) else ((_arithmetic(op),),)
         for op in (outer, inner)

@@ -75,7 +75,7 @@ class Interpretation(Forwards, ABC):
         return self._freely
 
     def reading(self: Own, read: Read) -> Own:
-        """Make another one of its kind, with other values for the modules, that joins freely."""
+        """Makes another one of its kind, with other values for the modules, that joins freely."""
         other = type(self)(self.capture, read, at_any_cost=True)
         other.__dict__["forms"] = self.forms
         other._constants, other._reading = self._constants, self._reading  # they hang on no values
@@ -101,7 +101,7 @@ class Context(Protocol):
         ...
 
     def keep_apart(self, node: fx.Node, reason: str) -> None:
-        """Refuse to join a node with what comes before it."""
+        """Refuses to join a node with what comes before it."""
         ...
 
     def is_in_place(self, node: fx.Node) -> bool:

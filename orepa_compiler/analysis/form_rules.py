@@ -74,7 +74,7 @@ class FormRule:
 
 
 def _same(operand: fx.Node, reach: int = 0, counts: frozenset[int] = NOTHING.counts) -> FormRule:
-    """Tell that a call keeps the form of a map, and its type."""
+    """Tells that a call keeps the form of a map, and its type."""
     form = MapForm(counts=counts)
     return FormRule(operand, form, form, reach, keeps_count=True, gives_type=True, needs_type=True)
 
@@ -102,7 +102,7 @@ def layer_rule(layer: nn.Module, operand: fx.Node) -> FormRule:
 
 
 def _pooled(operand: fx.Node, name: str) -> FormRule:
-    """Tell what average pooling makes of the form of a map."""
+    """Tells what average pooling makes of the form of a map."""
     rank = next((r for r in (1, 2, 3) if f"{r}d" in name), None)
     return _same(operand, rank, _of_conv(rank)) if rank else FormRule(operand)
 
@@ -113,7 +113,7 @@ def _of_conv(rank: int) -> frozenset[int]:
 
 
 def _linear_rule(layer: nn.Module, operand: fx.Node) -> FormRule:
-    """Tell what a layer that is an operator, or like one, makes of the form of a map."""
+    """Tells what a layer that is an operator, or like one, makes of the form of a map."""
     if isinstance(layer, _ConvTransposeNd) and has_torch_forward(layer):
         shape = layer.weight.shape
         channels = shape[0], shape[1] * layer.groups
@@ -153,7 +153,7 @@ def _conv_rule(
 
 
 def _norm_rule(operand: fx.Node, maps: Maps) -> FormRule:
-    """Tell what a norm reads: batches; those of half precision too, where its own is full."""
+    """Tells what a norm reads: batches; those of half precision too, where its own is full."""
     ranks = maps.axes.ranks
     counts = at_least(2) if ranks is None else frozenset(rank + 2 for rank in ranks)
     form = MapForm(maps, counts, is_batched=True)
@@ -216,7 +216,7 @@ def _function_of(operand: fx.Node, node: fx.Node, op: ConvOperator) -> FormRule:
 def _arithmetic_rule(
     node: fx.Node, operand: fx.Node, forms: tuple[MapForm, MapForm], constant: Callable[[Any], Any]
 ) -> FormRule:
-    """Tell the form of x * gamma: a number keeps it, a tensor that of a map which it fits."""
+    """Tells the form of x * gamma: a number keeps it, a tensor that of a map which it fits."""
     found = arithmetic(node)
     assert found is not None
     if found.left is operand and is_in_place(node):
@@ -230,7 +230,7 @@ def _arithmetic_rule(
 
 
 def _widened(operand: fx.Node, form: MapForm, after: MapForm, constant: Tensor) -> FormRule:
-    """Tell that a map beside a tensor with fewer axes had its axes before."""
+    """Tells that a map beside a tensor with fewer axes had its axes before."""
     counts = frozenset(c for c in form.counts if max(c, constant.dim()) in after.counts)
     is_own = bool(counts) and min(counts) > constant.dim()
     before = MapForm(counts=counts or form.counts, is_batched=is_own and after.is_batched)
@@ -255,7 +255,7 @@ def sum_form(node: fx.Node, left: MapForm, right: MapForm) -> MapForm:
 
 
 def _reshaped(node: fx.Node, operand: fx.Node, name: str, form: MapForm) -> FormRule:
-    """Tell that what moves the numbers of a map keeps their type."""
+    """Tells that what moves the numbers of a map keeps their type."""
     typed = FormRule(operand, gives_type=True, needs_type=True)
     given = node.args[1:]
     if node.target in (operator.getitem, write_):

@@ -6,7 +6,7 @@ x * gamma computes depends on the form of x.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class MapForm:
     is_batched: bool = False
 
     def narrowed(self, other: MapForm) -> MapForm:
-        """Join what both know; where they contradict each other, what is known already stays."""
+        """Joins what both know; where they contradict each other, what is known already stays."""
         counts = (self.counts & other.counts) or self.counts
         is_batched = self.is_batched or other.is_batched
         maps = self.maps or other.maps
@@ -51,9 +51,6 @@ class MapForm:
     def count(self) -> int | None:
         """The number of axes, if there is but one possible."""
         return next(iter(self.counts)) if len(self.counts) == 1 else None
-
-    def without_type(self) -> MapForm:
-        return replace(self, dtype=None)
 
 
 NOTHING = MapForm()
@@ -117,7 +114,7 @@ def beside_channels(value: Tensor, form: MapForm) -> Tensor:
 
 
 def check_type(constant: Any, form: MapForm) -> None:
-    """Check that a map of floating point keeps its type beside a constant; or NotLinear."""
+    """Checks that a map of floating point keeps its type beside a constant; or NotLinear."""
     if form.dtype is None:
         raise NotLinear("what it reads is not known to be of floating point")
     if not isinstance(constant, Tensor) or constant.dim() == 0:

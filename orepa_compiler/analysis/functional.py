@@ -142,7 +142,7 @@ def conv_called(node: fx.Node, value: Callable[[Any], Any]) -> ConvOperator | No
 
 
 def _layers(node: fx.Node) -> int:
-    """Count the layers: 1 for a kernel that is a parameter, 2 for one made at every call."""
+    """Counts the layers: 1 for a kernel that is a parameter, 2 for one made at every call."""
     return 1 if _named(node, _CONV)["weight"].op == "get_attr" else 2
 
 
@@ -165,7 +165,7 @@ def _pad(call: FunctionCall) -> ConvOperator:
 
 
 def _crop(call: FunctionCall) -> tuple[ConvOperator, int, int] | None:
-    """Read x[..., 1:-1] as padding by a negative number."""
+    """Reads x[..., 1:-1] as padding by a negative number."""
     if call.node.args[0] is not call.operand:
         return None
     index: Any = call.node.args[1]
@@ -209,7 +209,7 @@ def _cut(part: slice) -> tuple[int, int] | None:
 
 
 def _arithmetic(call: FunctionCall) -> tuple[ConvOperator, int, int] | None:
-    """Read x * gamma, x / gamma, x + beta, x - beta, beta - x; gamma, beta: (C,) or a number."""
+    """Reads x * gamma, x / gamma, x + beta, x - beta, beta - x; gamma, beta: (C,) or a number."""
     found = arithmetic(call.node)
     if found is None or not (found.left is call.operand or found.right is call.operand):
         return None

@@ -72,7 +72,7 @@ class Forms:
                 return
 
     def _go_over(self, owner: str, seen: set[str]) -> None:
-        """Infer through one forward, from first to last node and back, with what it calls."""
+        """Infers through one forward, from first to last node and back, with what it calls."""
         graph = self._forwards.graph(owner)
         if graph is None or owner in seen or owner in self._capture.doubtful:
             return
@@ -118,7 +118,7 @@ class Forms:
         return layer_rule(self._capture.module(path), node.all_input_nodes[0])
 
     def _keep(self, owner: str, node: fx.Node, rule: FormRule) -> None:
-        """Write down what a rule tells of the operand and of what is made of it."""
+        """Writes down what a rule tells of the operand and of what is made of it."""
         self._narrow(owner, rule.operand, rule.before)
         self._narrow(owner, node, rule.after)
         self._narrow(owner, node, rule.kept(self._form(owner, rule.operand), is_forth=True))

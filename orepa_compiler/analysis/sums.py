@@ -12,7 +12,7 @@ from orepa_compiler.errors import NotLinear
 
 
 def sum_value(walk: Context, node: fx.Node, addition: Arithmetic) -> LinearValue | None:
-    """Join left + factor right to one value; an operand may be the source itself."""
+    """Joins left + factor right to one value; an operand may be the source itself."""
     options = [
         [v for v in (absorbable(walk.values, x, [node]), LinearValue(x, None)) if v]
         for x in (addition.left, addition.right)
@@ -43,7 +43,7 @@ def _beside(
 
 
 def _sum_of_all(walk: Context, node: fx.Node) -> LinearValue | None:
-    """Join a sum whose branches would cost more as one conv each, but not all together."""
+    """Joins a sum whose branches would cost more as one conv each, but not all together."""
     value = walk.interpreter.freely.values(walk.owner).get(node)
     if value is None or value.operator is None or value.operator.macs > value.macs:
         return None

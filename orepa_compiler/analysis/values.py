@@ -38,7 +38,7 @@ class LinearValue:
 def joined(
     layer: LinearValue, before: LinearValue, node: fx.Node, *, at_any_cost: bool = False
 ) -> LinearValue:
-    """Join the layer that `node` calls with the value of its operand. Raises NotLinear."""
+    """Joins the layer that `node` calls with the value of its operand. Raises NotLinear."""
     op, macs = _after(layer, before, at_any_cost)
     return LinearValue(
         before.source,
@@ -54,7 +54,7 @@ def joined(
 def _after(
     layer: LinearValue, before: LinearValue, at_any_cost: bool
 ) -> tuple[ConvOperator | None, int]:
-    """Compose layer @ before, and count what they cost in the cheaper way: as one conv or apart."""
+    """Composes layer @ before, and counts their cost in the cheaper way: as one conv or apart."""
     if layer.operator is None or before.operator is None:
         known = layer.operator or before.operator
         return known, layer.macs + before.macs
@@ -66,7 +66,7 @@ def _after(
 def beside(
     left: LinearValue, right: LinearValue, factor: float, *, at_any_cost: bool = False
 ) -> tuple[ConvOperator, int]:
-    """Add left + factor right, and count what it costs in the cheaper way. Raises NotLinear."""
+    """Adds left + factor right, and counts its cost in the cheaper way. Raises NotLinear."""
     ops = [
         value.operator or _identity_beside(other.operator)
         for value, other in ((left, right), (right, left))
@@ -94,7 +94,7 @@ def _cost(one: ConvOperator, apart: int, at_any_cost: bool) -> int:
 def absorbable(
     values: Mapping[fx.Node, LinearValue], operand: Any, users: Sequence[fx.Node]
 ) -> LinearValue | None:
-    """Find the operand's value, which may be joined if nobody but these users needs it."""
+    """Finds the operand's value, which may be joined if nobody but these users needs it."""
     value = values.get(operand) if isinstance(operand, fx.Node) else None
     if value is None or value.rest is not None or not set(operand.users) <= set(users):
         return None

@@ -93,7 +93,7 @@ class ConvBlock(BranchSum):
         vars(self)["bias"] = value
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register as any module does; refuse what fusers give a conv and a block has no place for.
+        """Registers as any module does; refuses what fusers give a conv and no block has place for.
 
         A bias that is there may be exchanged.
         """
@@ -123,7 +123,7 @@ class ConvBlock(BranchSum):
         return plain_conv(self)
 
     def plain(self) -> nn.Module:
-        """Build that conv in the block's own precision. Raises NotLinear likewise."""
+        """Builds that conv in the block's own precision. Raises NotLinear likewise."""
         return conv_with(conv_operator(self), self)
 
     def switch_to_deploy(self) -> None:
@@ -182,7 +182,7 @@ REPARAM_CONVS: dict[int, type[ReparamConv]] = {1: ReparamConv1d, 2: ReparamConv2
 
 
 def squeezed(block: LinearBlock) -> ReparamConv:
-    """Squeeze a block: the same parameters, and a forward that runs one conv."""
+    """Squeezes a block: the same parameters, and a forward that runs one conv."""
     cls = REPARAM_CONVS[len(block.kernel_size)]
     squeezed_block = cls.__new__(cls)
     squeezed_block.__dict__.update(block.__dict__)
@@ -190,7 +190,7 @@ def squeezed(block: LinearBlock) -> ReparamConv:
 
 
 def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:
-    """Build a BatchNorm for the output of a conv: the identity in eval mode at first.
+    """Builds a BatchNorm for the output of a conv: the identity in eval mode at first.
 
     like: gives dtype and device.
     """
@@ -198,7 +198,7 @@ def inserted_norm(operator: ConvOperator, like: Tensor) -> _BatchNorm:
 
 
 def identity_norm(rank: int, channels: int, like: Tensor) -> _BatchNorm:
-    """Build a BatchNorm of these channels: the identity in eval mode at first."""
+    """Builds a BatchNorm of these channels: the identity in eval mode at first."""
     norm = _NORMS[rank](channels, device=like.device, dtype=like.dtype)
     nn.init.constant_(norm.weight, (1 + norm.eps) ** 0.5)
     return norm

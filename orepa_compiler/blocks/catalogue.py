@@ -207,7 +207,7 @@ DBB = Block(
 
 
 def _line(axis: int) -> BranchMaker:
-    """Make a branch of the kernel's middle line along an axis, counted from the last."""
+    """Makes a branch of the kernel's middle line along an axis, counted from the last."""
 
     def make(conv: ConvOperator) -> nn.Module | None:
         if conv.rank < -axis:

@@ -78,7 +78,7 @@ def holds_any_kernel(branch: nn.Module) -> bool:
 
 @torch.no_grad()
 def hold(branch: nn.Module, kernel: Tensor) -> None:
-    """Set a fresh branch to a kernel, (C_out, C_in / groups, *K): its norms are the identity yet.
+    """Sets a fresh branch to a kernel, (C_out, C_in / groups, *K): its norms are the identity yet.
 
     A sum of branches gives it to its own origin.
     """
@@ -106,7 +106,7 @@ def _scaled(block: BranchSum, name: str, operator: ConvOperator) -> ConvOperator
 
 @torch.no_grad()
 def extend(block: BranchSum, branches: dict[str, nn.Module], scaling: dict[str, float]) -> None:
-    """Add branches to a block that has some, each with its initial scaling factor."""
+    """Adds branches to a block that has some, each with its initial scaling factor."""
     for name, branch in branches.items():
         block.branches[name] = branch
     if block.scaling is not None:

@@ -85,7 +85,7 @@ class OfflineBlock(ConvBlock):
 
 
 def normalized_branches(conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
-    """Make the branches of a block for a conv, with a norm behind each of their layers."""
+    """Makes the branches of a block for a conv, with a norm behind each of their layers."""
     branches = block.make(conv)
     return {name: OfflineBranch(branch, conv.weight) for name, branch in branches.items()}
 
@@ -101,7 +101,7 @@ def branch_norms(block: ConvBlock) -> Iterator[tuple[str, _BatchNorm]]:
 
 
 def features_cost(block: OfflineBlock) -> float:
-    """Count what the branches cost on feature maps, as a multiple of what the conv costs alone."""
+    """Counts what the branches cost on feature maps, as a multiple of what the conv costs alone."""
     macs = 0
     for branch in block.branches.values():
         assert isinstance(branch, OfflineBranch)
@@ -113,7 +113,7 @@ def features_cost(block: OfflineBlock) -> float:
 
 
 def _shifted(x: Tensor, layer: ConvOperator, norm: nn.Module) -> tuple[Tensor, ConvOperator]:
-    """Shift x so that zero padding does what padding with s = norm(0) would: x - s, bias W s.
+    """Shifts x so that zero padding does what padding with s = norm(0) would: x - s, bias W s.
 
     Only zeros need it; other paddings repeat what is inside.
     """

@@ -29,7 +29,7 @@ class PartOfBlock(nn.Module):
         return squeeze(self.branches.values(), scaling).weight  # type: ignore[arg-type]
 
     def pushed_forward(self, tangents: Mapping[str, Tensor]) -> Tensor:
-        """Push a move of the parameters to the kernel (J m); those not named stand still."""
+        """Pushes a move of the parameters to the kernel (J m); those not named stand still."""
         values = {name: parameter.detach() for name, parameter in self.named_parameters()}
         moves = tuple(tangents.get(name, torch.zeros_like(p)) for name, p in values.items())
 

@@ -53,7 +53,7 @@ def conv_with(operator: ConvOperator, block: Any) -> nn.Module:
 
 
 def like(module: nn.Module, parameters: list[nn.Parameter]) -> nn.Module:
-    """Give a module the dtype, memory format and requires_grad of what it replaces."""
+    """Gives a module the dtype, memory format and requires_grad of what it replaces."""
     kernels = [p for p in parameters if p.dim() > 2] or parameters
     channels_last = any(is_channels_last(p) for p in kernels)
     wanted = any(p.requires_grad for p in parameters)

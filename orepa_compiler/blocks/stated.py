@@ -47,7 +47,7 @@ class Stated(Tensor):
 
 
 def read_only(tensor: Tensor) -> Tensor:
-    """Mark a tensor that a block made: it has its gradients, and refuses to be written over."""
+    """Marks a tensor that a block made: it has its gradients, and refuses to be written over."""
     return tensor.as_subclass(Stated)
 
 

@@ -19,7 +19,7 @@ BranchesOf = Callable[[ConvOperator, Block], dict[str, nn.Module]]
 
 
 def linear_branches(conv: ConvOperator, block: Block) -> dict[str, nn.Module]:
-    """Make the branches of a block for a conv. Raises NotLinear where they normalize."""
+    """Makes the branches of a block for a conv. Raises NotLinear where they normalize."""
     if block.is_offline:
         raise NotLinear(
             f"the branches of block {block.name} end in norms, so no kernel can be made of "

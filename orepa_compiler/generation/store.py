@@ -32,7 +32,7 @@ _keeps_none: ContextVar[bool] = ContextVar("_keeps_none", default=False)
 
 @contextmanager
 def no_kernel_kept() -> Iterator[None]:
-    """Keep no kernel from here on: each is made for one call and dropped.
+    """Keeps no kernel from here on: each is made for one call and dropped.
 
     Where models are only tried, kernels that are kept outlive the trial, and weigh as much as the
     blocks.

@@ -288,7 +288,7 @@ def _numbers(node: fx.Node) -> Any:
 
 
 def dataflow(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """Write down what runs on what, but for what is made of weights, which blocks change."""
+    """Writes down what runs on what, but for what is made of weights, which blocks change."""
     constants = constants_of(graph)
     number: dict[fx.Node, int] = {}
     flow: list[tuple[Any, ...]] = []

@@ -143,7 +143,7 @@ class Plan:
 
 
 def record_plan(model: nn.Module, plan: Plan) -> None:
-    """Keep the plan with the model, so that a checkpoint can tell how to rebuild it."""
+    """Keeps the plan with the model, so that a checkpoint can tell how to rebuild it."""
     plans = (*recorded_plans(model), plan)
     vars(model)[_ATTRIBUTE] = plans
     if isinstance(model, fx.GraphModule):  # it copies its meta, not attributes

@@ -45,7 +45,7 @@ def holdings_of(model: nn.Module) -> list[Holding]:
 
 
 def hold_new(model: nn.Module, holdings: list[Holding]) -> None:
-    """Put into each place the module that is registered now where the one it holds was."""
+    """Puts into each place the module that is registered now where the one it holds was."""
     for held in holdings:
         try:
             module = model.get_submodule(held.path)

@@ -16,7 +16,7 @@ _Contents = tuple[Any, Any]  # a dict, list or set, and a copy of what was in it
 
 @contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
-    """Put the model back as it was, where an exception ends the block.
+    """Puts the model back as it was, where an exception ends the block.
 
     That is: its modules, parameters, buffers, attributes, hooks and modes, by identity, with lists,
     dicts and sets of the user's. Not the values in a tensor, so an edit makes new tensors and
@@ -46,7 +46,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
 
 
 def _remember(value: Any, contents: dict[int, _Contents]) -> None:
-    """Keep what a container holds, and the containers in it."""
+    """Keeps what a container holds, and the containers in it."""
     held = members(value)
     if held is None or id(value) in contents:
         return
@@ -56,7 +56,7 @@ def _remember(value: Any, contents: dict[int, _Contents]) -> None:
 
 
 def _put_back(held: Any, copied: list[Any]) -> None:
-    """Give a container back what it held, in the order it had."""
+    """Gives a container back what it held, in the order it had."""
     if isinstance(held, (tuple, frozenset)):
         return
     held.clear()

@@ -42,6 +42,11 @@ def is_asked_for(where: Where) -> bool:
     return any(not pattern.startswith("!") for pattern in _patterns(where))
 
 
+def matches_any(pattern: str, paths: Iterable[str]) -> bool:
+    """Whether a pattern, also one that excludes, matches one of the paths."""
+    return any(_matches(path, [pattern.removeprefix("!")]) for path in paths)
+
+
 def _patterns(where: str | Iterable[str]) -> list[str]:
     if isinstance(where, str):
         return [where]

@@ -177,7 +177,7 @@ def free_name(owner: nn.Module, name: str) -> str:
 def _splice(
     graph: fx.Graph, nodes: Sequence[str], source: str, target: str, new_names: dict[str, str]
 ) -> None:
-    """Replace the nodes by one call; remembers under which name the last one's value lives on."""
+    """Replaces the nodes by one call; remembers under which name the last one's value lives on."""
     by_name = {node.name: node for node in graph.nodes}
     last = by_name[nodes[-1]]
     with graph.inserting_after(last):

@@ -81,7 +81,7 @@ class BranchHistory:
         self.epochs: dict[int, tuple[BlockSnapshot, ...]] = {}  # in their order
 
     def record(self, model: nn.Module, epoch: int) -> list[str]:
-        """Take the snapshots of this epoch; gives the findings so far.
+        """Takes the snapshots of this epoch; gives the findings so far.
 
         Raises ReparamError for a model without blocks, or whose parameters are sharded.
         """

@@ -47,7 +47,7 @@ def inserted_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, inputs: Any) -> None:
-    """Give each inserted norm the statistics of its input on these batches.
+    """Gives each inserted norm the statistics of its input on these batches.
 
     running_mean = m, running_var = s^2, weight = a sqrt(s^2 + eps), bias = a m + b: the function
     stays the same in eval mode and, up to the variation of batches, in train mode.

@@ -58,7 +58,7 @@ class GradientWatch:
                 )
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Takes the hooks away."""
         self._hooks.close()
 
 

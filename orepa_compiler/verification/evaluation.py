@@ -81,7 +81,7 @@ def batches_of(inputs: Any) -> list[Batch]:
 
 
 def run_to(purpose: str, model: nn.Module, batch: Batch, index: int) -> None:
-    """Run the model on a batch for what it does on the way. Raises ReparamError where it raises."""
+    """Runs the model on a batch for what it does on the way. ReparamError where it raises."""
     try:
         model(*map_tensors(batch, Tensor.clone))  # it may write into what it is given
     except Exception as error:  # a forward is the user's code: anything may come out of it

@@ -30,7 +30,7 @@ class RandomState:
         return self._python != now._python or by_numpy or not torch.equal(self._torch, now._torch)
 
     def put_back(self) -> None:
-        """Give the generators the states that they had."""
+        """Gives the generators the states that they had."""
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)

@@ -87,7 +87,7 @@ class Remembered:
                         self._visit(value, 1)
 
     def put_back(self) -> None:
-        """Make all of it again what it was."""
+        """Makes all of it again what it was."""
         for module, cls in self._classes:
             if type(module) is not cls:
                 module.__class__ = cls

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from orepa_compiler.blocks import ConvBlock
 from orepa_compiler.errors import ReparamError
 from orepa_compiler.planning import Plan
+from orepa_compiler.rewriting.selection import matches_any
 
 
 def check_where(patterns: Sequence[str], model: nn.Module, plan: Plan) -> None:
@@ -20,7 +20,7 @@ def check_where(patterns: Sequence[str], model: nn.Module, plan: Plan) -> None:
     # Of a block that was there before, the module around it can be named too.
     known = {*paths, *blocks, *(path.rpartition(".")[0] for path in blocks)}
     for pattern in patterns:
-        if not any(fnmatchcase(path, pattern.removeprefix("!")) for path in known):
+        if not matches_any(pattern, known):
             some = ", ".join(path or "(root)" for path in paths[:3])
             shown = f"{some}, ..." if len(paths) > 3 else some
             raise ReparamError(

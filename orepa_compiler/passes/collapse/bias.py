@@ -81,7 +81,7 @@ def _seen_between(capture: Capture, conv: str, norm: str) -> str | None:
 
 @torch.no_grad()
 def give_bias(conv: nn.Module, norm: nn.Module) -> None:
-    """Take the bias from a conv, and move the norm behind it so that nothing changes.
+    """Takes the bias from a conv, and move the norm behind it so that nothing changes.
 
     The norm's mean is a new tensor: the old one stays as it was.
     """

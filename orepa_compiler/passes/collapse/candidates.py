@@ -45,7 +45,7 @@ class Candidates:
     claimed: set[str] = field(default_factory=set)
 
     def add(self, region: Region, *, before: str | None = None, behind: str | None = None) -> None:
-        """Add a region, or a norm to one that was found."""
+        """Adds a region, or a norm to one that was found."""
         new = Candidate(region)
         old = self.found.get(new.key, new)
         joined = replace(old, before=before or old.before, behind=behind or old.behind)

@@ -40,7 +40,7 @@ from orepa_compiler.rewriting.swapping import (
 def fold_regions(
     model: nn.Module, known: Interpreter, owner: str, folds: Sequence[FoldRegion]
 ) -> nn.Module:
-    """Fold all regions of one owner: first the paths, whose children are swapped, then its graph.
+    """Folds all regions of one owner: first the paths, whose children are swapped, then its graph.
 
     known: what hangs on no values, of the forwards of the capture.
     """
@@ -92,7 +92,7 @@ def _fold_graph(
 
 
 def absorb_norm(model: nn.Module, fold: AbsorbNorm | FoldConcatenation) -> nn.Module:
-    """Fold a norm into one conv, or into the convs whose concatenation it reads."""
+    """Folds a norm into one conv, or into the convs whose concatenation it reads."""
     *paths, norm = fold.modules
     read = _in_float64(model)
     affine, rest = linear_part(read(norm))
@@ -148,7 +148,7 @@ def own_parameters(owner: nn.Module, value: LinearValue) -> list[nn.Parameter]:
 
 
 def fold_block(model: nn.Module, capture: Capture, fold: FoldBlock) -> nn.Module:
-    """Fold a block into the conv that it stands for; its bias may go to a norm behind it."""
+    """Folds a block into the conv that it stands for; its bias may go to a norm behind it."""
     conv = _plain_conv(model.get_submodule(fold.block), fold.block)
     if fold.bias_to:
         give_bias(conv, model.get_submodule(fold.bias_to))

@@ -49,7 +49,7 @@ def built(
 
 
 def grow(module: nn.Module, growth: MoreBranches, block: Block, path: str) -> float | None:
-    """Add the branches of a block that another lacks; |origin| / |W| where its kernel is kept."""
+    """Adds the branches of a block that another lacks; |origin| / |W| where its kernel is kept."""
     if not isinstance(module, LinearBlock):
         raise ReparamError("the plan extends a linear block, here is none", path=path)
     weight = module.operator().weight.detach().clone()
